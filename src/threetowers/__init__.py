@@ -1,0 +1,25 @@
+"""Three Towers: image-text models that learn from frozen pretrained models without being locked to them.
+
+import threetowers
+model = threetowers.load("runs/mine")
+model.score(["a.jpg"], ["a red bicycle", "a harbour at night"])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from threetowers.run import FinishedRun
+
+__all__ = ["load"]
+__version__ = "0.1.0"
+
+
+def load(run: str, device: str = "cpu") -> "FinishedRun":
+    """A finished run's main pair, ready to encode; see `threetowers.run.FinishedRun`."""
+    from threetowers.run import load_run  # torch is imported when a model is, not before
+
+    return load_run(run, device)
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"threetowers has no attribute {name!r}; it offers: {', '.join(__all__)}")

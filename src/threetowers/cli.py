@@ -1,0 +1,201 @@
+"""The command line: verbs that read options into dataclasses and call one function each.
+
+Nothing heavy is imported before a verb is known, so that --help is immediate.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from threetowers.config import (
+    PretrainConfig,
+    RunConfig,
+    config_hash,
+    did_you_mean,
+    read_config,
+    read_toml,
+    replace_nested,
+)
+from threetowers.errors import ThreeTowersError, UsageError
+from threetowers.recipes import PRESETS
+
+T = TypeVar("T")
+STOPPED = 75  # stopped on request; the same command continues
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `threetowers`; exits with 0 or the code of what went wrong, without a traceback of a mistake."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0)
+    if words[0] == "--version":
+        from threetowers import __version__
+
+        print(f"threetowers {__version__}")
+        sys.exit(0)
+    try:
+        verb = VERBS.get(words[0])
+        if verb is None:
+            raise UsageError(f"{words[0]}: no such command{did_you_mean(words[0], VERBS)}")
+        sys.exit(verb(words[1:]) or 0)
+    except ThreeTowersError as error:
+        print(f"threetowers: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("threetowers: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(STOPPED)
+
+
+def _overview() -> str:
+    lines = [
+        "threetowers: image-text models that learn from frozen pretrained models without being locked to them",
+        "",
+        *(f"  threetowers {name:<10} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()),
+        "",
+        "  threetowers VERB --help says what a verb takes. Exit codes: 0 done, 2 usage, 3 data or checkpoint,",
+        "  4 non-finite training, 75 stopped on request: the same command continues.",
+    ]
+    return "\n".join(lines)
+
+
+def _parse(kind: Callable[..., T], words: list[str], verb: str, default: T | None = None) -> T:
+    settings: dict[str, Any] = {} if default is None else {"default": default}
+    parsed: T = tyro.cli(
+        kind,
+        prog=f"threetowers {verb}",
+        args=words,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
+        **settings,
+    )
+    return parsed
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainArguments:
+    """Train a model. Precedence: preset, then file, then flags."""
+
+    out: Annotated[str, tyro.conf.arg(help="Run folder; default runs/PRESET-CONFIGHASH.")] = "none"
+    fresh: Annotated[bool, tyro.conf.arg(help="Replace the run that is in the folder.")] = False
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+def _start(words: list[str], verb: str) -> tuple[str, RunConfig, list[str]]:
+    """The preset's or file's name and configuration, and the flags that are left."""
+    if not words or words[0].startswith("-"):
+        if any(word in ("-h", "--help") for word in words):
+            return "tiny", PRESETS["tiny"](), words
+        raise UsageError(f"{verb}: name a preset or a TOML file first: {', '.join(PRESETS)}, or run.toml")
+    name = words[0]
+    if name in PRESETS:
+        return name, PRESETS[name](), words[1:]
+    if not name.endswith(".toml"):
+        raise UsageError(f"{name}: neither a preset nor a .toml file{did_you_mean(name, PRESETS)}")
+    return Path(name).stem, load_file(Path(name)), words[1:]
+
+
+def load_file(path: Path) -> RunConfig:
+    """A TOML file's configuration; a file may begin with `preset = "…"`, whose values it then overrides."""
+    values = read_toml(path)
+    preset = values.pop("preset", None)
+    if preset is None:
+        return read_config(path)
+    if preset not in PRESETS:
+        raise UsageError(f"{path}: preset: {preset!r} is no preset{did_you_mean(str(preset), PRESETS)}")
+    return replace_nested(PRESETS[preset](), values)
+
+
+def _train(words: list[str]) -> int:
+    """train a model: threetowers train PRESET|FILE.toml --data PATH [--third timm:NAME] [--method 3t] …"""
+    name, config, flags = _start(words, "train")
+    arguments = _parse(_TrainArguments, flags, f"train {name}", _TrainArguments(run=config))
+    config = arguments.run
+    out = Path("runs") / f"{name}-{config_hash(config)}" if arguments.out == "none" else Path(arguments.out)
+
+    from threetowers.evaluate.evaluation import evaluate_run
+    from threetowers.train.loop import train
+
+    result = train(config, out, fresh=arguments.fresh)
+    if not result.finished:
+        print(f"stopped at step {result.step}; the same command continues. Run folder: {out}")
+        return STOPPED
+    evaluation = evaluate_run(out)
+    print(evaluation.text())
+    print(f"run folder: {out}")
+    return 0
+
+
+def _evaluate(words: list[str]) -> int:
+    """evaluate a finished run on its own test data or another: threetowers evaluate RUN [--data PATH]"""
+
+    def evaluate(run: tyro.conf.Positional[Path], *, data: str = "none", classes: str = "none") -> None:
+        """Retrieval, the convex combination and, with classes, zero-shot classification.
+
+        Args:
+            run: A finished run folder.
+            data: Other images and captions to test on; none is the run's own test data.
+            classes: Labelled images for zero-shot classification; none is the run's own.
+        """
+        from threetowers.evaluate.evaluation import evaluate_run
+
+        print(evaluate_run(run, data=data, classes=classes).text())
+
+    _parse(evaluate, words, "evaluate")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PretrainArguments:
+    """Train a timm classifier and save it as a tower: --third file:DIR."""
+
+    out: Annotated[str, tyro.conf.arg(help="Folder to write.")]
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+
+
+def _pretrain(words: list[str]) -> int:
+    """train a small classifier as third tower: threetowers pretrain --out DIR [--data IMAGES|objects|scenes] …"""
+    arguments = _parse(_PretrainArguments, words, "pretrain")
+
+    from threetowers.train.pretrain import pretrain
+
+    accuracy = pretrain(arguments.config, Path(arguments.out))
+    print(f"held-out accuracy {accuracy:.1%}; use it as --third file:{arguments.out}")
+    return 0
+
+
+def _export(words: list[str]) -> int:
+    """write the main pair for another library: threetowers export RUN --to open_clip --out DIR"""
+
+    def export(run: tyro.conf.Positional[Path], *, out: Path, to: str = "open_clip") -> None:
+        """The two main towers, without third tower and heads.
+
+        Args:
+            run: A finished run folder.
+            out: Folder to write.
+            to: Format; open_clip.
+        """
+        from threetowers.export.open_clip import export_open_clip
+
+        formats = {"open_clip": export_open_clip}
+        if to not in formats:
+            raise UsageError(f"--to: {to!r} is no format{did_you_mean(to, formats)}")
+        folder = formats[to](run, out)
+        print(f'written; load it with open_clip.create_model_and_transforms("local-dir:{folder}")')
+
+    _parse(export, words, "export")
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "pretrain": _pretrain,
+    "export": _export,
+}
+
+if __name__ == "__main__":
+    main()

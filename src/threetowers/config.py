@@ -1,0 +1,301 @@
+"""A run, described: frozen dataclasses, read from TOML strictly and written back so that the file alone repeats it.
+
+    config = read_config("run.toml")            # unknown keys and wrong types are refused by path
+    write_config(config, "runs/a/config.toml")  # the resolved file has no preset and no defaults left open
+
+There is no null in TOML: the text `none` means "not given".
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import tomllib
+import types
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from threetowers.errors import UsageError
+
+Method = Literal["baseline", "lit", "lit-unlocked", "3t", "3t-regression"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Scalar = str | bool | int | float
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """The two main towers, an open_clip model by name or by its inline configuration."""
+
+    model: str = "none"
+    """An open_clip model name such as ViT-B-32; `none` when vision and text are given here."""
+    embed_dim: int = 128
+    """Width D of the shared space; a named model brings its own."""
+    vision: dict[str, Scalar] = field(default_factory=dict)
+    """open_clip's vision_cfg, for example timm_model_name and image_size."""
+    text: dict[str, Scalar] = field(default_factory=dict)
+    """open_clip's text_cfg, for example context_length, width, heads and layers."""
+    tokenizer: str = "open_clip"
+    """`open_clip` (its 49k BPE), `trained` (a BPE learned from the captions), or a tokenizer.json or its folder."""
+    vocab_size: int = 2048
+    """Upper bound of a trained vocabulary."""
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of each colour channel that the image tower is fed with, in [0, 1]; open_clip's default."""
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of each colour channel, in [0, 1]; open_clip's default."""
+    weights: str = "none"
+    """A safetensors file in open_clip's layout to start both towers from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """How files become batches."""
+
+    image_column: str = "none"
+    """Column of image paths in a table; `none` finds it."""
+    caption_columns: tuple[str, ...] = ()
+    """Columns of captions in a table; empty finds them."""
+    val_fraction: float = 0.05
+    """Share of images kept for validation when the data brings no val folder."""
+    test_fraction: float = 0.05
+    """Share of images kept for the test when the data brings no test folder."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Range of the area of the random crop, as a share of the image."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333)
+    """Range of the aspect ratio of the random crop."""
+    flip: bool = False
+    """Mirror half of the images; leave off when captions say left and right."""
+    third_view: Literal["fixed", "same"] = "fixed"
+    """What a frozen tower sees: one fixed view, stored once, or the main tower's augmented view, computed live."""
+    mask_duplicates: bool = False
+    """Do not count samples of the same image or the same caption as each other's negatives."""
+    max_bad_share: float = 0.01
+    """Share of unusable samples above which training refuses to start or stops."""
+    workers: int = 2
+    """Loader processes; 0 loads in the training process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The options of the table of rows; `method` chooses the table."""
+
+    weights: tuple[float, ...] = (1 / 3, 1 / 3, 1 / 3)
+    """Weights of img-txt, img-third and txt-third, used as written; K third towers share the last two."""
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """Contrastive form of every row that is not a regression."""
+    regression: Literal["cosine", "mse"] = "cosine"
+    """Distance of the third rows of 3t-regression."""
+    lit_projection: bool = True
+    """LiT: a trainable linear projection on the frozen image tower; without it the text tower takes its width."""
+    scale: Literal["shared", "per-row"] = "shared"
+    """One learned scale for all rows, or one for each."""
+    init_scale: float = 1 / 0.07
+    """Start of the scale that multiplies the cosines."""
+    max_scale: float = 100.0
+    """The scale is clamped to at most this after every step."""
+    init_bias: float = -10.0
+    """Start of the learned bias of a sigmoid row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its schedule, and which parameters it touches."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    """Applied to matrices only; never to heads, biases, norms or the scale."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    warmup_steps: int = 100
+    clip_norm: float = 1.0
+    """Largest norm of the gradient over all parameters; 0 does not clip."""
+    scale_lr_multiplier: float = 1.0
+    """Learning rate of the scale, as a multiple of lr."""
+    freeze: tuple[str, ...] = ()
+    """Parameter-name patterns (* and ?) that do not train; one that matches nothing is an error."""
+    no_decay: tuple[str, ...] = ()
+    """Parameter-name patterns that train without weight decay; one that matches nothing is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run, complete: with the data, this file alone repeats it."""
+
+    data: str = "none"
+    """Folder, table or tar shards with images and captions; `shapes` is the built-in world."""
+    classes: str = "none"
+    """Labelled images for zero-shot classification: class folders or CLIP_benchmark's layout; `shapes` is built in."""
+    third: tuple[str, ...] = ()
+    """Frozen third towers: timm:NAME[@FILE], open_clip:…, file:RUN; several as NAME=SPEC; `none` for no tower."""
+    method: Method = "3t"
+    steps: int = 1000
+    batch_size: int = 256
+    seed: int = 0
+    log_every_steps: int = 20
+    eval_every_steps: int = 0
+    """Validate each time this many steps are done; 0 only at the end."""
+    checkpoint_every_steps: int = 500
+    keep_checkpoints: int = 2
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the towers; heads, logits and losses are always fp32."""
+    embeddings: str = "none"
+    """Folder in which frozen towers' embeddings are stored; `none` puts it beside the run folder."""
+    pair: PairConfig = field(default_factory=PairConfig)
+    inputs: InputConfig = field(default_factory=InputConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def thirds(self) -> dict[str, str]:
+        """The frozen towers by view name: `third` when there is one, `third_NAME` when several are named.
+
+        Raises UsageError when several towers have no names of their own, or two share one.
+        """
+        given = [entry for entry in self.third if entry != "none"]
+        named: dict[str, str] = {}
+        for entry in given:
+            label, equals, spec = entry.partition("=")
+            if not equals or ":" in label:
+                label, spec = "", entry
+            if not label and len(given) > 1:
+                raise UsageError(
+                    f"third: {entry!r} has no name, and {len(given)} third towers are given. "
+                    f"Write each as NAME=SPEC, for example dino={spec}"
+                )
+            if label and not label.isidentifier():
+                raise UsageError(f"third: {label!r} in {entry!r} is not a plain name (letters, digits, _)")
+            view = f"third_{label}" if label else "third"
+            if view in named:
+                raise UsageError(f"third: the name {label!r} is given twice")
+            named[view] = spec
+        return named
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A timm classifier, what it is trained on, and for how long."""
+
+    data: str = "objects"
+    """Labelled images (class folders, or CLIP_benchmark's layout); `objects` and `scenes` are built in."""
+    model: str = "test_convnext2"
+    """A timm architecture; it starts from random weights."""
+    size: int = 32
+    """Side of the square input in pixels."""
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    steps: int = 400
+    batch_size: int = 128
+    seed: int = 0
+    device: str = "auto"
+    inputs: InputConfig = field(
+        default_factory=lambda: InputConfig(crop_scale=(0.6, 1.0), crop_ratio=(0.9, 1.1), workers=0)
+    )
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=2e-3, weight_decay=0.05, warmup_steps=40)
+    )
+
+
+def replace_nested(config: T, values: dict[str, Any], where: str = "") -> T:
+    """The configuration with the given keys replaced; siblings of a nested key keep their values.
+
+    values: nested plain values as TOML gives them. Raises UsageError that names the path of the first unknown
+    or ill-typed key and the nearest known one.
+    """
+    assert is_dataclass(config) and not isinstance(config, type)
+    hints = get_type_hints(type(config))
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{where}{key}"
+        if key not in hints:
+            raise UsageError(f"{path}: no such key{did_you_mean(key, hints)}")
+        current = getattr(config, key)
+        if is_dataclass(current):
+            if not isinstance(value, dict):
+                raise UsageError(
+                    f"{path}: this is a section; write [{path}] and its keys below, not {value!r}"
+                )
+            changes[key] = replace_nested(current, value, f"{path}.")
+        else:
+            changes[key] = _coerce(value, hints[key], path)
+    return dataclasses.replace(config, **changes)  # type: ignore[no-any-return]
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """A clause that names the nearest known word, or lists them all: '; did you mean `steps`?'."""
+    known = [str(name) for name in known]
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean `{near[0]}`?" if near else f". Known: {', '.join(known)}"
+
+
+def _coerce(value: Any, hint: Any, path: str) -> Any:
+    """The plain value as the annotated type, or a UsageError; int passes as float, a lone value as a 1-tuple."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise UsageError(f"{path}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        return _coerce_tuple(value, arguments, path)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UsageError(f"{path}: expected a table of keys, got {value!r}")
+        return {str(k): _coerce(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
+    if origin in (Union, types.UnionType):
+        if any(type(value) is kind for kind in arguments):
+            return value
+        names = " or ".join(kind.__name__ for kind in arguments)
+        raise UsageError(f"{path}: expected {names}, got {value!r}")
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:  # bool is an int to isinstance, and `true` steps are a mistake
+        raise UsageError(f"{path}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def _coerce_tuple(value: Any, arguments: tuple[Any, ...], path: str) -> tuple[Any, ...]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    open_ended = len(arguments) == 2 and arguments[1] is Ellipsis
+    if not open_ended and len(values) != len(arguments):
+        raise UsageError(f"{path}: expected {len(arguments)} values, got {len(values)}")
+    kinds = [arguments[0]] * len(values) if open_ended else list(arguments)
+    return tuple(
+        _coerce(v, kind, f"{path}[{i}]") for i, (v, kind) in enumerate(zip(values, kinds, strict=True))
+    )
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The file's keys; raises UsageError with the line when it is not TOML."""
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a TOML file: {error}") from None
+
+
+def read_config(path: str | Path, base: RunConfig | None = None) -> RunConfig:
+    """The run that a TOML file describes, on top of `base` (default: the dataclasses' own defaults)."""
+    return replace_nested(base or RunConfig(), read_toml(path))
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """The configuration as nested plain values (tuples become lists), every key present."""
+    return {
+        f.name: as_plain(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        for f in fields(config)
+        for value in [getattr(config, f.name)]
+    }
+
+
+def write_config(config: RunConfig, path: str | Path) -> None:
+    """Writes every key, so that the file does not depend on defaults."""
+    Path(path).write_text(tomli_w.dumps(as_plain(config)), encoding="utf-8")
+
+
+def config_hash(config: RunConfig) -> str:
+    """Eight hex digits that differ when any key differs."""
+    return hashlib.sha256(tomli_w.dumps(as_plain(config)).encode()).hexdigest()[:8]

@@ -1,0 +1,127 @@
+"""Encoded image files to upright RGB pixels; the one place where foreign image bytes are decoded.
+
+Whatever the bytes are, the outcome is an image or a BadSample with a reason out of `Reason`.
+"""
+
+import struct
+import warnings
+from io import BytesIO
+from typing import Literal, get_args
+
+import numpy as np
+
+# Registers WebP by itself: asking for a format that is not registered makes Pillow load every decoder it has.
+from PIL import Image, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+
+from threetowers.errors import BadSample
+
+Reason = Literal[
+    "empty file",
+    "not an image",  # HTML, text, anything without an image's signature
+    "unsupported format",  # an image, but none of FORMATS
+    "too many pixels",
+    "extreme shape",  # one side more than MAX_SIDE_RATIO times the other
+    "damaged image",
+]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 64_000_000
+# Scaling the short side of a 60,000 × 1 image to 224 would take gigabytes, though its own pixels are few.
+MAX_SIDE_RATIO = 200
+
+# What Pillow warns of (oversized headers, broken EXIF) comes back as a reason; a warning per file would hide the rest.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
+_FOREIGN_SIGNATURES = (
+    b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\0\x0cJXL ",
+    b"8BPS", b"\0\0\1\0", b"<svg", b"%PDF", b"P5\n", b"P6\n",
+)  # fmt: skip
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_TAG = 0x0112
+
+
+def decode(data: bytes, id: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in an encoded file: mode RGB, upright by its EXIF orientation, the first frame of an animation.
+
+    Transparency is laid on white and 16-bit grey keeps its high byte. An EXIF block that cannot be read counts as
+    absent, since the pixels are whole. Size and shape are checked from the header, before memory is taken.
+
+    Raises BadSample(id, reason, detail) with a reason out of `REASONS`, and nothing else.
+    """
+    if not data:
+        raise BadSample(id, "empty file")
+    try:
+        image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
+        _check_shape(id, *image.size, max_pixels)
+        image.load()
+        orientation = _orientation(image)
+        image = _to_rgb(image)
+        return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    except BadSample:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample(id, "too many pixels", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadSample(id, _unidentified(data), f"starts with {data[:12]!r}") from error
+    except Exception as error:  # decoders raise nearly everything on damaged input, MemoryError included
+        raise BadSample(id, "damaged image", f"{type(error).__name__}: {error}") from error
+
+
+def _check_shape(id: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadSample(id, "too many pixels", f"{width} × {height}, at most {max_pixels:,} are taken")
+    if max(width, height) > MAX_SIDE_RATIO * min(width, height):
+        raise BadSample(id, "extreme shape", f"{width} × {height}")
+
+
+def _unidentified(data: bytes) -> Reason:
+    """Why Pillow does not know the file, by its first bytes."""
+    if data.startswith(_SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        return "damaged image"
+    if data.startswith(_FOREIGN_SIGNATURES) or data[4:8] == b"ftyp":  # AVIF, HEIC and video share `ftyp`
+        return "unsupported format"
+    return "not an image"
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 when there is none that can be read."""
+    if "exif" not in image.info and "Raw profile type exif" not in image.info:
+        return 1
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, struct.error):
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        return _wide_grey_to_rgb(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """16-bit grey by its high byte, as Pillow reads 16-bit colour; `convert` would clip at 255 instead."""
+    wide = np.asarray(image).astype(np.uint16)
+    grey = (wide >> 8).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[wide == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")

@@ -1,0 +1,483 @@
+"""Images that lie as files: a table with a path column and captions, or a folder with sidecar texts or classes."""
+
+import csv
+import hashlib
+import itertools
+import json
+import os
+import re
+import stat
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from threetowers.config import did_you_mean
+from threetowers.data.shards import IMAGE_ENDINGS, ShardSource
+from threetowers.data.sources import (
+    MISSING_CAPTIONS,
+    Record,
+    Source,
+    Subset,
+    Texts,
+    clean_captions,
+    decode_text,
+)
+from threetowers.errors import BadSample, DataError, UsageError
+
+TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+
+_PATH_NAMES = (
+    "image", "image_path", "img_path", "filepath", "file_path", "image_file", "image_name", "image_filename",
+    "file_name", "filename", "file", "path", "img",
+)  # fmt: skip
+_CAPTION_NAMES = ("caption", "text", "sentence", "comment", "raw", "description", "title", "alt", "alt_text")
+_NUM_SNIFFED = 100  # rows that columns are recognised by
+
+_Row = tuple[int, dict[str, Any]]
+"""Line (or row) number, counted from 1 with the header, and the cells by column."""
+
+
+@dataclass(eq=False)
+class FileSource:
+    """Images in files below `folder`, sorted as found; implements Source. Made by `open_table`, `open_folder`.
+
+    layout: what was recognised, for people. A sample's id is its path relative to the folder, in NFC.
+    """
+
+    name: str
+    layout: str
+    folder: str
+    class_names: Sequence[str] = ()
+    templates: Sequence[str] = ()
+    fingerprint: str = ""
+    problems: Sequence[BadSample] = field(init=False)
+    _problems: list[BadSample] = field(default_factory=list)
+    _paths: Texts = field(default_factory=Texts)
+    _captions: Texts = field(default_factory=Texts)
+    _labels: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def __post_init__(self) -> None:
+        self.problems = self._problems
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def record(self, index: int) -> Record:
+        captions, label = self._captions[index], self._labels[index]
+        return Record(
+            _id(self._paths[index]),
+            tuple(captions.split("\n")) if captions else (),
+            label if label >= 0 else None,
+        )
+
+    def image(self, index: int) -> bytes:
+        path = Path(self.folder, self._paths[index])
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            reason = "missing file" if isinstance(error, FileNotFoundError) else "unreadable"
+            raise BadSample(_id(self._paths[index]), reason, f"{path}: {error.strerror}") from error
+
+    def _problem(self, path: str, reason: str, detail: str = "") -> None:
+        self._problems.append(BadSample(_id(path), reason, detail))
+
+    def _fill(self, samples: Iterator[tuple[str, int, str, int]]) -> "FileSource":
+        """Takes in (path, size in bytes, captions joined by newlines, label or -1) and signs it all."""
+        digest = hashlib.sha256(repr(tuple(self.class_names)).encode())
+        for path, size, captions, label in samples:
+            digest.update(repr((_id(path), size, captions, label)).encode())
+            self._paths.append(path)
+            self._captions.append(captions)
+            self._labels.append(label)
+        self.fingerprint = digest.hexdigest()
+        return self
+
+
+def _id(path: str) -> str:
+    """One spelling of a path on every system: NFC, and no bytes that cannot be printed."""
+    return path if path.isascii() else unicodedata.normalize("NFC", path.encode("utf-8", "replace").decode())
+
+
+def open_table(
+    path: str | Path, image_column: str = "none", caption_columns: tuple[str, ...] = ()
+) -> FileSource:
+    """The samples of a CSV (any delimiter), TSV, JSONL or parquet table; image paths are relative to its folder.
+
+    Columns are recognised by name, else by content, when they are `none` and empty. Rows with the same image are
+    one sample with several captions, as are several caption columns, lists in JSONL and JSON lists in a cell.
+    Raises UsageError for a column that is not there or cannot be recognised, DataError when nothing can be read.
+    """
+    path = Path(path)
+    problems: list[BadSample] = []
+    try:
+        rows = _read_rows(path, problems)
+        head = list(itertools.islice(rows, _NUM_SNIFFED))
+        if not head:
+            raise DataError(
+                f"{path}: there is no row in it that can be read. {'; '.join(map(str, problems[:5]))}"
+            )
+        image_column, caption_columns = _columns(path, head, image_column, caption_columns)
+        source = FileSource(
+            name=path.stem,
+            layout=f"table {path.name}, images in column `{image_column}`, "
+            f"captions in {', '.join(f'`{column}`' for column in caption_columns)}",
+            folder=str(path.parent),
+            _problems=problems,
+        )
+        merged = _merge(source, path.name, itertools.chain(head, rows), image_column, caption_columns)
+        return source._fill(
+            (file, size, captions, -1) for file, (size, captions) in merged.items() if captions
+        )
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{path}: it cannot be read as {path.suffix or 'a table'}: {error}") from error
+
+
+def _merge(
+    source: FileSource, table: str, rows: Iterator[_Row], image_column: str, caption_columns: tuple[str, ...]
+) -> dict[str, tuple[int, str]]:
+    """Size and captions by file; every row that adds nothing is put on the source's list of problems."""
+    files: dict[str, tuple[int, str]] = {}
+    spelled: dict[str, str] = {}  # as in the table → as on the disk; "" for what is missing
+    for line, row in rows:
+        where, cell = f"{table}:{line}", row.get(image_column)
+        if not isinstance(cell, str) or cell.strip() in MISSING_CAPTIONS:
+            source._problem(where, "no path", f"column `{image_column}` is empty")
+            continue
+        if cell not in spelled:
+            found = _find(source.folder, cell.strip())
+            spelled[cell] = found[0] if found else ""
+            if found:
+                files.setdefault(found[0], (found[1], ""))
+            else:
+                source._problem(cell, "missing file", f"{where}: {Path(source.folder, cell.strip())}")
+        file = spelled[cell]
+        if not file:
+            continue
+        captions, damaged = clean_captions(
+            text for column in caption_columns for text in _texts(row.get(column))
+        )
+        if damaged:
+            source._problem(file, "caption is not UTF-8", where)
+        if captions:
+            size, before = files[file]
+            files[file] = size, "\n".join((before, *captions) if before else captions)
+        else:
+            source._problem(file, "empty caption", where)
+    return files
+
+
+def _find(folder: str, path: str) -> tuple[str, int] | None:
+    """The path as it is spelled on the disk, and the file's size; None when there is no such file.
+
+    Tried as given, in both Unicode normal forms (macOS writes umlauts decomposed) and with Windows' separators.
+    """
+    plain = os.path.normpath(path)
+    forms = (
+        plain,
+        *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")),
+        plain.replace("\\", "/"),
+    )
+    for form in dict.fromkeys(forms):
+        try:
+            status = os.stat(os.path.join(folder, form))  # noqa: PTH116, PTH118 - a Path costs more than the call
+        except (OSError, ValueError):
+            continue
+        if stat.S_ISREG(status.st_mode):
+            return form, status.st_size
+    return None
+
+
+def _texts(cell: Any) -> list[str]:
+    """The texts in a cell: one, a list of them, a JSON list written as text, or none."""
+    if isinstance(cell, str):
+        if cell.startswith('["') and cell.endswith('"]'):
+            try:
+                return _texts(json.loads(cell))
+            except ValueError:
+                pass  # a caption that only looks like a list
+        return [cell]
+    if isinstance(cell, list):
+        return [text for item in cell for text in _texts(item)]
+    return [] if cell is None or isinstance(cell, dict) else [str(cell)]
+
+
+# Reading rows
+
+
+def _read_rows(path: Path, problems: list[BadSample]) -> Iterator[_Row]:
+    if path.suffix.lower() == ".parquet":
+        return _parquet_rows(path)
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return _jsonl_rows(path, problems)
+    if path.suffix.lower() in (".csv", ".tsv", ".txt"):
+        return _csv_rows(path, problems)
+    raise DataError(f"{path}: a table ends in {', '.join(TABLE_ENDINGS)}, and shards in .tar")
+
+
+def _csv_rows(path: Path, problems: list[BadSample]) -> Iterator[_Row]:
+    """Rows of a CSV whose delimiter is the one its header has most of. Tab files are read without quoting."""
+    with path.open("rb") as binary:
+        encoding = "utf-16" if binary.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        delimiter = max(",;\t|", key=header.count)
+        tabs = delimiter == "\t"
+        reader = csv.reader(
+            file, delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        )
+        columns: list[str] = []
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise DataError(
+                    f"{path}:{line}: the quotes do not pair up ({error}); mend this row"
+                ) from error
+            if cells is None:
+                return
+            if tabs:
+                cells = [_unquoted(cell) for cell in cells]
+            if not columns:
+                columns = _header(path, cells)
+            elif len(cells) == len(columns):
+                yield line, dict(zip(columns, cells, strict=True))
+            elif cells:
+                detail = f"expected {len(columns)}, found {len(cells)}"
+                problems.append(BadSample(f"{path.name}:{line}", "wrong number of fields", detail))
+
+
+def _unquoted(cell: str) -> str:
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return cell[1:-1].replace('""', '"') if quoted else cell
+
+
+def _header(path: Path, cells: list[str]) -> list[str]:
+    """Column names, made unique; refuses a first row that is data already."""
+    columns: list[str] = []
+    for cell in (cell.strip() for cell in cells):
+        if _is_image_name(cell):
+            raise DataError(
+                f"{path}: its first line holds {cell!r}, which is data. Put column names above it, "
+                "such as image,caption"
+            )
+        columns.append(f"{cell}.{columns.count(cell)}" if cell in columns else cell)
+    return columns
+
+
+def _jsonl_rows(path: Path, problems: list[BadSample]) -> Iterator[_Row]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                problems.append(BadSample(f"{path.name}:{line}", "damaged json", str(error)))
+                continue
+            if isinstance(row, dict):
+                yield line, row
+            else:
+                problems.append(BadSample(f"{path.name}:{line}", "damaged json", "not an object"))
+
+
+def _parquet_rows(path: Path) -> Iterator[_Row]:
+    try:
+        import pyarrow  # type: ignore[import-untyped, import-not-found]
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UsageError(
+            f"{path}: reading parquet needs pyarrow; pip install pyarrow, or save as CSV"
+        ) from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+            yield from enumerate(rows, 1)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: it is no parquet file, or a damaged one: {error}") from error
+
+
+# Recognising columns
+
+
+def _columns(
+    path: Path, head: list[_Row], image_column: str, caption_columns: tuple[str, ...]
+) -> tuple[str, tuple[str, ...]]:
+    names = list(dict.fromkeys(name for _, row in head for name in row))
+    listed = f"Its columns: {', '.join(names)}"
+    for column in (image_column, *caption_columns):
+        if column != "none" and column not in names:
+            hint = did_you_mean(column, names)
+            hint = f"{hint} {listed}" if "did you mean" in hint else f". {listed}"
+            raise UsageError(f"{path}: there is no column `{column}`{hint}")
+    cells = {name: [row[name] for _, row in head if row.get(name) is not None] for name in names}
+    if image_column == "none":
+        found = _path_column(path.parent, cells)
+        if found is None:
+            raise UsageError(f"{path}: no column holds paths of images. Name it as image_column. {listed}")
+        image_column = found
+    caption_columns = caption_columns or _caption_columns(cells, image_column)
+    if not caption_columns:
+        raise UsageError(f"{path}: no column holds captions. Name it as caption_columns. {listed}")
+    return image_column, caption_columns
+
+
+def _path_column(folder: Path, cells: dict[str, list[Any]]) -> str | None:
+    """The column of image paths: known by name and not contradicted by content, or by content alone."""
+
+    def share(name: str) -> float:
+        hits = (
+            isinstance(cell, str) and (_is_image_name(cell) or _is_file(folder, cell)) for cell in cells[name]
+        )
+        return sum(hits) / max(len(cells[name]), 1)
+
+    known = sorted((_PATH_NAMES.index(_plain(name)), name) for name in cells if _plain(name) in _PATH_NAMES)
+    for _, name in known:
+        if share(name) > 0:
+            return name
+    best = max(cells, key=share)
+    if share(best) > 0.5:
+        return best
+    return known[0][1] if known else None
+
+
+def _caption_columns(cells: dict[str, list[Any]], image_column: str) -> tuple[str, ...]:
+    """All columns of the first known family (`caption_0`, `caption_1`, …), else the one with the longest texts."""
+    others = [name for name in cells if name != image_column]
+    for family in _CAPTION_NAMES:
+        found = [name for name in others if re.fullmatch(rf"{family}s?(_?\d+)?", _plain(name))]
+        if found:
+            return tuple(found)
+    lengths = {name: sum(len(text) for cell in cells[name] for text in _texts(cell)) for name in others}
+    texts = [name for name in others if any(isinstance(cell, str | list) for cell in cells[name])]
+    best = max(texts, key=lengths.__getitem__, default=None)
+    return (best,) if best is not None and lengths[best] else ()
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def _is_image_name(text: str) -> bool:
+    return text.strip().lower().endswith(tuple(f".{ending}" for ending in IMAGE_ENDINGS))
+
+
+def _is_file(folder: Path, text: str) -> bool:
+    return 0 < len(text.strip()) < 4096 and _find(str(folder), text.strip()) is not None
+
+
+# Folders
+
+
+def open_folder(path: str | Path) -> FileSource:
+    """The images below a folder: with captions from `NAME.txt` beside them, else one class per subfolder.
+
+    Captions stand one per line. Classes are the sorted names of at least two subfolders.
+    Raises DataError when the folder holds a table instead, or a subfolder cannot be read.
+    """
+    folder = Path(path)
+    images = list(_image_files(folder))
+    source = FileSource(folder.resolve().name, "folder of images with .txt files", str(folder))
+    if any(has_text for _, has_text in images):
+        return source._fill(_captioned(source, images))
+    tables = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in TABLE_ENDINGS)
+    if tables:
+        raise DataError(
+            f"{path} holds {', '.join(tables)}, and no image has a .txt beside it; open {folder / tables[0]}"
+        )
+    classes = sorted({image.split("/")[0] for image, _ in images if "/" in image})
+    if len(classes) < 2:
+        return source._fill(_captioned(source, images))
+    source.layout = f"folder with {len(classes)} class folders"
+    source.class_names = [_id(name) for name in classes]
+    return source._fill(_classified(source, images, {name: label for label, name in enumerate(classes)}))
+
+
+def _image_files(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Relative path of each image in sorted order, and whether a .txt of its name is there."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename}: it cannot be read: {error.strerror}")
+
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link back up would never end
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        texts = {name for name in files if name.endswith(".txt")}
+        prefix = Path(parent).relative_to(folder).as_posix()
+        for name in sorted(files):
+            if _is_image_name(name) and not name.startswith("."):
+                relative = name if prefix == "." else f"{prefix}/{name}"
+                yield relative, f"{name.rpartition('.')[0]}.txt" in texts
+
+
+def _captioned(source: FileSource, images: list[tuple[str, bool]]) -> Iterator[tuple[str, int, str, int]]:
+    for image, has_text in images:
+        path = Path(source.folder, image)
+        if not has_text:
+            source._problem(image, "no caption", "there is no .txt beside it")
+            continue
+        try:
+            text = decode_text(path.with_suffix(".txt").read_bytes())
+            size = path.stat().st_size
+        except OSError as error:
+            source._problem(image, "unreadable", f"{error.filename}: {error.strerror}")
+            continue
+        captions, damaged = clean_captions(text.split("\n"))
+        if damaged:
+            source._problem(image, "caption is not UTF-8")
+        if captions:
+            yield image, size, "\n".join(captions), -1
+        else:
+            source._problem(image, "empty caption")
+
+
+def _classified(
+    source: FileSource, images: list[tuple[str, bool]], labels: dict[str, int]
+) -> Iterator[tuple[str, int, str, int]]:
+    for image, _ in images:
+        name, slash, _ = image.partition("/")
+        path = Path(source.folder, image)
+        if not slash:
+            source._problem(image, "no class", "it lies beside the class folders")
+        elif path.is_file():
+            yield image, path.stat().st_size, "", labels[name]
+        else:
+            source._problem(image, "missing file", f"{path}: the link leads nowhere")
+
+
+def describe(source: Source) -> str:
+    """A few lines for people: what was recognised, how many samples, the first three, and the problems counted.
+
+    captions.csv: table captions.csv, images in column `file`, captions in `caption`
+    5 samples, 1 problem (missing file: 1)
+      a.jpg → a red square
+    """
+    whole = source
+    while isinstance(whole, Subset):
+        whole = whole.source
+    layout = whole.layout if isinstance(whole, FileSource | ShardSource) else "built-in"
+    counts = Counter(problem.reason for problem in source.problems)
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
+    classes = f", {len(source.class_names)} classes" if source.class_names else ""
+    lines = [
+        f"{source.name}: {layout}",
+        f"{len(source)} samples{classes}, {len(source.problems)} problems"
+        + (f" ({reasons})" if reasons else ""),
+    ]
+    for index in range(min(3, len(source))):
+        record = source.record(index)
+        texts = list(record.captions[:1])
+        if record.label is not None:
+            texts.append(source.class_names[record.label] if source.class_names else f"class {record.label}")
+        lines.append(f"  {record.id} → {' | '.join(texts)}")
+    return "\n".join("".join(c if c.isprintable() else "\ufffd" for c in line) for line in lines)

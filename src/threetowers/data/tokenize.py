@@ -1,0 +1,152 @@
+"""Captions to token ids: open_clip's vocabulary, a tokenizer.json, or a vocabulary learned from the captions."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+from threetowers.errors import UsageError
+
+PAD, START, END = "<pad>", "<start>", "<end>"
+_clean = get_clean_fn("whitespace")  # what open_clip does before a tokenizer.json, so that exports agree
+
+
+class Tokenizer(Protocol):
+    """Turns captions into the ids that a text tower takes."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, int64 [B, context_length], end token kept when a caption is cut."""
+        ...
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """Number of ids up to and including the end token, int64 [B]."""
+        ...
+
+    def text_cfg(self) -> dict[str, Any]:
+        """The keys of open_clip's text_cfg that this vocabulary decides."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what `load_tokenizer` and open_clip's local-dir need to make the same ids."""
+        ...
+
+
+class OpenClipTokenizer:
+    """CLIP's byte-pair vocabulary of 49,408 tokens, as open_clip ships it."""
+
+    def __init__(self, context_length: int) -> None:
+        self._tokenize = SimpleTokenizer(context_length=context_length)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return self._tokenize(list(texts)).long()  # type: ignore[no-any-return]
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        return tokens.argmax(dim=1) + 1  # the end token is the highest id
+
+    def text_cfg(self) -> dict[str, Any]:
+        return {"vocab_size": self._tokenize.vocab_size}
+
+    def save(self, folder: Path) -> None:
+        pass  # open_clip has this vocabulary built in
+
+
+class FileTokenizer:
+    """A tokenizer.json of Hugging Face's `tokenizers`, cut and padded to the context length."""
+
+    def __init__(self, tokenizer: FastTokenizer, context_length: int, source: str = "tokenizer.json") -> None:
+        ends = {tokenizer.encode(text).ids[-1] for text in ("a", "b c") if tokenizer.encode(text).ids}
+        if len(ends) != 1:
+            raise UsageError(
+                f"{source}: captions get no common end token; add a post-processor that appends one to the tokenizer"
+            )
+        self.end_id = ends.pop()
+        self.pad_id = _pad_id(tokenizer)
+        self.context_length = context_length
+        tokenizer.enable_truncation(max_length=context_length)
+        tokenizer.enable_padding(
+            length=context_length, pad_id=self.pad_id, pad_token=tokenizer.id_to_token(self.pad_id)
+        )
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        encoded = self._tokenizer.encode_batch([_clean(text) for text in texts])
+        return torch.from_numpy(np.array([entry.ids for entry in encoded], dtype=np.int64))
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        return (tokens == self.end_id).int().argmax(dim=1) + 1
+
+    def text_cfg(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self._tokenizer.get_vocab_size(),
+            "pool_type": "eos",
+            "eos_id": self.end_id,
+            "pad_id": self.pad_id,
+            "hf_tokenizer_name": "tokenizer",  # open_clip reads the files beside the config when this is not empty
+        }
+
+    def save(self, folder: Path) -> None:
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.context_length,
+            "pad_token": self._tokenizer.id_to_token(self.pad_id),
+            "eos_token": self._tokenizer.id_to_token(self.end_id),
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _pad_id(tokenizer: FastTokenizer) -> int:
+    if tokenizer.padding:
+        return int(tokenizer.padding["pad_id"])
+    for token in (PAD, "[PAD]", "<|pad|>"):
+        if (found := tokenizer.token_to_id(token)) is not None:
+            return int(found)
+    return 0
+
+
+def train_tokenizer(captions: Iterable[str], *, vocab_size: int, context_length: int) -> FileTokenizer:
+    """A lower-casing byte-level BPE learned from the captions; any script, no unknown token.
+
+    Ids: 0 pads, 1 starts, 2 ends a caption. Deterministic in the captions and their order.
+    """
+    tokenizer = FastTokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocab_size, 256 + 3),
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((_clean(caption) for caption in captions), trainer=trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (START, END)],
+    )
+    return FileTokenizer(tokenizer, context_length)
+
+
+def load_tokenizer(name: str, context_length: int) -> Tokenizer:
+    """`open_clip`, or a tokenizer.json or a folder that holds one; raises UsageError when it cannot be read."""
+    if name == "open_clip":
+        return OpenClipTokenizer(context_length)
+    path = Path(name)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(
+            f"pair.tokenizer: {name!r} is neither open_clip, trained, nor a tokenizer.json or its folder"
+        )
+    try:
+        tokenizer = FastTokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises bare Exception for every defect of the file
+        raise UsageError(f"{path}: not a tokenizer that `tokenizers` can read ({error})") from None
+    tokenizer.no_truncation()
+    return FileTokenizer(tokenizer, context_length, str(path))

@@ -1,0 +1,109 @@
+"""Decoded images to the pixels that a tower takes.
+
+Every tower states its own `ImageSpec`; resizing is Pillow's, as in torchvision, timm and open_clip, so the numbers
+are theirs. Pixels travel as uint8 and are normalised on the device.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from threetowers.data.order import hash64
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """How an image tower wants its input.
+
+    size: side of the square input in pixels. resize: `shortest` scales the shorter side to resize_size and takes
+    the centre, `squash` scales both sides to it. mean, std: per channel, for pixels in [0, 1].
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Interpolation = "bicubic"
+    resize: Literal["shortest", "squash"] = "shortest"
+    resize_size: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "ImageSpec":
+        return ImageSpec(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def _filter(spec: ImageSpec) -> Image.Resampling:
+    return Image.Resampling[spec.interpolation.upper()]
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def fixed_view(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """The image as at inference: uint8 [3, size, size]; the arithmetic of torchvision's Resize and CenterCrop."""
+    target = spec.resize_size or spec.size
+    width, height = image.size
+    if spec.resize == "squash":
+        resized = (target, target)
+    else:
+        short, long = sorted((width, height))
+        new_long = int(target * long / short)
+        resized = (target, new_long) if width <= height else (new_long, target)
+    if resized != image.size:
+        image = image.resize(resized, _filter(spec))
+    left = round((resized[0] - spec.size) / 2.0)
+    top = round((resized[1] - spec.size) / 2.0)
+    if (left, top) != (0, 0) or resized != (spec.size, spec.size):
+        image = image.crop((left, top, left + spec.size, top + spec.size))
+    return _to_array(image)
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """A random view: the box in relative coordinates (left, top, right, bottom), and whether it is mirrored."""
+
+    box: tuple[float, float, float, float]
+    flip: bool
+
+
+def random_crop(
+    seed: int, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], flip: bool
+) -> Crop:
+    """The view that belongs to a seed: area and aspect ratio drawn as by Inception's random resized crop.
+
+    size: (width, height) in pixels, which bounds the aspect ratio. One draw that does not fit is clamped to the
+    image rather than drawn again, so that a seed costs the same everywhere.
+    """
+    uniform = [hash64(seed, field) / 2**64 for field in range(5)]
+    area = size[0] * size[1] * (scale[0] + (scale[1] - scale[0]) * uniform[0])
+    aspect = math.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * uniform[1])
+    width = min(math.sqrt(area * aspect) / size[0], 1.0)
+    height = min(math.sqrt(area / aspect) / size[1], 1.0)
+    left, top = uniform[2] * (1 - width), uniform[3] * (1 - height)
+    return Crop((left, top, left + width, top + height), flip and uniform[4] < 0.5)
+
+
+def cropped_view(image: Image.Image, crop: Crop, spec: ImageSpec) -> np.ndarray:
+    """The cropped region at the tower's size: uint8 [3, size, size]."""
+    width, height = image.size
+    left, top, right, bottom = crop.box
+    box = (left * width, top * height, min(right, 1.0) * width, min(bottom, 1.0) * height)
+    pixels = _to_array(image.resize((spec.size, spec.size), _filter(spec), box=box))
+    return pixels[:, :, ::-1] if crop.flip else pixels
+
+
+def normalise(pixels: Tensor, spec: ImageSpec) -> Tensor:
+    """uint8 [B, 3, H, W] to float32, scaled to [0, 1] and standardised per channel, on the pixels' device."""
+    mean = torch.tensor(spec.mean, device=pixels.device).view(1, -1, 1, 1)
+    std = torch.tensor(spec.std, device=pixels.device).view(1, -1, 1, 1)
+    return (pixels.float() / 255.0 - mean) / std

@@ -1,0 +1,44 @@
+"""The errors a user can meet; each carries the exit code of the command that raised it."""
+
+
+class ThreeTowersError(Exception):
+    """Base of every error that is the user's to mend: says what is wrong, where, and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(ThreeTowersError):
+    """A command, option or configuration that cannot be meant."""
+
+    exit_code = 2
+
+
+class DataError(ThreeTowersError):
+    """Data that cannot be read or holds nothing usable."""
+
+    exit_code = 3
+
+
+class CheckpointError(ThreeTowersError):
+    """Weights or a checkpoint that are missing, damaged or do not fit."""
+
+    exit_code = 3
+
+
+class NonFiniteError(ThreeTowersError):
+    """Training produced values that are not finite and could not recover."""
+
+    exit_code = 4
+
+
+class BadSample(Exception):  # noqa: N818 - a finding about one sample, not a failure of the program
+    """One sample that cannot be used: its id, a short reason from a closed list, and the detail."""
+
+    def __init__(self, id: str, reason: str, detail: str = "") -> None:
+        super().__init__(id, reason, detail)  # positional, so that it survives pickling between workers
+        self.id = id
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.reason}" + (f" ({self.detail})" if self.detail else "")

@@ -1,0 +1,1 @@
+"""What a trained model is worth: retrieval, zero-shot classification, the convex combination."""

@@ -1,0 +1,174 @@
+"""A source's images and captions as unit vectors, for every view that retrieval and the combination need."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from threetowers.data.decode import decode
+from threetowers.data.sources import Source
+from threetowers.data.tokenize import Tokenizer
+from threetowers.data.transforms import ImageSpec, fixed_view
+from threetowers.embeddings import Store
+from threetowers.errors import BadSample, DataError
+from threetowers.model import ThreeTowers
+from threetowers.objective.losses import unit
+
+
+@dataclass
+class Encoded:
+    """N images and M captions of a source, encoded. Rows of unusable images are left out.
+
+    views: unit vectors fp32 by view name; image-side views have N rows, text-side views M.
+    text_image: int64 [M], row of the image that each caption belongs to.
+    """
+
+    views: dict[str, Tensor]
+    text_image: Tensor
+    index: Tensor
+    """int64 [N], index of each image in the source."""
+    captions: list[str]
+    bad: list[BadSample] = field(default_factory=list)
+
+    def system(self, name: str) -> tuple[Tensor, Tensor]:
+        """Image and text vectors of a two-tower system: `main`, or the name of a third tower seen through the heads."""
+        if name == "main":
+            return self.views["img"], self.views["txt"]
+        return self.views[f"{name}@txt"], self.views[f"txt@{name}"]
+
+    def systems(self) -> list[str]:
+        """`main`, and each third tower that has a head facing the text tower and one facing back."""
+        sides = [view.removesuffix("@txt") for view in self.views if view.endswith("@txt")]
+        return ["main", *(name for name in sides if f"txt@{name}" in self.views)]
+
+
+class _FixedViews:
+    """The fixed view of a range of images; a DataLoader's dataset, so that workers decode."""
+
+    def __init__(self, source: Source, spec: ImageSpec) -> None:
+        self.source, self.spec = source, spec
+
+    def __getitem__(self, indices: list[int]) -> tuple[list[int], Tensor, list[BadSample]]:
+        kept, views, bad = [], [], []
+        for index in indices:
+            record = self.source.record(index)
+            try:
+                views.append(fixed_view(decode(self.source.image(index), record.id), self.spec))
+                kept.append(index)
+            except BadSample as problem:
+                bad.append(problem)
+        pixels = torch.from_numpy(np.stack(views)) if views else torch.empty(0, dtype=torch.uint8)
+        return kept, pixels, bad
+
+
+@torch.no_grad()
+def encode(
+    model: ThreeTowers,
+    source: Source,
+    tokenizer: Tokenizer,
+    stores: Mapping[str, Store],
+    device: torch.device,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> Encoded:
+    """Every view of the source's images and captions, in eval mode; the model's mode is restored after.
+
+    stores: the frozen towers' features of this source by view name. Raises DataError when nothing can be encoded.
+    """
+    training = model.training
+    model.eval()
+    index, image_feats, bad = _encode_images(
+        model, source, stores, device, batch_size=batch_size, workers=workers, autocast=autocast
+    )
+    captions: list[str] = []
+    text_image: list[int] = []
+    for row, i in enumerate(index.tolist()):
+        own = source.record(i).captions
+        captions += own
+        text_image += [row] * len(own)
+    text_feats = _encode_texts(model, captions, tokenizer, device, batch_size=batch_size, autocast=autocast)
+    image_views = {"img", *(view for view in model.heads if not view.startswith("txt"))}
+    text_views = {"txt", *(view for view in model.heads if view.startswith("txt"))}
+    views = {view: model.view(view, image_feats).cpu() for view in sorted(image_views)}
+    if captions:
+        views |= {view: model.view(view, text_feats).cpu() for view in sorted(text_views)}
+    model.train(training)
+    return Encoded(views, torch.tensor(text_image, dtype=torch.long), index, captions, bad)
+
+
+def _encode_images(
+    model: ThreeTowers,
+    source: Source,
+    stores: Mapping[str, Store],
+    device: torch.device,
+    *,
+    batch_size: int,
+    workers: int,
+    autocast: AbstractContextManager[Any] | None,
+) -> tuple[Tensor, dict[str, Tensor], list[BadSample]]:
+    """Indices of the usable images, their tower features, and the unusable ones."""
+    usable = np.ones(len(source), dtype=bool)
+    for store in stores.values():
+        usable &= store.usable
+    bad = [BadSample(source.record(int(i)).id, "damaged image") for i in np.flatnonzero(~usable)]
+    wanted = np.flatnonzero(usable).tolist()
+    kept, parts = wanted, []
+    if model.needs_pixels():
+        kept = []
+        loader: DataLoader[Any] = DataLoader(
+            _FixedViews(source, model.spec),  # type: ignore[arg-type]
+            sampler=[wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)],
+            batch_size=None,
+            num_workers=workers,
+        )
+        for indices, pixels, problems in loader:
+            bad += problems
+            if indices:
+                kept += indices
+                parts.append(model.features(pixels=pixels.to(device), autocast=autocast)["img"])
+    if not kept:
+        raise DataError(f"{source.name}: not one of its {len(source)} images can be read")
+    thirds = {
+        view: torch.from_numpy(store.features[kept].astype(np.float32)).to(device)
+        for view, store in stores.items()
+    }
+    feats = model.features(thirds=thirds)
+    if parts:
+        feats["img"] = torch.cat(parts)
+    return torch.tensor(kept), feats, bad
+
+
+def _encode_texts(
+    model: ThreeTowers,
+    texts: list[str],
+    tokenizer: Tokenizer,
+    device: torch.device,
+    *,
+    batch_size: int,
+    autocast: AbstractContextManager[Any] | None,
+) -> dict[str, Tensor]:
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        tokens = tokenizer(texts[start : start + batch_size])
+        tokens = tokens[:, : int(tokenizer.lengths(tokens).max())].to(device)
+        parts.append(model.features(tokens=tokens, autocast=autocast)["txt"])
+    return {"txt": torch.cat(parts)} if parts else {}
+
+
+@torch.no_grad()
+def encode_texts(
+    model: ThreeTowers, texts: list[str], tokenizer: Tokenizer, device: torch.device, view: str = "txt"
+) -> Tensor:
+    """Unit vectors fp32 [len(texts), D] of texts in a text-side view, in eval mode."""
+    training = model.training
+    model.eval()
+    feats = _encode_texts(model, texts, tokenizer, device, batch_size=256, autocast=None)
+    model.train(training)
+    return unit(model.raw_view(view, feats)).cpu()

@@ -1,0 +1,172 @@
+"""How sure a difference is: t-intervals over seeds, and with one seed a bootstrap over queries.
+
+A bootstrap over queries says how far the result would move on other test images, not with another training run.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from threetowers.errors import DataError
+
+Hits = ArrayLike | tuple[ArrayLike, ArrayLike]
+"""One value per query, or a tuple of two such arrays: image→text and text→image."""
+
+_BATCH_VALUES = 2**22  # resampled values held at a time, 32 MB
+
+
+class Interval(NamedTuple):
+    """A mean, its confidence interval and the number of independent values behind it (seeds, images or queries)."""
+
+    mean: float
+    low: float
+    high: float
+    num: int
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean, low and high end of Student's two-sided interval for the mean of independent values.
+
+    Equal values give an interval of no width. Raises DataError for fewer than two values or one that is not finite.
+
+        mean, low, high = t_interval([0.31, 0.33, 0.32])
+    """
+    array = _vector(values, "values")
+    if len(array) < 2:
+        raise DataError(
+            f"a t-interval needs at least 2 values, got {len(array)}: add seeds, or take a bootstrap over queries"
+        )
+    offsets = array - array[0]  # exact zeros for equal values, where a plain mean would leave rounding dust
+    mean = float(array[0] + offsets.mean())
+    spread = float(offsets.std(ddof=1))
+    half = float(stats.t.ppf(0.5 + level / 2, len(array) - 1)) * spread / len(array) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
+    """t-interval of a − b, where a[i] and b[i] share everything but the method (seed, data, steps).
+
+    Raises DataError for lists of differing lengths, and as `t_interval` does.
+    """
+    first, second = _vector(a, "a"), _vector(b, "b")
+    if len(first) != len(second):
+        raise DataError(
+            f"a paired difference needs one value of each per seed, got {len(first)} and {len(second)}"
+        )
+    difference = first - second
+    return Interval(*t_interval(difference.tolist(), level), num=len(difference))
+
+
+def bootstrap_interval(
+    hits: Hits,
+    *,
+    images: Hits | None = None,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap interval of the mean of `hits`, or of the mean of both directions' means.
+
+    images: in the shapes of `hits`, the image of each query; whole images are drawn, with all their queries in both
+    directions. Without it every query counts as independent, which is too sure where an image has several captions
+    or both directions are averaged. Raises DataError for shapes that do not fit, and for fewer than two
+    queries or images.
+
+        bootstrap_interval(ranks.hits(), images=ranks.images())
+    """
+    directions = _directions(hits, "hits")
+    if images is None:
+        data, statistic = directions, _mean_of_means
+        num = sum(len(values) for values in directions)
+    else:
+        data, statistic = _per_image(directions, _directions(images, "images")), _mean_of_ratios
+        num = len(data[0])
+    if min(len(values) for values in data) < 2:
+        raise DataError("a bootstrap needs at least 2 queries (or images) to draw from")
+    interval = stats.bootstrap(
+        data,
+        statistic,
+        paired=images is not None,
+        n_resamples=num_resamples,
+        batch=max(1, _BATCH_VALUES // max(len(values) for values in data)),
+        confidence_level=level,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(statistic(*data)), float(interval.low), float(interval.high), num)
+
+
+def bootstrap_difference(
+    hits_a: Hits,
+    hits_b: Hits,
+    *,
+    images: Hits | None = None,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Bootstrap interval of a − b over the same queries: each draw takes both systems' answers to a query.
+
+    Arguments and errors as in `bootstrap_interval`; the two systems' hits have the same shapes.
+    """
+    a, b = _directions(hits_a, "hits_a"), _directions(hits_b, "hits_b")
+    if [len(values) for values in a] != [len(values) for values in b]:
+        raise DataError(
+            f"hits_a and hits_b must answer the same queries, got {[len(values) for values in a]} and "
+            f"{[len(values) for values in b]}"
+        )
+    differences = [first - second for first, second in zip(a, b, strict=True)]
+    paired = differences[0] if len(differences) == 1 else (differences[0], differences[1])
+    return bootstrap_interval(paired, images=images, num_resamples=num_resamples, seed=seed, level=level)
+
+
+def held(interval: Interval, direction: Literal["greater", "less"] = "greater") -> bool:
+    """Whether the interval excludes 0 on the claimed side; touching 0 is not enough."""
+    return interval.low > 0 if direction == "greater" else interval.high < 0
+
+
+def _vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise DataError(f"{name}: a non-empty list of numbers is needed, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise DataError(
+            f"{name}: row {int(np.argmin(np.isfinite(array)))} is not finite; a run may have diverged"
+        )
+    return array
+
+
+def _directions(hits: Hits, name: str) -> list[NDArray[np.float64]]:
+    return [_vector(values, name) for values in (hits if isinstance(hits, tuple) else (hits,))]
+
+
+def _per_image(
+    directions: list[NDArray[np.float64]], images: list[NDArray[np.float64]]
+) -> list[NDArray[Any]]:
+    """[sum, count, sum, count …] over each image's queries, every array [number of images]."""
+    if [len(values) for values in directions] != [len(ids) for ids in images]:
+        raise DataError(
+            f"images: one index per query is needed, {[len(values) for values in directions]} queries have "
+            f"{[len(ids) for ids in images]}"
+        )
+    known = np.unique(images[0])
+    data: list[NDArray[Any]] = []
+    for values, ids in zip(directions, images, strict=True):
+        if not np.array_equal(np.unique(ids), known):
+            raise DataError("images: both directions must have queries of the same images")
+        place = np.searchsorted(known, ids)
+        data += [np.bincount(place, weights=values), np.bincount(place)]
+    return data
+
+
+def _mean_of_means(*directions: NDArray[np.float64], axis: int = -1) -> Any:
+    return sum(values.mean(axis=axis) for values in directions) / len(directions)
+
+
+def _mean_of_ratios(*sums_and_counts: NDArray[np.float64], axis: int = -1) -> Any:
+    sums, counts = sums_and_counts[0::2], sums_and_counts[1::2]
+    ratios = [total.sum(axis=axis) / count.sum(axis=axis) for total, count in zip(sums, counts, strict=True)]
+    return sum(ratios) / len(ratios)

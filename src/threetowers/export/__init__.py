@@ -1,0 +1,1 @@
+"""Trained pairs in the formats of other libraries."""

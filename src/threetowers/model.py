@@ -1,0 +1,212 @@
+"""ThreeTowers: the main pair, the heads, the scale, and the objective over their views.
+
+Legend: B samples, D embedding width, P a frozen tower's width.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from threetowers.config import ObjectiveConfig, RunConfig
+from threetowers.data.loader import Batch
+from threetowers.data.transforms import ImageSpec, normalise
+from threetowers.errors import UsageError
+from threetowers.objective import losses
+from threetowers.objective.pairs import Objective, Row, objective, tower_of
+from threetowers.towers.frozen import FrozenTower, as_image_tower
+from threetowers.towers.heads import head
+from threetowers.towers.pair import (
+    build_image_tower,
+    build_text_tower,
+    encode_text,
+    image_spec,
+    load_pair_weights,
+    model_config,
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What rebuilds the main pair: open_clip's model_cfg and the image tower's preprocessing."""
+
+    model_cfg: dict[str, Any]
+    image: ImageSpec
+
+
+class ThreeTowers(nn.Module):
+    """The trainable part of every method: towers `img` and `txt`, `heads` by view name, `log_scale`, `bias`.
+
+    The frozen towers are not in here. Their features come in, multiplied by `third_norms`, the stored constants that
+    bring the mean squared norm of each to its width P.
+    """
+
+    third_norms: Tensor
+
+    def __init__(
+        self,
+        table: Objective,
+        image: nn.Module | None,
+        text: nn.Module,
+        embed_dim: int,
+        third_widths: Mapping[str, int],
+        options: ObjectiveConfig,
+        spec: ImageSpec,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.objective, self.spec, self.embed_dim = table, spec, embed_dim
+        self.img, self.txt = image, text
+        self.thirds, self.third_widths = tuple(third_widths), dict(third_widths)
+        self.register_buffer("third_norms", torch.ones(len(self.thirds)))
+        widths = {"img": embed_dim, "txt": embed_dim, **third_widths}
+        self.heads = nn.ModuleDict()
+        for row in table.rows:
+            for view, other in ((row.a, row.b), (row.b, row.a)):
+                if "@" in view:
+                    # facing a view without a head of its own means predicting that tower's features
+                    out_dim = embed_dim if "@" in other else widths[tower_of(other)]
+                    self.heads[view] = head(widths[tower_of(view)], out_dim, seed=seed, name=view)
+        if table.image == "third" and options.lit_projection:
+            self.heads["img"] = head(third_widths[self.thirds[0]], embed_dim, seed=seed, name="img")
+        num_scales = 1 if options.scale == "shared" else len(table.rows)
+        self.log_scale = nn.Parameter(torch.full((num_scales,), math.log(options.init_scale)))
+        self.max_log_scale = math.log(options.max_scale)
+        sigmoid = any(row.kind == "sigmoid" for row in table.rows)
+        self.bias = nn.Parameter(torch.full((len(table.rows),), options.init_bias)) if sigmoid else None
+
+    def features(
+        self,
+        *,
+        pixels: Tensor | None = None,
+        tokens: Tensor | None = None,
+        thirds: Mapping[str, Tensor] | None = None,
+        autocast: AbstractContextManager[Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """Features fp32 by tower name, of whichever inputs are given.
+
+        pixels: uint8 [B, 3, H, W]. tokens: int64 [B, n]. thirds: frozen features [B, P] by view name, as the tower
+        gave them. autocast: a context for the towers' precision.
+        """
+        feats: dict[str, Tensor] = {}
+        with autocast or torch.autocast("cpu", enabled=False):
+            if pixels is not None and self.img is not None:
+                feats["img"] = self.img(normalise(pixels, self.spec)).float()
+            if tokens is not None:
+                feats["txt"] = encode_text(self.txt, tokens).float()
+        for view, norm in zip(self.thirds, self.third_norms, strict=True):
+            if thirds is not None and view in thirds:
+                feats[view] = thirds[view].float() * norm
+        return feats
+
+    def raw_view(self, name: str, feats: Mapping[str, Tensor]) -> Tensor:
+        """The view before normalisation: a tower's features, or what its head makes of them."""
+        source = self.thirds[0] if name == "img" and self.objective.image == "third" else tower_of(name)
+        return self.heads[name](feats[source]) if name in self.heads else feats[source]
+
+    def view(self, name: str, feats: Mapping[str, Tensor]) -> Tensor:
+        """The unit vectors [B, D] of a view."""
+        return losses.unit(self.raw_view(name, feats))
+
+    def scale(self, row: int = 0) -> Tensor:
+        """The factor of the cosines of a row, exp(log_scale)."""
+        return self.log_scale[row if len(self.log_scale) > 1 else 0].exp()
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """Keeps every scale at most its maximum; called after each optimiser step."""
+        self.log_scale.clamp_(max=self.max_log_scale)
+
+    def row_loss(self, index: int, feats: Mapping[str, Tensor], negatives: Tensor | None = None) -> Tensor:
+        """The loss of one row of the table, not weighted."""
+        row: Row = self.objective.rows[index]
+        if row.kind == "mse":
+            return losses.mse_loss(self.raw_view(row.a, feats), self.raw_view(row.b, feats))
+        a, b = self.view(row.a, feats), self.view(row.b, feats)
+        if row.kind == "cosine":
+            return losses.cosine_loss(a, b)
+        if row.kind == "sigmoid":
+            assert self.bias is not None
+            return losses.sigmoid_loss(a, b, self.scale(index), self.bias[index], negatives)
+        return losses.softmax_loss(a, b, self.scale(index), negatives)
+
+    def loss(
+        self, feats: Mapping[str, Tensor], negatives: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum over the rows, and each row's own loss by the row's name."""
+        rows = {row.name: self.row_loss(i, feats, negatives) for i, row in enumerate(self.objective.rows)}
+        total = sum(row.weight * rows[row.name] for row in self.objective.rows)
+        assert isinstance(total, Tensor)
+        return total, rows
+
+    @torch.no_grad()
+    def accuracies(self, feats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Share of samples whose partner is nearest in the batch, for each contrastive row."""
+        return {
+            row.name: losses.contrastive_accuracy(self.view(row.a, feats), self.view(row.b, feats))
+            for row in self.objective.rows
+            if row.contrastive
+        }
+
+    def negatives(self, batch: Batch, mask_duplicates: bool) -> Tensor | None:
+        """Which pairs of the batch count as negatives, bool [B, B]; None when all others do."""
+        return losses.duplicate_mask(batch.image_ids, batch.caption_ids) if mask_duplicates else None
+
+    @torch.no_grad()
+    def set_third_norm(self, view: str, mean_square_norm: float) -> None:
+        """Stores the constant that brings the frozen features' mean squared norm to their width."""
+        self.third_norms[self.thirds.index(view)] = math.sqrt(
+            self.third_widths[view] / max(mean_square_norm, 1e-12)
+        )
+
+    def needs_pixels(self) -> bool:
+        return self.img is not None
+
+    def num_trainable(self) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def build(
+    config: RunConfig, thirds: Mapping[str, FrozenTower], text_cfg: Mapping[str, Any]
+) -> tuple[ThreeTowers, Architecture]:
+    """The model of a configuration, freshly initialised, and the architecture of its pair.
+
+    thirds: the loaded frozen towers by view name. text_cfg: what the tokenizer decides of open_clip's text_cfg.
+    Raises UsageError for a table or a pair that cannot be built.
+    """
+    table = objective(config)
+    model_cfg = model_config(config.pair)
+    model_cfg["text_cfg"] = {**model_cfg["text_cfg"], **text_cfg}
+    spec = image_spec(model_cfg, config.pair)
+    if table.image == "own":
+        image: nn.Module | None = build_image_tower(model_cfg, config.seed)
+    else:
+        (third,) = thirds.values()
+        spec, projection = third.image, None
+        if config.objective.lit_projection:
+            projection = head(
+                third.width, model_cfg["embed_dim"], seed=config.seed, name="img"
+            ).weight.detach()
+        else:
+            model_cfg["embed_dim"] = third.width
+        image, model_cfg["vision_cfg"] = as_image_tower(third, projection)
+        if table.image == "third":
+            image = None  # LiT reads the frozen tower's features; its network joins the pair when training is done
+    text = build_text_tower(model_cfg, config.seed)
+    if config.pair.weights != "none":
+        if table.image != "own":
+            raise UsageError(
+                f"pair.weights: method {config.method!r} takes its image tower from the third tower"
+            )
+        assert image is not None
+        load_pair_weights(image, text, config.pair.weights)
+    used = {tower_of(view) for view in table.views()}
+    widths = {view: t.width for view, t in thirds.items() if view in used or table.image == "third"}
+    model = ThreeTowers(
+        table, image, text, model_cfg["embed_dim"], widths, config.objective, spec, config.seed
+    )
+    return model, Architecture(model_cfg, spec)

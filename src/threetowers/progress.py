@@ -1,0 +1,66 @@
+"""Progress of long work: one line that rewrites itself on a terminal, plain lines now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TextIO, TypeVar
+
+T = TypeVar("T")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42 s, 3 min 05 s, 2 h 10 min."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Progress:
+    """Says how far a piece of work is, how fast it goes and how long it still takes.
+
+    done and total are in `unit`s. Off a terminal a line is written every `every_seconds` and at the end.
+    """
+
+    def __init__(
+        self, title: str, total: int, unit: str, *, done: int = 0, every_seconds: float = 10.0,
+        stream: TextIO | None = None,
+    ) -> None:  # fmt: skip
+        self.title, self.total, self.unit = title, total, unit
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._every = 0.2 if self._terminal else every_seconds
+        self._first = done
+        self._start = self._last = time.monotonic()
+
+    def update(self, done: int, extra: str = "", *, force: bool = False) -> None:
+        """Shows the state when it is time to; `extra` stands at the end of the line."""
+        now = time.monotonic()
+        finished = done >= self.total
+        if not (finished or force) and now - self._last < self._every:
+            return
+        self._last = now
+        rate = (done - self._first) / max(now - self._start, 1e-9)
+        left = duration((self.total - done) / rate) if rate > 0 else "?"
+        state = f"in {duration(now - self._start)}" if finished else f"{left} left"
+        line = f"{self.title}: {done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, {state}"
+        line += f" · {extra}" if extra else ""
+        if self._terminal:
+            self._stream.write("\r\x1b[K" + line + ("\n" if finished else ""))
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def track(items: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterator[T]:
+    """Yields the items and shows the progress through them."""
+    if total is None:
+        assert isinstance(items, Sized)
+        total = len(items)
+    bar = Progress(title, total, unit)
+    for done, item in enumerate(items, start=1):
+        yield item
+        bar.update(done)

@@ -1,0 +1,32 @@
+"""The built-in world: 32-pixel scenes with captions, small enough for two CPU cores.
+
+Command:   threetowers train shapes --method baseline
+           threetowers pretrain --out runs/objects && threetowers train shapes --third file:runs/objects
+Hardware:  two CPU cores
+Result:    docs/claims.md, written by `make claims`
+"""
+
+from threetowers.config import InputConfig, ObjectiveConfig, OptimConfig, PairConfig, RunConfig
+
+
+def shapes() -> RunConfig:
+    """A 0.35 M-parameter ConvNeXt and two text layers of width 128, 400 steps of 256."""
+    return RunConfig(
+        data="shapes",
+        classes="shapes",
+        steps=400,
+        batch_size=256,
+        pair=PairConfig(
+            embed_dim=128,
+            vision={"timm_model_name": "test_convnext2", "timm_pool": "", "image_size": 32},
+            text={"context_length": 32, "width": 128, "heads": 4, "layers": 2},
+            tokenizer="trained",
+            vocab_size=512,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+        ),
+        # left and right are in the captions, so no mirror images; scenes fill the frame, so gentle crops
+        inputs=InputConfig(crop_scale=(0.8, 1.0), crop_ratio=(0.9, 1.1), workers=0),
+        objective=ObjectiveConfig(init_scale=10.0),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50, scale_lr_multiplier=0.1),
+    )

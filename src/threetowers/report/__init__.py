@@ -1,0 +1,1 @@
+"""Run folders to pages, tables and plots; reads files only and never imports torch."""

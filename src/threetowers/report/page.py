@@ -1,0 +1,497 @@
+"""One offline page from a compare folder: `report.html`, with the same figures as PNG and CSV beside it.
+
+The page needs no network, no script and no other file. Captions, labels and class names are foreign text: they reach
+the page through `tag` and `join`, which escape whatever is not markup already.
+"""
+
+import base64
+import json
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from threetowers.errors import DataError
+from threetowers.progress import duration
+from threetowers.report.plots import PALETTE, Curves, Plot, draw_plots
+from threetowers.report.tables import (
+    METHODS,
+    Compare,
+    Html,
+    cells,
+    claim_word,
+    csv_tables,
+    finite,
+    headline,
+    html_table,
+    interval_note,
+    join,
+    label,
+    metric_name,
+    num_seeds,
+    percent,
+    primary,
+    ranking,
+    result_table,
+    tag,
+)
+
+OPEN_EXAMPLES = 4  # of each direction; more are one click away
+_IMAGES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def write_report(folder: Path) -> Path:
+    """Writes report.html, figures/*.png and tables/*.csv into a compare folder; returns the page's path.
+
+    The bytes depend on the folder's files alone. Raises DataError when compare.json is missing or cannot be used.
+    """
+    compare = read_compare(folder)
+    curves, problems = read_curves(folder, compare)
+    plots = draw_plots(compare, curves)
+    for name, text in csv_tables(compare).items():
+        _write(folder / "tables" / name, text.encode("utf-8"))
+    for plot in (plot for group in plots.values() for plot in group):
+        _write(folder / "figures" / f"{plot.name}.png", plot.png)
+    page = folder / "report.html"
+    _write(page, page_html(folder, compare, plots, problems).encode("utf-8"))
+    return page
+
+
+def read_compare(folder: Path) -> Compare:
+    """compare.json of a folder. Raises DataError when it is missing, damaged or of another schema."""
+    path = folder / "compare.json"
+    again = "Run `threetowers compare` again, or name the folder that it wrote"
+    try:
+        compare = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {again}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error}). {again}") from error
+    if not isinstance(compare, dict) or compare.get("schema") != 1:
+        found = compare.get("schema") if isinstance(compare, dict) else None
+        raise DataError(f"{path}: schema is {found!r}, this version reads schema 1. {again}")
+    for key in ("methods", "summary"):
+        if key not in compare:
+            raise DataError(f"{path}: has no {key!r}. {again}")
+    # A caption's stray bytes may be lone surrogates, which no UTF-8 file can hold.
+    clean: Compare = json.loads(json.dumps(compare, ensure_ascii=False).encode("utf-8", "replace"))
+    return clean
+
+
+def read_curves(folder: Path, compare: Compare) -> tuple[Curves, list[str]]:
+    """What the compared runs logged by step, and a sentence for each run or line that could not be read.
+
+    Trials of other learning rates are left out. An unfinished run's torn last line is passed over in silence.
+    """
+    curves: Curves = {}
+    problems = []
+    chosen = {(m["method"], m.get("third") or ""): m.get("lr") for m in compare["methods"]}
+    for run in compare.get("runs", []):
+        key = (run["method"], run.get("third") or "")
+        if key in chosen and chosen[key] in (None, run.get("lr")):
+            try:
+                lines = (folder / run["path"] / "metrics.jsonl").read_bytes().splitlines()
+            except OSError as error:
+                problems.append(f"{run['path']}/metrics.jsonl: {error.strerror}")
+                continue
+            rows = [_metrics_row(line) for line in lines]
+            if unread := rows[:-1].count(None):
+                problems.append(
+                    f"{run['path']}/metrics.jsonl: {unread} lines are not JSON objects with a step"
+                )
+            _add_run(curves.setdefault(key, {}), [row for row in rows if row])
+    return curves, problems
+
+
+def _metrics_row(line: bytes) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+        return {
+            k: number for k, v in {**row, "step": row["step"]}.items() if (number := finite(v)) is not None
+        }
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _add_run(metrics: dict[str, list[list[tuple[float, float]]]], rows: list[dict[str, float]]) -> None:
+    names = dict.fromkeys(n for row in rows for n in row if n.startswith(("val/", "train/loss/")))
+    for name in names:
+        metrics.setdefault(name, []).append([(row["step"], row[name]) for row in rows if name in row])
+
+
+def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], problems: list[str]) -> str:
+    """The whole page; sections without anything to show are left out, with their links."""
+    image = _images(folder)
+    sections = [
+        ("towers", "Three ways to use a pretrained image tower", _towers(compare)),
+        ("results", "Results", _results(compare)),
+        ("claims", "Claims, tested", _claims(compare)),
+        ("combination", "Using the third tower after training", _combination(compare, plots["combination"])),
+        ("training", "Training", _training(plots, problems)),
+        ("examples", "Retrieval, seen", _examples(compare, image)),
+        ("classes", "Zero-shot, class by class", _classes(compare, plots["classes"])),
+        ("cost", "Cost against quality", _cost(compare, plots["cost"])),
+        ("data", "What the data look like", _world(compare, image)),
+        ("settings", "Settings and machine", _settings(compare)),
+        ("reading", "How to read this page", _reading(compare)),
+    ]
+    shown = [(name, title, body) for name, title, body in sections if body]
+    links = join(*(tag("a", title, href=f"#{name}") for name, title, _ in shown))
+    body = join(*(tag("section", tag("h2", title), body, id=name) for name, title, body in shown))
+    title = str(compare.get("title", "Comparison"))
+    head = join(
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", _css()),
+    )
+    main = tag("main", _opening(compare, plots["primary"]), tag("nav", links, aria_label="Sections"), body)
+    return Html(f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{main}</body></html>\n')
+
+
+def _css() -> Html:
+    light, dark = ("".join(f"--{name}: {shades[i]}; " for name, shades in PALETTE.items()) for i in (0, 1))
+    variables = (
+        f":root {{ {light}}}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n"
+    )
+    return Html(variables + Path(__file__).with_name("style.css").read_text(encoding="utf-8"))
+
+
+def _images(folder: Path) -> Callable[[str | None, str], Html]:
+    """(path in the folder, description) → an image with its bytes inside, or a box that says it is missing."""
+
+    def image(path: str | None, description: str) -> Html:
+        file = folder / (path or "")
+        inside = file.resolve().is_relative_to(folder.resolve())
+        data = file.read_bytes() if inside and file.is_file() else b""
+        kind = next((kind for magic, kind in _IMAGES.items() if data.startswith(magic)), None)
+        if kind is None:
+            return tag("span", "image missing", class_="missing")
+        return tag("img", src=f"data:{kind};base64,{base64.b64encode(data).decode()}", alt=description)
+
+    return image
+
+
+def _panels(plots: Iterable[Plot]) -> Html:
+    return tag("div", *(tag("figure", Html(plot.svg)) for plot in plots), class_="panels")
+
+
+def _rows(pairs: Iterable[tuple[str, str]]) -> Html:
+    return tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in pairs), class_="rows")
+
+
+def _more(title: str, *children: Html) -> Html:
+    return tag("details", tag("summary", title), *children)
+
+
+def _opening(compare: Compare, plots: list[Plot]) -> Html:
+    """Title, headline with its certainty, the plot of the primary metric and the claims at a glance."""
+    what, certainty = headline(compare)
+    glance = [
+        tag("li", _state(claim["held"]), tag("span", f"{claim['id']}: {claim['text']}"))
+        for claim in compare.get("claims", [])
+    ]
+    claims = tag("div", tag("h3", "Claims"), tag("ul", *glance, class_="glance")) if glance else None
+    note = tag("figcaption", f"{metric_name(primary(compare))}, {interval_note(compare)}.")
+    figures = [tag("figure", tag("h3", "Who wins"), Html(plot.svg), note) for plot in plots]
+    return join(
+        tag("h1", str(compare.get("title", "Comparison"))),
+        tag("p", what, class_="headline"),
+        tag("p", certainty, class_="certainty"),
+        tag("div", *figures, claims, class_="panels beside"),
+    )
+
+
+def _towers(compare: Compare) -> Html:
+    """Three small drawings: what each method connects, and what it freezes."""
+    says = {
+        "baseline": ("Baseline.", " Image and text tower learn from scratch, from captioned images alone."),
+        "lit": ("LiT.", " The pretrained tower is the image tower, locked. Text learns to match it."),
+        "3t": ("3T.", " Both towers train, and each also learns to match the frozen third tower, which is dropped after training."),
+    }  # fmt: skip
+    figures = [
+        tag("figure", _drawing(method), tag("figcaption", tag("b", name), text))
+        for method, (name, text) in says.items()
+    ]
+    used = {m["method"] for m in compare["methods"]}
+    variants = {
+        "lit-unlocked": "LiT, unlocked: as LiT, but the image tower goes on training from the pretrained weights.",
+        "3t-regression": "3T, regression: as 3T, but the rows to the third tower pull vectors together instead of contrasting them.",
+    }  # fmt: skip
+    notes = [tag("p", text, class_="muted") for method, text in variants.items() if method in used]
+    return join(tag("div", *figures, class_="panels towers"), *notes)
+
+
+def _drawing(method: str) -> Html:
+    def box(x: int, y: int, name: str, state: str) -> str:
+        frozen = " frozen" if state == "frozen" else ""
+        return (
+            f'<rect class="box{frozen}" x="{x}" y="{y}" width="104" height="46" rx="7"/>'
+            f'<text x="{x + 52}" y="{y + 20}">{name}</text>'
+            f'<text class="note" x="{x + 52}" y="{y + 36}">{state}</text>'
+        )
+
+    def wire(path: str, colour: str = method) -> str:
+        return f'<path class="wire" style="stroke: var(--{colour})" d="{path}"/>'
+
+    left = (
+        box(2, 86, "third tower p", "frozen") if method == "lit" else box(2, 86, "image tower f", "trained")
+    )
+    parts = [wire("M106 109H214"), left, box(214, 86, "text tower g", "trained")]
+    if method == "3t":
+        parts = [
+            wire("M108 52L72 86"),
+            wire("M212 52L248 86"),
+            *parts,
+            box(108, 8, "third tower p", "frozen"),
+        ]
+    for x, name in ((54, "image"), (266, "caption")):
+        parts.append(f'<path class="input" d="M{x} 156V136M{x - 4} 141L{x} 135L{x + 4} 141"/>')
+        parts.append(f'<text class="note" x="{x}" y="171">{name}</text>')
+    parts.append('<text class="note" x="160" y="127">contrastive</text>')
+    title = f"What {METHODS[method]} connects"
+    top = 0 if method == "3t" else 76
+    view = f"0 {top} 320 {178 - top}"
+    return Html(f'<svg viewBox="{view}" role="img" aria-label="{title}">{"".join(parts)}</svg>')
+
+
+def _results(compare: Compare) -> Html | None:
+    if not any(cells(compare).values()):
+        return None
+    note = f"Percent, {interval_note(compare)} in brackets. ★ and bold mark the best of a column."
+    if any("combination/mean_r@1" in row for row in cells(compare).values()):
+        note += " The combined score needs the third tower at inference; its α was chosen on validation data."
+    return join(result_table(compare), tag("p", note, class_="muted"))
+
+
+def _state(held: bool | None) -> Html:
+    symbol, word = claim_word(held)
+    kind = {True: "state yes", False: "state no", None: "state unknown"}[held]
+    return tag("span", tag("span", symbol, class_="symbol", aria_hidden="true"), word, class_=kind)
+
+
+def _claims(compare: Compare) -> Html | None:
+    items = []
+    for claim in compare.get("claims", []):
+        figures = _rows((name, str(value)) for name, value in (claim.get("figures") or {}).items())
+        note = tag("p", claim["note"], class_="muted") if claim.get("note") else None
+        text = tag("p", tag("b", claim["id"]), " ", claim["text"])
+        items.append(tag("li", _state(claim["held"]), tag("div", text, figures, note)))
+    return tag("ul", *items, class_="claims") if items else None
+
+
+def _combination(compare: Compare, plots: list[Plot]) -> Html | None:
+    if not plots:
+        return None
+    text = (
+        "Main use needs the image and text tower alone. Where the third tower may run at inference too, the two scores "
+        "can be mixed: α = 0 is the main pair, α = 1 the third tower read through the text tower's head. "
+        "α is chosen on validation data; the curves are test data, thin lines are single seeds."
+    )
+    controls = [bool(curve.get("control")) for curve in compare["combination"]]
+    control = (
+        "The dashed control mixes two independently trained systems, baseline and LiT, in the same way: "
+        "what it gains is plain ensembling."
+        if all(controls)
+        else "Not every curve has a control (baseline and LiT mixed in the same way), so plain ensembling is not told apart."
+    )
+    return join(tag("p", text), tag("p", control), _panels(plots))
+
+
+def _training(plots: dict[str, list[Plot]], problems: list[str]) -> Html | None:
+    if not any((plots["validation"], plots["loss"], problems)):
+        return None
+    text = "Mean over seeds; the band spans the lowest and the highest seed."
+    rows = (
+        "Each row of an objective has its own loss. A regression row measures distance, not nats: "
+        "its height does not compare with the others."
+    )
+    loss = join(tag("h3", "Loss by row"), tag("p", rows, class_="muted"), _panels(plots["loss"]))
+    return join(
+        tag("p", text, class_="muted"),
+        _panels(plots["validation"]) if plots["validation"] else None,
+        loss if plots["loss"] else None,
+        *(tag("p", f"Not shown: {problem}.") for problem in problems),
+    )
+
+
+def _examples(compare: Compare, image: Callable[[str | None, str], Html]) -> Html | None:
+    parts = []
+    for direction, title, card in (
+        ("t2i", "Caption → images", _text_query),
+        ("i2t", "Image → captions", _image_query),
+    ):
+        cards = [card(e, image) for e in compare.get("examples", []) if e["direction"] == direction]
+        if cards:
+            shown, rest = cards[:OPEN_EXAMPLES], cards[OPEN_EXAMPLES:]
+            more = _more(f"{len(rest)} more", tag("div", *rest, class_="cards")) if rest else None
+            parts += [tag("h3", title), tag("div", *shown, class_="cards"), more]
+    if not parts:
+        return None
+    note = "The five highest-scoring answers of each method, best first. Right answers carry a frame and a ✓."
+    return join(tag("p", note, class_="muted"), *parts)
+
+
+def _text_query(example: dict[str, Any], image: Callable[[str | None, str], Html]) -> Html:
+    def thumb(rank: int, item: dict[str, Any]) -> Html:
+        tick = tag("span", "✓", class_="tick", aria_hidden="true") if item["right"] else None
+        description = f"answer {rank}, {'right' if item['right'] else 'wrong'}{_score(item)}"
+        return tag(
+            "span", image(item["image"], description), tick,
+            class_="thumb right" if item["right"] else "thumb", title=description,
+        )  # fmt: skip
+
+    query = tag(
+        "div",
+        image(example.get("truth"), "the image that this caption describes"),
+        tag("p", f"“{example.get('query')}”", class_="quote"),
+        class_="query",
+    )
+    answers = [
+        _answer(row, tag("div", *(thumb(i, item) for i, item in enumerate(row["items"], 1)), class_="thumbs"))
+        for row in example["answers"]
+    ]
+    return tag("article", query, *answers, class_="card")
+
+
+def _image_query(example: dict[str, Any], image: Callable[[str | None, str], Html]) -> Html:
+    def answer(row: dict[str, Any]) -> Html:
+        items = row["items"]
+        places = [rank for rank, item in enumerate(items, 1) if item["right"]]
+        found = f"✓ right at place {places[0]}" if places else f"no right one in the first {len(items)}"
+        lines = [
+            tag(
+                "li",
+                ("✓ " if item["right"] else "") + str(item["text"]),
+                title=f"answer {rank}{_score(item)}",
+            )
+            for rank, item in enumerate(items, 1)
+        ]
+        first = f"“{items[0]['text']}” " if items else ""
+        summary = tag("span", found, class_="found" if places[:1] == [1] else "muted")
+        return _answer(row, tag("div", first, summary, _more("all", tag("ol", *lines, class_="texts"))))
+
+    truth = tag("p", tag("span", "right: ", class_="muted"), f"“{example.get('truth')}”")
+    query = tag("div", image(example.get("query_image"), "the query"), truth, class_="query")
+    return tag("article", query, *(answer(row) for row in example["answers"]), class_="card")
+
+
+def _answer(row: dict[str, Any], body: Html) -> Html:
+    name = str(row.get("label") or METHODS.get(row["method"], row["method"]))
+    return tag("div", tag("span", name), body, class_="answer")
+
+
+def _score(item: dict[str, Any]) -> str:
+    score = finite(item.get("score"))
+    return "" if score is None else f", score {score:.2f}"
+
+
+def _classes(compare: Compare, plots: list[Plot]) -> Html | None:
+    if not plots:
+        return None
+    rows = compare["per_class"]
+    keys = [key for key in ranking(compare) if any((r["method"], r.get("third") or "") == key for r in rows)]
+    values = {((r["method"], r.get("third") or ""), r["class"]): finite(r["value"]) for r in rows}
+    names = sorted({r["class"] for r in rows})
+    table = html_table(
+        ["class", *(label(compare, key) for key in keys)],
+        [[name, *(percent(values.get((key, name))) for key in keys)] for name in names],
+    )
+    return join(_panels(plots), _more(f"All {len(names)} classes, percent", table))
+
+
+def _world(compare: Compare, image: Callable[[str | None, str], Html]) -> Html | None:
+    figures = []
+    for sample in compare.get("world", []):
+        first, *others = [str(caption) for caption in sample["captions"]] or ["no caption"]
+        more = _more(f"{len(others)} more", *(tag("p", text) for text in others)) if others else None
+        figures.append(tag("figure", image(sample["image"], first), tag("figcaption", first, more)))
+    return tag("div", *figures, class_="world") if figures else None
+
+
+def _cost(compare: Compare, plots: list[Plot]) -> Html:
+    def count(value: Any, decimals: int = 0) -> str:
+        number = finite(value)
+        return "–" if number is None else f"{number:,.{decimals}f}"
+
+    by_key = {(m["method"], m.get("third") or ""): m for m in compare["methods"]}
+    rows = []
+    for key in ranking(compare):
+        if m := by_key.get(key):
+            seconds = finite(m.get("train_seconds"))
+            third = {True: "yes", False: "no"}.get(m.get("third_at_inference"), "–")
+            rows.append(
+                [
+                    *(label(compare, key), count(m.get("trainable_params")), count(m.get("inference_params"))),
+                    *("–" if seconds is None else duration(seconds), count(m.get("examples_per_second"))),
+                    *(count(m.get("inference_images_per_second")), third),
+                ]
+            )  # fmt: skip
+    headings = [
+        *("method", "trained parameters", "parameters at inference", "training time", "training examples/s"),
+        *("inference images/s", "third tower at inference"),
+    ]
+    return join(_panels(plots) if plots else None, html_table(headings, rows))
+
+
+def _settings(compare: Compare) -> Html:
+    settings, machine = compare.get("settings", {}), compare.get("machine", {})
+    rates = [
+        [label(compare, (m["method"], m.get("third") or "")), _plain(m.get("lr")), trials]
+        for m in compare["methods"]
+        if (
+            trials := ", ".join(f"{lr}: {percent(finite(v))}" for lr, v in (m.get("lr_trials") or {}).items())
+        )
+    ]
+    given = [("data", compare.get("data")), *settings.items(), ("created", compare.get("created"))]
+    chosen = join(
+        tag("p", f"The same rates were tried for every method, on validation data: {_primary_on_validation(compare)}."),
+        html_table(["method", "chosen", "validation, percent"], rates),
+    )  # fmt: skip
+    return join(
+        tag("div", _rows(_pairs(given)), _rows(_pairs(machine.items())), class_="panels"),
+        _more("Learning rate of each method", chosen) if rates else None,
+    )
+
+
+def _primary_on_validation(compare: Compare) -> str:
+    return metric_name(primary(compare)) + " in percent after each trial"
+
+
+def _pairs(items: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
+    return [(name.replace("_", " "), _plain(value)) for name, value in items if value is not None]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_plain(v) for v in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _reading(compare: Compare) -> Html:
+    several = num_seeds(compare) > 1
+    certain = (
+        "The interval says how far the mean could lie elsewhere with other seeds (t-interval over seeds)."
+        if several
+        else "With one seed the interval comes from resampling the test queries; it leaves out the luck of a training run."
+    )
+    thirds = [key for key, _ in groupby(m["third"] for m in compare["methods"] if m.get("third"))]
+    return _rows(
+        [
+            ("R@k", "Share of queries whose right answer is among the first k. Image → text asks with an image, text → image with a caption; mean is the average of both."),
+            ("zero-shot top-1", "Images are classified by the class name whose text lies nearest; no labelled image was trained on."),
+            ("interval", f"95 %. {certain}"),
+            ("held", "A claim holds when the 95 % interval of the seed-paired differences leaves out 0. With one seed it is a bootstrap over queries, and the page says so."),
+            ("third tower", f"A frozen pretrained image model; here {', '.join(dict.fromkeys(thirds)) or 'none'}. Mismatched means that it was trained for another task."),
+            ("α", "Weight of the third tower's score: (1 − α) · main pair + α · third tower."),
+            ("cost at inference", "3T at α = 0 runs the image and text tower alone, as the baseline does. Any α > 0 also runs the third tower on every image. LiT always runs the pretrained tower, for it is its image tower."),
+        ]
+    )  # fmt: skip
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)

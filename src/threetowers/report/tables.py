@@ -1,0 +1,324 @@
+"""A comparison's figures as text for the terminal, as HTML and as CSV; needs no plotting library.
+
+Every value in compare.json is a fraction; every value shown is in percent with one decimal.
+"""
+
+import csv
+import html
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+Compare = dict[str, Any]
+Key = tuple[str, str]  # (method, third tower): what a row of every table and a line of every plot is about
+
+METHODS = {
+    "baseline": "baseline",
+    "lit": "LiT",
+    "lit-unlocked": "LiT, unlocked",
+    "3t": "3T",
+    "3t-regression": "3T, regression",
+}
+COLUMNS = (
+    *("retrieval/mean_r@1", "retrieval/i2t_r@1", "retrieval/t2i_r@1"),
+    *("retrieval/mean_r@5", "retrieval/i2t_r@5", "retrieval/t2i_r@5"),
+    *("zero_shot/top1", "combination/mean_r@1"),
+)
+TERMINAL_COLUMNS = {
+    "retrieval/i2t_r@1": "i2t R@1",
+    "retrieval/t2i_r@1": "t2i R@1",
+    "retrieval/mean_r@1": "mean R@1",
+    "zero_shot/top1": "zero-shot",
+    "combination/mean_r@1": "combined",
+}
+TERMINAL_WIDTH = 100
+_METRICS = {"i2t_r": "image → text", "t2i_r": "text → image", "mean_r": "mean"}
+_TASKS = {"retrieval": "", "zero_shot": "zero-shot ", "combination": "combined, "}
+_VOID = frozenset({"img", "meta", "br"})
+
+
+class Html(str):
+    """Markup that may stand in the page as it is; every other string is text and is escaped."""
+
+    __slots__ = ()
+
+
+def join(*children: str | None) -> Html:
+    """The children in order: markup as it is, text escaped, None left out."""
+    return Html("".join(c if isinstance(c, Html) else html.escape(c) for c in children if c is not None))
+
+
+def tag(name: str, *children: str | None, **attributes: str) -> Html:
+    """One element: `tag("td", "a < b", class_="best")` → `<td class="best">a &lt; b</td>`."""
+    pairs = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"' for key, value in attributes.items()
+    )
+    return Html(f"<{name}{pairs}>" if name in _VOID else f"<{name}{pairs}>{join(*children)}</{name}>")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One figure of the summary, in fractions.
+
+    low, high: the 95 % interval, None when it is not known. best: whether it is the highest of its column.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    num_seeds: int
+    best: bool
+
+    @property
+    def interval(self) -> str:
+        """`[59.8, 62.8]`, or nothing when the interval is not known."""
+        return "" if self.low is None or self.high is None else f"[{percent(self.low)}, {percent(self.high)}]"
+
+
+def finite(value: Any) -> float | None:
+    """The value as a float, or None when it is missing or not finite."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def percent(value: float | None) -> str:
+    """0.6132 → 61.3."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def primary(compare: Compare) -> str:
+    """The metric that decides, as task/metric."""
+    return str(compare.get("settings", {}).get("primary", COLUMNS[0]))
+
+
+def metric_name(path: str) -> str:
+    """`retrieval/i2t_r@1` → image → text R@1."""
+    task, metric = path.split("/")[0], path.split("/")[-1]
+    stem, at, k = metric.partition("@")
+    name = f"{_METRICS.get(stem, stem)} R@{k}" if at else metric.replace("top", "top-").replace("_", " ")
+    return _TASKS.get(task, f"{task} ") + name
+
+
+def label(compare: Compare, key: Key) -> str:
+    """What a row is called: the comparison's own label, or the method with its third tower."""
+    for row in compare["methods"]:
+        if (row["method"], row.get("third") or "") == key:
+            return " ".join(str(row.get("label") or key[0]).split())
+    name = METHODS.get(key[0], key[0])
+    return f"{name} ({key[1]})" if key[1] else name
+
+
+def cells(compare: Compare) -> dict[Key, dict[str, Cell]]:
+    """The summary by row, then by task/metric; the rows are in the order of the methods."""
+    table: dict[Key, dict[str, Cell]] = {(m["method"], m.get("third") or ""): {} for m in compare["methods"]}
+    for row in compare["summary"]:
+        mean = finite(row["mean"])
+        if mean is not None:
+            low, high = finite(row.get("low")), finite(row.get("high"))
+            cell = Cell(mean, low, high, int(row.get("num_seeds", 1)), bool(row.get("best")))
+            table.setdefault((row["method"], row.get("third") or ""), {})[
+                f"{row['task']}/{row['metric']}"
+            ] = cell
+    return table
+
+
+def ranking(compare: Compare) -> list[Key]:
+    """The rows by the primary metric, best first; rows without it stand last."""
+    table, path = cells(compare), primary(compare)
+    return sorted(table, key=lambda key: -table[key][path].mean if path in table[key] else math.inf)
+
+
+def num_seeds(compare: Compare) -> int:
+    """How many seeds the primary metric's figures rest on (the fewest of any row)."""
+    path = primary(compare)
+    return min((row[path].num_seeds for row in cells(compare).values() if path in row), default=0)
+
+
+def headline(compare: Compare) -> tuple[str, str]:
+    """Which method wins by the primary metric, and with what certainty: two sentences.
+
+    A lead is called a win only when the 95 % intervals over several seeds do not overlap.
+    """
+    table, path = cells(compare), primary(compare)
+    ranked = [key for key in ranking(compare) if path in table[key]]
+    if not ranked:
+        return f"No method has a result for {metric_name(path)} yet.", ""
+    first, where = table[ranked[0]][path], f" on {compare['data']}" if compare.get("data") else ""
+    name, figure = label(compare, ranked[0]), f"{percent(first.mean)} % {first.interval}".rstrip()
+    if len(ranked) == 1:
+        return f"{name} is the only method{where}: {metric_name(path)} {figure}.", ""
+    second = table[ranked[1]][path]
+    known = first.low is not None and second.high is not None
+    apart = first.low is not None and second.high is not None and first.low > second.high
+    verb = "wins" if apart and num_seeds(compare) > 1 else "leads"
+    what = (
+        f"{name} {verb}{where}: {metric_name(path)} {figure}, against "
+        f"{percent(second.mean)} % {second.interval}".rstrip()
+        + f" for the runner-up, {label(compare, ranked[1])}."
+    )
+    return what, _certainty(compare, ranked[0], ranked[1], apart if known else None)
+
+
+def _certainty(compare: Compare, first: Key, second: Key, apart: bool | None) -> str:
+    count = num_seeds(compare)
+    overlap = {True: "do not overlap", False: "overlap", None: "are not known"}[apart]
+    if count <= 1:
+        return (
+            f"One seed: the 95 % intervals, a bootstrap over test queries, {overlap}; "
+            "they say nothing about how another training run would end."
+        )
+    a, b = (_by_seed(compare, key) for key in (first, second))
+    shared = a.keys() & b.keys()
+    ahead = sum(a[seed] > b[seed] for seed in shared)
+    text = f"The 95 % intervals over {count} seeds {overlap}"
+    text += ", so the order of these two is not certain" if apart is False else ""
+    return f"{text}; the leader is ahead in {ahead} of {len(shared)} seeds." if shared else f"{text}."
+
+
+def _by_seed(compare: Compare, key: Key) -> dict[int, float]:
+    rows = compare.get("results", [])
+    return {
+        row["seed"]: row["value"]
+        for row in rows
+        if (row["method"], row.get("third") or "") == key
+        and f"{row['task']}/{row['metric']}" == primary(compare)
+    }
+
+
+def interval_note(compare: Compare) -> str:
+    """Which kind of interval the figures carry."""
+    count = num_seeds(compare)
+    if count > 1:
+        return f"mean over {count} seeds with the 95 % t-interval"
+    return "one seed, with a 95 % bootstrap interval over test queries" if count else "no results yet"
+
+
+def claim_word(held: bool | None) -> tuple[str, str]:
+    """The symbol and the word of a claim's state."""
+    return {True: ("✓", "held"), False: ("✗", "not held"), None: ("–", "not tested")}[held]
+
+
+def text_table(compare: Compare) -> str:
+    """The comparison for the terminal, at most 100 columns wide: headline, one row per method, claims.
+
+    Figures are percent ± half the 95 % interval; `*` marks the best of a column.
+    """
+    table = cells(compare)
+    paths = [path for path in TERMINAL_COLUMNS if any(path in row for row in table.values())]
+    room = TERMINAL_WIDTH - 14 * len(paths)
+    names = {key: _cut(label(compare, key), room) for key in table}
+    width = max([len("method"), *map(len, names.values())])
+    head = "method".ljust(width) + "".join(f"{TERMINAL_COLUMNS[path]:>13} " for path in paths)
+    rows = [
+        names[key].ljust(width) + "".join(_terminal_cell(table[key].get(path)) for path in paths)
+        for key in ranking(compare)
+    ]
+    notes = [f"Percent; {interval_note(compare)} (± half its width). * marks the best of a column."]
+    if "combination/mean_r@1" in paths:
+        notes.append("combined: mean R@1 with the third tower at inference too, α chosen on validation data.")
+    if claims := [f"{claim['id']} {claim_word(claim['held'])[1]}" for claim in compare.get("claims", [])]:
+        notes.append(f"Claims: {', '.join(claims)}.")
+    opening = _wrap([str(compare.get("title", "Comparison")), *headline(compare)])
+    lines = [*opening, "", head, "─" * len(head), *rows, "", *_wrap(notes)]
+    return "".join(_printable(line).rstrip() + "\n" for line in lines)
+
+
+def _terminal_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return f"{'–':>13} "
+    half = f" ±{50 * (cell.high - cell.low):4.1f}" if cell.low is not None and cell.high is not None else ""
+    return f"{percent(cell.mean) + half:>13}" + ("*" if cell.best else " ")
+
+
+def _wrap(paragraphs: Iterable[str]) -> list[str]:
+    return [line for text in paragraphs for line in textwrap.wrap(text, TERMINAL_WIDTH)]
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Html:
+    """A table in a container of its own that scrolls sideways; the first `text_columns` columns are text, not figures.
+
+    Cells are markup (Html) or text, which is escaped.
+    """
+
+    def line(name: str, values: Sequence[str]) -> Html:
+        parts = [
+            tag(
+                "th" if name == "th" or i == 0 else "td",
+                value,
+                class_="text" if i < text_columns else "figure",
+            )
+            for i, value in enumerate(values)
+        ]
+        return tag("tr", *parts)
+
+    body = join(*(line("td", row) for row in rows))
+    table = tag("table", tag("thead", line("th", headings)), tag("tbody", body))
+    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=f"Table: {headings[0]}")
+
+
+def result_table(compare: Compare) -> Html:
+    """One row per method, best first, one column per metric; the best of a column is bold and carries a star."""
+    table = cells(compare)
+    first = primary(compare)
+    paths = [first, *(path for path in COLUMNS if path != first)]
+    paths = [path for path in paths if any(path in row for row in table.values())]
+    rows = [
+        [label(compare, key), *(_result_cell(table[key].get(path)) for path in paths)]
+        for key in ranking(compare)
+    ]
+    return html_table(["method", *(metric_name(path) for path in paths)], rows)
+
+
+def _result_cell(cell: Cell | None) -> Html:
+    if cell is None:
+        return tag("span", "–", class_="muted")
+    mean = tag("span", percent(cell.mean), class_="best" if cell.best else "mean")
+    star = (
+        tag("span", "★", class_="star", role="img", aria_label="best of this column") if cell.best else None
+    )
+    return join(star, mean, tag("small", cell.interval))
+
+
+def csv_tables(compare: Compare) -> dict[str, str]:
+    """File name → CSV of every table in compare.json, in fractions as they were measured."""
+
+    def rows_of(name: str) -> list[dict[str, Any]]:
+        return [
+            {k: v for k, v in row.items() if not isinstance(v, dict | list)} for row in compare.get(name, [])
+        ]
+
+    tables = {name: rows_of(name) for name in ("summary", "results", "methods", "claims", "per_class")}
+    tables["combination"] = [row for curve in compare.get("combination", []) for row in _curve_rows(curve)]
+    return {f"{name}.csv": csv_text(rows) for name, rows in tables.items() if rows}
+
+
+def _curve_rows(curve: dict[str, Any]) -> list[dict[str, Any]]:
+    control = curve.get("control") or {}
+    columns = {
+        **{"alpha": curve["alphas"], "val": curve["val"], "test": curve["test"]},
+        **{"control_val": control.get("val"), "control_test": control.get("test")},
+    }
+    return [
+        {"third": curve.get("third"), "seed": curve["seed"], "metric": curve["metric"]}
+        | {name: values[i] for name, values in columns.items() if values}
+        for i in range(len(curve["alphas"]))
+    ]
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as CSV; the columns are every key that occurs, in order of first appearance."""
+    text = StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

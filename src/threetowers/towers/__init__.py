@@ -1,0 +1,1 @@
+"""Inputs to features: the trained pair, the frozen third towers, and the heads between them."""

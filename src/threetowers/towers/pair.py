@@ -1,0 +1,171 @@
+"""The two main towers: open_clip modules, kept so that what is left after training is an open_clip checkpoint."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, _build_text_tower, _build_vision_tower
+from open_clip.transformer import TextTransformer, text_global_pool
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from threetowers.config import PairConfig, did_you_mean
+from threetowers.data.transforms import ImageSpec
+from threetowers.errors import CheckpointError, UsageError
+from threetowers.towers.heads import initialised
+
+
+def model_config(pair: PairConfig) -> dict[str, Any]:
+    """open_clip's model_cfg of the pair: embed_dim, vision_cfg, text_cfg, custom_text.
+
+    Raises UsageError for an unknown model name or a key that open_clip's towers do not have.
+    """
+    config: dict[str, Any] = {"embed_dim": pair.embed_dim, "vision_cfg": {}, "text_cfg": {}}
+    if pair.model != "none":
+        named = open_clip.get_model_config(pair.model)
+        if named is None:
+            raise UsageError(f"pair.model: open_clip has no model {pair.model!r}" + _near(pair.model))
+        config = named
+    for section, given, known in (
+        ("vision", pair.vision, CLIPVisionCfg),
+        ("text", pair.text, CLIPTextCfg),
+    ):
+        names = [f.name for f in dataclasses.fields(known)]
+        for key in given:
+            if key not in names:
+                raise UsageError(f"pair.{section}.{key}: open_clip has no such key{did_you_mean(key, names)}")
+        config[f"{section}_cfg"] = {**config[f"{section}_cfg"], **given}
+    config["custom_text"] = True
+    return config
+
+
+def _near(name: str) -> str:
+    clause = did_you_mean(name, open_clip.list_models())
+    return (
+        clause
+        if clause.startswith(";")
+        else ". `python -c 'import open_clip; print(open_clip.list_models())'` lists them"
+    )
+
+
+def image_spec(config: dict[str, Any], pair: PairConfig) -> ImageSpec:
+    """What the main image tower is fed with: its own size, the pair's mean and std, bicubic, centre crop."""
+    size = config["vision_cfg"].get("image_size", 224)
+    if not isinstance(size, int):
+        raise UsageError(f"pair.vision.image_size: only square inputs are supported, got {size!r}")
+    return ImageSpec(size=size, mean=pair.mean, std=pair.std)
+
+
+def build_image_tower(config: dict[str, Any], seed: int) -> nn.Module:
+    """The image tower of a model_cfg, initialised from (seed, "img")."""
+    return _build(_build_vision_tower, config, "vision_cfg", seed, "img")
+
+
+def build_text_tower(config: dict[str, Any], seed: int) -> nn.Module:
+    """The text tower of a model_cfg, initialised from (seed, "txt")."""
+    return _build(_build_text_tower, config, "text_cfg", seed, "txt")
+
+
+def _build(builder: Any, config: dict[str, Any], section: str, seed: int, name: str) -> nn.Module:
+    try:
+        with initialised(seed, name):
+            tower = builder(config["embed_dim"], config[section], config.get("quick_gelu", False))
+    except (AssertionError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        raise UsageError(f"pair: open_clip cannot build {section} = {config[section]}: {error}") from error
+    return tower  # type: ignore[no-any-return]
+
+
+def assemble(config: dict[str, Any], image: nn.Module, text: nn.Module, scale: float) -> CustomTextCLIP:
+    """The two towers in open_clip's CustomTextCLIP, with the scale as its logit_scale."""
+    pair = CustomTextCLIP.__new__(CustomTextCLIP)
+    nn.Module.__init__(pair)
+    pair.output_dict = False
+    pair.visual, pair.text = image, text
+    pair.context_length, pair.vocab_size = text.context_length, text.vocab_size
+    pair.logit_scale = nn.Parameter(torch.tensor(scale).log())
+    pair.logit_bias = None
+    return pair
+
+
+def encode_text(text: Any, tokens: Tensor) -> Tensor:
+    """Text features [B, D] of tokens [B, n], n at most the context length, by an open_clip text tower.
+
+    open_clip's causal text tower wants exactly the context length; position and mask are sliced here, which is
+    exact because the end token never looks at the padding behind it. Other towers get the padding back.
+    """
+    length = tokens.shape[1]
+    features: Tensor
+    if length == text.context_length:
+        features = text(tokens)
+    elif not takes_short_text(text):
+        padding = (0, text.context_length - length)
+        features = text(nn.functional.pad(tokens, padding, value=getattr(text, "pad_id", 0)))
+    else:
+        x = text.token_embedding(tokens) + text.positional_embedding[:length]
+        x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
+        features = text_global_pool(text.ln_final(x), tokens, text.pool_type, text.eos_id)
+        if isinstance(text.text_projection, nn.Linear):
+            features = text.text_projection(features)
+        elif text.text_projection is not None:
+            features = features @ text.text_projection
+    return features
+
+
+def takes_short_text(text: nn.Module) -> bool:
+    """Whether the features of a text do not depend on the padding behind its end token."""
+    return (
+        isinstance(text, TextTransformer)
+        and text.attn_mask is not None
+        and text.cls_emb is None
+        and text.pool_type in ("argmax", "eos")
+        and not text.output_tokens
+    )
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Loads the weights; every missing, unexpected or misshapen key is an error that lists them.
+
+    Raises CheckpointError.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    misshapen = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
+    if missing or unexpected or misshapen:
+        parts = (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        listing = "; ".join(f"{word}: {_first(keys)}" for word, keys in parts if keys)
+        raise CheckpointError(f"{source}: these weights do not fit the model ({listing})")
+    module.load_state_dict(state)
+
+
+def _first(keys: list[str], most: int = 8) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises CheckpointError when it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def load_pair_weights(image: nn.Module, text: nn.Module, path: str) -> None:
+    """Starts both towers from a safetensors file in open_clip's CustomTextCLIP layout, strictly."""
+    state = read_safetensors(path)
+    towers = {f"{prefix}.": tower for prefix, tower in (("visual", image), ("text", text))}
+    for prefix, tower in towers.items():
+        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        load_strictly(tower, part, f"{path} ({prefix}*)")
+    rest = [k for k in state if not k.startswith(tuple(towers)) and k not in ("logit_scale", "logit_bias")]
+    if rest:
+        raise CheckpointError(f"{path}: unexpected keys: {_first(sorted(rest))}")

@@ -1,0 +1,161 @@
+"""A small classifier of one's own as third tower, saved in timm's own local format."""
+
+import json
+import math
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from threetowers.config import PretrainConfig
+from threetowers.data.decode import decode
+from threetowers.data.loader import augmented_views, usable_sample
+from threetowers.data.order import Order, hash64
+from threetowers.data.sources import Source, splits
+from threetowers.data.transforms import ImageSpec, fixed_view, normalise
+from threetowers.errors import BadSample, DataError, UsageError
+from threetowers.prepare import pick_device, world
+from threetowers.progress import Progress
+from threetowers.towers.heads import initialised
+from threetowers.train.guards import BadSamples
+from threetowers.train.optim import adamw, learning_rate, set_learning_rate
+
+
+def image_spec(config: PretrainConfig) -> ImageSpec:
+    """What the classifier is fed with."""
+    return ImageSpec(size=config.size, mean=config.mean, std=config.std, resize_size=config.size)
+
+
+def pretrain(config: PretrainConfig, folder: Path) -> float:
+    """Trains the classifier and writes config.json and model.safetensors; returns its accuracy on held-out images.
+
+    A folder that holds a finished classifier is left as it is. Raises DataError without labels.
+    """
+    report = folder / "pretrain.json"
+    if report.is_file():
+        return float(json.loads(report.read_text(encoding="utf-8"))["val/top1"])
+    device = pick_device(config.device)
+    path = str(world() / config.data) if config.data in ("objects", "scenes") else config.data
+    train, val, _ = splits(path, val_fraction=config.inputs.val_fraction, test_fraction=0.0)
+    if not train.class_names:
+        raise DataError(
+            f"{path}: no class labels were found. Give a folder with one subfolder of images per class"
+        )
+    if not timm.is_model(config.model):
+        raise UsageError(f"model: timm has no model {config.model!r}")
+    with initialised(config.seed, "pretrain"):
+        model = timm.create_model(config.model, num_classes=len(train.class_names)).to(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    _fit(config, model, train, BadSamples(folder, config.inputs.max_bad_share), device)
+    accuracy = _accuracy(model, val, image_spec(config), device)
+    _save(model, config, folder)
+    described = {
+        "val/top1": accuracy,
+        "data": config.data,
+        "classes": len(train.class_names),
+        "steps": config.steps,
+    }
+    report.write_text(json.dumps(described, indent=2), encoding="utf-8")
+    return accuracy
+
+
+class _Labelled:
+    """Batches of augmented pixels uint8 [B, 3, H, W] and labels int64 [B]; a DataLoader's dataset."""
+
+    def __init__(self, source: Source, order: Order, config: PretrainConfig) -> None:
+        self.source, self.order, self.config = source, order, config
+
+    def __getitem__(self, positions: range) -> tuple[Tensor, Tensor, list[BadSample]]:
+        bad: list[BadSample] = []
+        samples = [
+            usable_sample(
+                self.order, position, self.source, bad, partial(self._read, self.order.epoch(position))
+            )
+            for position in positions
+        ]
+        pixels, labels = zip(*samples, strict=True)
+        return torch.stack(pixels), torch.tensor(labels), bad
+
+    def _read(self, epoch: int, index: int) -> tuple[Tensor, int]:
+        record = self.source.record(index)
+        if record.label is None:
+            raise BadSample(record.id, "no label")
+        seed = hash64(self.order.seed, epoch, record.id)
+        views = augmented_views(
+            self.source, index, seed, self.config.inputs, {"img": image_spec(self.config)}
+        )
+        return torch.from_numpy(views["img"].copy()), record.label
+
+
+def _fit(
+    config: PretrainConfig, model: nn.Module, train: Source, bad: BadSamples, device: torch.device
+) -> None:
+    order = Order(config.seed, len(train), config.batch_size)
+    optimizer = adamw(model, config.optim)
+    loader: DataLoader[tuple[Tensor, Tensor, list[BadSample]]] = DataLoader(
+        _Labelled(train, order, config),  # type: ignore[arg-type]
+        sampler=list(order.batches(0, config.steps)),
+        batch_size=None,
+        num_workers=config.inputs.workers,
+    )
+    bar = Progress(f"pretraining {config.model} on {config.data}", config.steps, "steps")
+    model.train()
+    for step, (pixels, labels, problems) in enumerate(loader):
+        bad.add(problems, seen=len(labels))
+        set_learning_rate(optimizer, learning_rate(step, config.steps, config.optim))
+        logits = model(normalise(pixels.to(device), image_spec(config)))
+        loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
+        optimizer.step()
+        if (step + 1) % 20 == 0 or step + 1 == config.steps:
+            accuracy = float((logits.argmax(1).cpu() == labels).float().mean())
+            bar.update(step + 1, f"loss {float(loss):.3f}, batch accuracy {accuracy:.0%}")
+
+
+@torch.inference_mode()
+def _accuracy(
+    model: nn.Module, source: Source, spec: ImageSpec, device: torch.device, most: int = 5_000
+) -> float:
+    """Top-1 accuracy on the fixed view of at most `most` images."""
+    model.eval()
+    right = seen = 0
+    for start in range(0, min(len(source), most), 256):
+        views, labels = [], []
+        for index in range(start, min(start + 256, len(source))):
+            try:
+                views.append(torch.from_numpy(fixed_view(decode(source.image(index), ""), spec).copy()))
+            except BadSample:
+                continue  # named when training met it, or counted by whoever evaluates this source
+            labels.append(source.record(index).label)
+        if views:
+            predicted = model(normalise(torch.stack(views).to(device), spec)).argmax(1).tolist()
+            right += sum(p == label for p, label in zip(predicted, labels, strict=True))
+            seen += len(labels)
+    return right / max(seen, 1)
+
+
+def _save(model: nn.Module, config: PretrainConfig, folder: Path) -> None:
+    """timm's local-dir format, with this classifier's own preprocessing; in place only when complete."""
+    model.pretrained_cfg.update(  # type: ignore[union-attr, operator]
+        input_size=(3, config.size, config.size),
+        mean=config.mean,
+        std=config.std,
+        crop_pct=1.0,
+        crop_mode="center",
+        interpolation="bicubic",
+    )
+    unfinished = folder / f".partial-{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_for_hf(model, str(unfinished), safe_serialization=True)
+    for name in ("model.safetensors", "config.json"):
+        (unfinished / name).replace(folder / name)
+    shutil.rmtree(unfinished)

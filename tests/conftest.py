@@ -1,0 +1,107 @@
+"""Fixtures that several test files share; no test reaches beyond this machine."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two test workers on two cores must not spin against each other
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+
+from threetowers.config import InputConfig, OptimConfig, PairConfig, RunConfig
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 40)}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails every connection that leaves the loopback interface."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> Any:
+        if self.family != socket.AF_UNIX and str(address[0]) not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test tried to connect to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A captions table over 96 PNG files: one coloured square at one of four places."""
+    folder = tmp_path_factory.mktemp("photos")
+    rows = ["path,caption,second caption"]
+    rng = np.random.default_rng(0)
+    for index in range(96):
+        colour = list(COLOURS)[index % 4]
+        place = ["top left", "top right", "bottom left", "bottom right"][index // 4 % 4]
+        pixels = rng.integers(0, 60, (40, 48, 3)).astype(np.uint8)
+        y, x = (4 if "top" in place else 22), (4 if "left" in place else 28)
+        pixels[y : y + 14, x : x + 14] = COLOURS[colour]
+        Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+        rows.append(f"{index:03d}.png,a {colour} square at the {place} {index},the {place} is {colour}")
+    (folder / "captions.csv").write_text("\n".join(rows), encoding="utf-8")
+    return folder / "captions.csv"
+
+
+@pytest.fixture(scope="session")
+def timm_tower(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A timm network with random weights, saved in timm's local-dir format, with preprocessing of its own."""
+    folder = tmp_path_factory.mktemp("tower")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = timm.create_model("test_convnext2", num_classes=7)
+    model.pretrained_cfg.update(
+        input_size=(3, 48, 48),
+        mean=(0.3, 0.4, 0.5),
+        std=(0.2, 0.3, 0.4),
+        crop_pct=0.9,
+        interpolation="bilinear",
+    )
+    save_for_hf(model, str(folder), safe_serialization=True)
+    return f"timm:local-dir:{folder}"
+
+
+@pytest.fixture
+def tiny_config(photos: Path, timm_tower: str, tmp_path: Path) -> Callable[..., RunConfig]:
+    """A run of a second on `photos`; keyword arguments replace fields."""
+
+    def make(**changes: Any) -> RunConfig:
+        config = RunConfig(
+            data=str(photos),
+            third=(timm_tower,),
+            steps=6,
+            batch_size=16,
+            log_every_steps=2,
+            checkpoint_every_steps=100,
+            device="cpu",
+            embeddings=str(tmp_path / "embeddings"),
+            pair=PairConfig(
+                embed_dim=24,
+                vision={"timm_model_name": "test_convnext2", "timm_pool": "", "image_size": 32},
+                text={"context_length": 16, "width": 32, "heads": 2, "layers": 1},
+                tokenizer="trained",
+                vocab_size=300,
+            ),
+            inputs=InputConfig(val_fraction=0.15, test_fraction=0.15, workers=0),
+            optim=OptimConfig(lr=1e-3, warmup_steps=2),
+        )
+        return replace(config, **changes)
+
+    return make

@@ -1,0 +1,384 @@
+"""The built-in world: the same bytes however it is asked, true captions, clean splits, and folders that are whole."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from threetowers.data import shapes
+from threetowers.data.decode import decode
+from threetowers.data.shapes import BACKGROUNDS, COLOURS, KINDS, SHAPES, SIZES, SPLITS, SYNONYMS, TEXTURES
+from threetowers.data.shards import open_shards
+from threetowers.errors import DataError, UsageError
+
+CANONICAL = {synonym: word for word, synonym in SYNONYMS.items()}
+NOUN = rf"an? ((?:{'|'.join((*SIZES, *COLOURS, *TEXTURES, *CANONICAL))}) )*(?:{'|'.join(SHAPES)})\b"
+SMALL = {"num_train": 30, "num_val": 5, "num_test": 6, "num_labelled": 40}
+
+
+def words_of(scene: shapes.Scenes, row: int, slot: int) -> set[str]:
+    return {
+        names[getattr(scene, field)[row, slot]]
+        for field, names in (("shape", SHAPES), ("colour", COLOURS), ("texture", TEXTURES), ("size", SIZES))
+    }
+
+
+# Determinism
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 2**62),
+    st.lists(st.integers(0, 2**40), min_size=1, max_size=9),
+    st.sampled_from(KINDS),
+    st.sampled_from(SPLITS),
+    st.sampled_from([16, 32, 37]),
+)
+def test_a_scene_is_the_same_alone_in_a_batch_and_in_any_order(seed, indices, kind, split, size):
+    batch = np.array(indices)
+    together = shapes.render(seed, batch, kind=kind, split=split, size=size)
+    backwards = shapes.render(seed, batch[::-1], kind=kind, split=split, size=size)
+    np.testing.assert_array_equal(together, backwards[::-1])
+    for row, index in enumerate(indices):
+        alone = shapes.render(seed, np.array([index]), kind=kind, split=split, size=size)
+        np.testing.assert_array_equal(alone[0], together[row])
+        assert (
+            shapes.captions(seed, np.array([index]), split=split)[0]
+            == (shapes.captions(seed, batch, split=split)[row])
+        )
+
+
+def test_batches_longer_than_a_chunk_are_the_same_as_their_parts():
+    whole = shapes.render(3, np.arange(300), size=16)
+    parts = [shapes.render(3, np.arange(start, start + 50), size=16) for start in range(0, 300, 50)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+def test_narrow_index_types_give_the_same_scenes():
+    for kind in KINDS:
+        wide, narrow = (
+            shapes.render(0, np.arange(200).astype(dtype), kind=kind, size=16) for dtype in ("i8", "u1")
+        )
+        np.testing.assert_array_equal(wide, narrow)
+
+
+# Splits
+
+
+def test_seeds_kinds_and_splits_share_no_picture():
+    seen: set[bytes] = set()
+    for seed in (0, 1):
+        for kind in KINDS:
+            for split in SPLITS:
+                seen |= {
+                    image.tobytes() for image in shapes.render(seed, np.arange(60), kind=kind, split=split)
+                }
+    assert len(seen) == 2 * 3 * 3 * 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_pairs_are_in_test_scenes_only(kind):
+    indices = np.arange(20_000)
+    for split in ("train", "val"):
+        assert not shapes.scenes(5, indices, kind=kind, split=split).holds_held_out().any()
+    tested = shapes.scenes(5, indices, kind=kind, split="test")
+    if kind == "objects":  # its classes are the pairs that can be trained on
+        assert not tested.holds_held_out().any()
+    else:
+        assert 0.08 < tested.holds_held_out().mean() < 0.14
+        shown = {
+            (COLOURS[c], SHAPES[s])
+            for c, s in zip(tested.colour.flat, tested.shape.flat, strict=True)
+            if s >= 0
+        }
+        assert len(shown) == 96 and set(shapes.HELD_OUT) <= shown
+
+
+def test_every_attribute_is_about_equally_frequent():
+    scene = shapes.scenes(0, np.arange(20_000))
+    for name, count in (("shape", 12), ("colour", 8), ("texture", 4), ("size", 2)):
+        values = getattr(scene, name)
+        share = np.bincount(values[values >= 0], minlength=count) / (values >= 0).sum()
+        assert share.min() > 0.87 / count and share.max() < 1.13 / count, name
+    assert 0.19 < (scene.layout == 0).mean() < 0.21
+    assert (scene.shape[:, 1] < 0).tolist() == (scene.layout == 0).tolist()
+
+
+def test_test_scenes_are_hardly_ever_described_by_each_other():
+    scene = shapes.scenes(0, np.arange(1_000), split="test")
+    columns = [getattr(scene, field.name).reshape(1_000, -1) for field in fields(scene)]
+    assert len(np.unique(np.concatenate(columns, axis=1), axis=0)) > 990
+
+
+# Captions
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_captions_are_true(split):
+    indices = np.arange(1_500)
+    scene = shapes.scenes(7, indices, split=split)
+    complete = 0
+    for row, captions in enumerate(shapes.captions(7, indices, split=split)):
+        assert len(set(captions)) == 5
+        slots = 1 if scene.layout[row] == 0 else 2
+        for k, caption in enumerate(captions):
+            nouns = [
+                {CANONICAL.get(word, word) for word in match[0].split()[1:]}
+                for match in re.finditer(NOUN, caption)
+            ]
+            first = 0
+            assert len(nouns) == slots, caption
+            if slots == 2:
+                first = int(names_second_place_first(caption, scene.layout[row]))
+                nouns = nouns[::-1] if first else nouns
+            for slot, noun in enumerate(nouns):
+                assert noun <= words_of(scene, row, slot), caption
+            assert {word for word in caption.split() if word in BACKGROUNDS} <= {
+                BACKGROUNDS[scene.background[row]]
+            }
+            full = all(len(noun) == 4 for noun in nouns) and any(
+                word in BACKGROUNDS for word in caption.split()
+            )
+            complete += full
+            assert full or k > 0, f"the first caption leaves something out: {caption}"
+            assert not re.search(r"\ban (?![aeio]|hourglass)|\ba ([aeio]|hourglass)", caption), caption
+    assert 0.4 < complete / (5 * len(indices)) < 0.8
+
+
+def names_second_place_first(caption: str, layout: int) -> bool:
+    """Whether the caption's first object is the right or lower one, read from its words alone."""
+    if layout == 1:
+        assert not re.search(r"\b(above|over|below|under|stacked)\b", caption), caption
+        return bool(re.search(r"right of|to its left", caption))
+    assert not re.search(r"\b(left|right|side)\b", caption), caption
+    return bool(re.search(r"\b(below|under)\b(?! it)|above it", caption))
+
+
+def test_captions_are_short_and_plain():
+    texts = [text for five in shapes.captions(0, np.arange(3_000)) for text in five]
+    counts = np.array([len(text.split()) for text in texts])
+    assert counts.max() <= 20 and 10 < counts.mean() < 16
+    assert all(re.fullmatch(r"[a-z ]+", text) for text in texts)
+    vocabulary = {word for text in texts for word in text.split()}
+    prompts = " ".join(shapes.templates()).replace("{}", "") + " ".join(
+        name + " " for kind in KINDS for name in shapes.class_names(kind)
+    )
+    assert set(prompts.split()) <= vocabulary, "a class name or template has a word that no caption has"
+
+
+def test_the_relation_can_be_seen():
+    """The named direction dominates, objects never touch, and nothing leaves the picture."""
+    scene = shapes.scenes(1, np.arange(5_000))
+    roots = shapes._roots(1, np.arange(5_000), "pairs", "train")
+    draws = [shapes._uniform(roots, name, 12).astype(np.float32) for name in ("radius", "place")]
+    radius, x, y = shapes._place(scene, *draws)
+    two = scene.layout > 0
+    present = scene.shape >= 0
+    for centre in (x, y):
+        assert (centre - radius)[present].min() > 0 and (centre + radius)[present].max() < 1
+    dx, dy = (x[:, 1] - x[:, 0])[two], (y[:, 1] - y[:, 0])[two]
+    side = scene.layout[two] == 1
+    along, across = np.where(side, dx, dy), np.where(side, dy, dx)
+    assert (along > 3 * np.abs(across)).all()
+    assert (along > radius.sum(axis=1)[two]).all()
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_objects_have_the_colour_that_they_are_said_to_have(size):
+    """Solid objects, at their centre: the nearest named colour is the right one, however the light falls."""
+    indices = np.arange(3_000)
+    scene = shapes.scenes(0, indices, kind="objects")
+    solid = (scene.texture[:, 0] == 0) & ~np.isin(
+        scene.shape[:, 0], [SHAPES.index("ring"), SHAPES.index("crescent")]
+    )
+    indices = indices[solid][:400]
+    roots = shapes._roots(0, indices, "objects", "train")
+    draws = [shapes._uniform(roots, name, 12).astype(np.float32) for name in ("radius", "place")]
+    _, x, y = shapes._place(shapes.scenes(0, indices, kind="objects"), *draws)
+    images = shapes.render(0, indices, kind="objects", size=size)
+    centre = images[np.arange(len(indices)), (y[:, 0] * size).astype(int), (x[:, 0] * size).astype(int)]
+    hue = centre / np.linalg.norm(centre.astype(np.float32), axis=1, keepdims=True)
+    known = shapes._COLOUR_RGB / np.linalg.norm(shapes._COLOUR_RGB, axis=1, keepdims=True)
+    found = (hue @ known.T).argmax(axis=1)
+    assert (found == scene.colour[solid, 0][:400]).mean() > 0.9
+
+
+def test_sizes_show_the_same_scene():
+    small = shapes.render(0, np.arange(40), size=32).astype(np.float32)
+    large = shapes.render(0, np.arange(40), size=96).reshape(40, 32, 3, 32, 3, 3).mean(axis=(2, 4))
+    agreement = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(small, large, strict=True)]
+    assert min(agreement) > 0.8
+
+
+def test_outlines_are_distinct_and_fill_their_circle():
+    grid = np.linspace(-1.2, 1.2, 97, dtype=np.float32)
+    inside = [outline(grid[None, :], grid[:, None]) < 0 for outline in shapes._OUTLINES]
+    assert len(inside) == len(SHAPES)
+    for a, name in enumerate(SHAPES):
+        rows, columns = np.nonzero(inside[a])
+        assert 0.15 < inside[a].mean() < 0.6 and np.ptp(rows) > 36 and np.ptp(columns) > 36, name
+        for b in range(a):
+            overlap = (inside[a] & inside[b]).sum() / (inside[a] | inside[b]).sum()
+            assert overlap < 0.86, (name, SHAPES[b])
+
+
+# Labels
+
+
+@pytest.mark.parametrize("kind", ["objects", "scenes"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_labels_are_balanced_and_say_what_is_shown(kind, split):
+    names = shapes.class_names(kind)
+    indices = np.arange(1_000)
+    labels = shapes.labels(0, indices, kind=kind, split=split)
+    counts = np.bincount(labels, minlength=len(names))
+    assert len(counts) == len(names) == len(set(names)) and np.ptp(counts) <= 1
+    scene = shapes.scenes(0, indices, kind=kind, split=split)
+    for row, label in enumerate(labels):
+        said = set(names[label].split())
+        if kind == "objects":
+            assert scene.layout[row] == 0 and said <= words_of(scene, row, 0)
+        else:
+            layout = ("single", "side", "stacked")[scene.layout[row]]
+            assert {BACKGROUNDS[scene.background[row]], layout} <= said
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: shapes.render(0, np.arange(3), kind="pair"),
+        lambda: shapes.render(0, np.arange(3), split="training"),
+        lambda: shapes.render(0, np.array([-1])),
+        lambda: shapes.render(0, np.array([0.5])),
+        lambda: shapes.render(0, np.array([[1]])),
+        lambda: shapes.render(0, np.arange(3), size=8),
+        lambda: shapes.labels(0, np.arange(3), kind="pairs"),
+    ],
+)
+def test_mistakes_are_usage_errors(call):
+    with pytest.raises(UsageError):
+        call()
+
+
+# Folders
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_a_world_is_written_as_it_is_rendered(tmp_path):
+    told = []
+    world = tmp_path / "deep" / "world"
+    shapes.write_world(world, seed=4, **SMALL, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (41 + 2 * 51, 41 + 2 * 51)
+    for folder, kind, split, count in (
+        ("train", "pairs", "train", 30),
+        ("test", "pairs", "test", 6),
+        ("objects/train", "objects", "train", 40),
+        ("objects/test", "objects", "test", 6),
+        ("scenes/val", "scenes", "val", 5),
+    ):
+        source = open_shards(str(world / folder))
+        indices = np.arange(count)
+        assert len(source) == count and not source.problems
+        assert tuple(source.class_names) == shapes.class_names(kind)
+        assert tuple(source.templates) == (() if kind == "pairs" else shapes.templates())
+        images = shapes.render(4, indices, kind=kind, split=split)
+        for i in indices.tolist():
+            np.testing.assert_array_equal(np.asarray(decode(source.image(i), f"{i}")), images[i])
+            record = source.record(i)
+            if kind == "pairs":
+                assert record.label is None
+                assert record.captions == shapes.captions(4, indices, split=split)[i]
+            else:
+                assert record.captions == ()
+                assert record.label == shapes.labels(4, indices, kind=kind, split=split)[i]
+    templates = world / "scenes" / "val" / "zeroshot_classification_templates.txt"
+    assert "a picture of a {c}" in templates.read_text().splitlines()  # CLIP_benchmark formats with c=
+
+
+def test_writing_twice_is_a_no_op_and_other_parameters_are_an_error(tmp_path):
+    world = tmp_path / "world"
+    shapes.write_world(world, **SMALL)
+    before = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
+    shapes.write_world(world, **SMALL, progress=lambda done, total: pytest.fail("wrote again"))
+    assert before == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
+    with pytest.raises(DataError, match=r"seed is 0, asked is 1.*another folder"):
+        shapes.write_world(world, seed=1, **SMALL)
+    with pytest.raises(DataError, match="num_val is 5, asked is 7"):
+        shapes.write_world(world, **(SMALL | {"num_val": 7}))
+    assert before == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
+    shapes.write_world(tmp_path / "again", **SMALL)
+    assert contents(tmp_path / "again") == contents(world)
+
+
+@pytest.mark.parametrize("stop", [1, 20, 43, 100])
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, stop):
+    def interrupted(*args, **kwargs):
+        for count, sample in enumerate(samples(*args, **kwargs)):
+            if next(left) == 0:
+                raise KeyboardInterrupt(count)
+            yield sample
+
+    samples, left = shapes._samples, iter(range(stop, -1, -1))
+    monkeypatch.setattr(shapes, "_samples", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shapes.write_world(tmp_path / "world", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    shapes.write_world(tmp_path / "world", **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+def test_a_partial_folder_of_a_killed_write_is_not_taken_for_the_world(tmp_path):
+    (tmp_path / "world").mkdir()  # an empty folder may stand there
+    (tmp_path / ".world.0.partial").mkdir()
+    shapes.write_world(tmp_path / "world", **SMALL)
+    assert json.loads((tmp_path / "world" / "world.json").read_text())["num_train"] == 30
+
+
+@pytest.mark.parametrize("found", [None, b"", b"{", b"[]", b"{}", b'{"world": "shapes"}', b"\xff"])
+def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path, found):
+    (tmp_path / "precious.txt").write_text("x")
+    if found is not None:
+        (tmp_path / "world.json").write_bytes(found)
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match="another folder"):
+        shapes.write_world(tmp_path, **SMALL)
+    assert contents(tmp_path) == before
+
+
+def test_a_world_that_another_process_finished_first_is_accepted(tmp_path, monkeypatch):
+    world, write_sets = tmp_path / "world", shapes._write_sets
+
+    def raced(*args):
+        monkeypatch.setattr(shapes, "_write_sets", write_sets)
+        shapes.write_world(world, **SMALL)
+        write_sets(*args)
+
+    monkeypatch.setattr(shapes, "_write_sets", raced)
+    shapes.write_world(world, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+def test_a_place_that_cannot_be_written_is_a_data_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "world"):
+        with pytest.raises(DataError, match="another folder"):
+            shapes.write_world(place, **SMALL)
+    with pytest.raises(UsageError):
+        shapes.write_world(tmp_path / "world", **(SMALL | {"num_test": 0}))

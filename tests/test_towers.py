@@ -1,0 +1,260 @@
+"""Frozen towers: loading, their own preprocessing, and what happens when a file does not fit."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from threetowers.config import PairConfig
+from threetowers.data.transforms import ImageSpec, fixed_view, normalise
+from threetowers.errors import CheckpointError, UsageError
+from threetowers.towers.frozen import FrozenTower, as_image_tower, load_frozen
+from threetowers.towers.heads import head, initialised
+from threetowers.towers.pair import build_image_tower, build_text_tower, encode_text, model_config
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).resize((width, height))
+
+
+@pytest.fixture(scope="session")
+def open_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny open_clip model with a native ViT, saved in open_clip's local-dir layout."""
+    folder = tmp_path_factory.mktemp("open_clip_tower")
+    config = {
+        "embed_dim": 20,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1},
+        "custom_text": True,
+    }
+    with initialised(3, "tower"):
+        model = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    preprocess = {"size": 32, "mode": "RGB", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6],
+                  "interpolation": "bilinear", "resize_mode": "shortest", "fill_color": 0}  # fmt: skip
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+    )
+    return folder
+
+
+@pytest.mark.parametrize("size", [(48, 48), (61, 50), (33, 97), (20, 31), (300, 201)])
+def test_numbers_that_enter_a_timm_tower_are_timms_own(timm_tower: str, size: tuple[int, int]) -> None:
+    tower = load_frozen(timm_tower)
+    model = timm.create_model(timm_tower.removeprefix("timm:"), pretrained=True, num_classes=0).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    image = picture(*size)
+    ours = normalise(torch.from_numpy(fixed_view(image, tower.image).copy())[None], tower.image)
+    theirs = transform(image)[None]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    pixels = torch.from_numpy(fixed_view(image, tower.image).copy())[None]
+    torch.testing.assert_close(tower(pixels), model(theirs), rtol=1e-5, atol=1e-5)
+    assert tower.image.mean == (0.3, 0.4, 0.5), "its own mean, not CLIP's"
+
+
+@pytest.mark.parametrize("size", [(32, 32), (61, 50), (33, 97)])
+def test_numbers_that_enter_an_open_clip_tower_are_open_clips_own(open_clip_folder: Path, size) -> None:
+    tower = load_frozen(f"open_clip:local-dir:{open_clip_folder}")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{open_clip_folder}")
+    image = picture(*size)
+    pixels = torch.from_numpy(fixed_view(image, tower.image).copy())[None]
+    theirs = transform(image)[None]
+    torch.testing.assert_close(normalise(pixels, tower.image), theirs, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels), model.eval().encode_image(theirs), rtol=1e-5, atol=1e-5)
+    assert tower.width == 20
+
+
+@pytest.mark.parametrize("resize", ["shortest", "squash"])
+@pytest.mark.parametrize("size", [(48, 48), (50, 61), (97, 33)])
+def test_fixed_view_is_torchvisions_resize_and_centre_crop(resize: str, size: tuple[int, int]) -> None:
+    from torchvision.transforms import v2
+
+    spec = ImageSpec(24, (0.5,) * 3, (0.5,) * 3, "bicubic", resize, 29)  # type: ignore[arg-type]
+    to = 29 if resize == "shortest" else (29, 29)
+    steps = [v2.Resize(to, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(24), v2.PILToTensor()]
+    image = picture(*size)
+    assert np.array_equal(fixed_view(image, spec), v2.Compose(steps)(image).numpy())
+
+
+def test_eval_for_ever_no_gradient_and_never_changed(timm_tower: str) -> None:
+    tower = load_frozen(timm_tower)
+    before = tower.fingerprint()
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tower
+            self.head = head(tower.width, 4, seed=0, name="head")
+
+    parent = Parent().train()
+    assert not any(name.startswith("tower") for name, _ in parent.named_parameters())
+    tower.module.train()  # even when somebody asks for it
+    pixels = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    features = tower(pixels)
+    assert not tower.module.training and not features.requires_grad
+    assert torch.equal(features, tower(pixels)), "two forwards of an eval tower agree to the bit"
+    optimizer = torch.optim.SGD(parent.parameters(), lr=1.0)
+    parent.head(features).sum().backward()
+    optimizer.step()
+    assert all(p.grad is None for p in tower.module.parameters())
+    assert parent.head.weight.grad.abs().sum() > 0
+    assert tower.fingerprint() == before
+
+
+def test_a_weights_file_beside_a_timm_name_is_loaded_strictly(timm_tower: str, tmp_path: Path) -> None:
+    state = load_file(Path(timm_tower.removeprefix("timm:local-dir:")) / "model.safetensors")
+    good = tmp_path / "good.safetensors"
+    save_file(state, good)
+    from_file, from_folder = load_frozen(f"timm:test_convnext2@{good}"), load_frozen(timm_tower)
+    for key, value in from_folder.module.state_dict().items():
+        assert torch.equal(from_file.module.state_dict()[key], value), key
+    key = next(k for k in state if "stages" in k)
+    broken = {**state, "stages.typo.weight": torch.zeros(1)}
+    del broken[key]
+    save_file(broken, tmp_path / "broken.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        load_frozen(f"timm:test_convnext2@{tmp_path / 'broken.safetensors'}")
+    assert key in str(error.value) and "stages.typo.weight" in str(error.value)
+    with pytest.raises(CheckpointError, match="wrong shape"):
+        load_frozen(f"timm:test_convnext2@{_misshapen(state, key, tmp_path)}")
+
+
+def _misshapen(state: dict[str, torch.Tensor], key: str, folder: Path) -> Path:
+    path = folder / "misshapen.safetensors"
+    save_file({**state, key: torch.zeros(3, 3)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "words"),
+    [
+        ("resnet50", UsageError, "timm:NAME"),
+        ("tim:resnet50", UsageError, "timm:NAME"),
+        ("timm:resnet5", UsageError, "did you mean `resnet50`"),
+        ("timm:local-dir:/nowhere", CheckpointError, "config.json"),
+        ("timm:test_convnext2@/nowhere.safetensors", CheckpointError, "no such file"),
+        ("open_clip:ViT-B-33@x", UsageError, "did you mean"),
+        ("open_clip:ViT-B-32", UsageError, "Published tags"),
+        ("open_clip:local-dir:/nowhere", CheckpointError, "open_clip_config.json"),
+        ("file:/nowhere", CheckpointError, "model.json"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused_with_the_remedy(spec: str, kind: type, words: str) -> None:
+    with pytest.raises(kind, match=words):
+        load_frozen(spec)
+
+
+def test_a_network_name_without_network_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(CheckpointError, match=r"no route to host.*@FILE"):
+        load_frozen("timm:resnet18")
+
+
+def test_one_changed_byte_or_other_preprocessing_changes_the_fingerprint(timm_tower: str) -> None:
+    tower = load_frozen(timm_tower)
+    first = tower.fingerprint()
+    assert load_frozen(timm_tower).fingerprint() == first
+    spec = ImageSpec.from_dict({**tower.image.as_dict(), "interpolation": "bicubic"})
+    assert FrozenTower("third", "x", tower.module, tower.width, spec, None).fingerprint() != first
+    parameter = next(tower.module.parameters())
+    with torch.no_grad():
+        parameter.view(-1)[0] = torch.nextafter(parameter.view(-1)[0], torch.tensor(9.0))
+    assert tower.fingerprint() != first
+
+
+def test_an_image_tower_made_of_a_frozen_tower_is_the_tower_and_one_projection(
+    timm_tower: str, open_clip_folder: Path
+) -> None:
+    for spec in (timm_tower, f"open_clip:local-dir:{open_clip_folder}"):
+        tower = load_frozen(spec)
+        projection = torch.randn(6, tower.width) / 4
+        image, _ = as_image_tower(tower, projection)
+        pixels = torch.randint(0, 256, (3, 3, tower.image.size, tower.image.size), dtype=torch.uint8)
+        with torch.no_grad():
+            features = image.eval()(normalise(pixels, tower.image))
+        torch.testing.assert_close(features, tower(pixels) @ projection.T, rtol=1e-4, atol=1e-5)
+        bare, _ = as_image_tower(tower, None)
+        with torch.no_grad():
+            torch.testing.assert_close(bare.eval()(normalise(pixels, tower.image)), tower(pixels))
+
+
+@pytest.mark.parametrize("pool", [{}, {"pool_type": "eos", "eos_id": 2}])
+def test_short_text_equals_padded_text(pool: dict) -> None:
+    """The sliced forward equals open_clip's own on padded text to 1e-6, for features and gradients."""
+    pair = PairConfig(
+        embed_dim=12,
+        vision={"timm_model_name": "test_convnext2"},
+        text={"context_length": 16, "vocab_size": 40, "width": 32, "heads": 2, "layers": 2, **pool},
+    )
+    text = build_text_tower(model_config(pair), 0)
+    tokens = torch.zeros(5, 16, dtype=torch.long)
+    for row, length in enumerate([2, 5, 9, 3, 7]):
+        tokens[row, :length] = torch.randint(3, 38, (length,))
+        tokens[row, length - 1] = 2 if pool else 39
+    short = encode_text(text, tokens[:, :9])
+    padded = text(tokens)
+    torch.testing.assert_close(short, padded, rtol=1e-6, atol=1e-6)
+    text.double()  # gradients differ only by the order of sums
+    short, padded = encode_text(text, tokens[:, :9]), text(tokens)
+    for features in (short, padded):
+        text.zero_grad()
+        (features**2).sum().backward()
+        grads = [p.grad.clone() for p in text.parameters()]
+        if features is short:
+            first = grads
+    for a, b in zip(first, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_text_tower_that_looks_at_padding_gets_it_back() -> None:
+    text_cfg = {
+        "context_length": 10,
+        "vocab_size": 40,
+        "width": 32,
+        "heads": 2,
+        "layers": 1,
+        "no_causal_mask": True,
+    }
+    text = build_text_tower(
+        model_config(PairConfig(vision={"timm_model_name": "test_convnext2"}, text=text_cfg)), 0
+    )
+    tokens = torch.randint(1, 39, (2, 10))
+    tokens[:, 6:] = 0
+    torch.testing.assert_close(encode_text(text, tokens[:, :6]), text(tokens))
+
+
+def test_a_module_starts_the_same_whatever_is_built_beside_it() -> None:
+    config = model_config(PairConfig(vision={"timm_model_name": "test_convnext2"}, text={"vocab_size": 50}))
+    alone = build_text_tower(config, 7).state_dict()
+    torch.manual_seed(1)
+    build_image_tower(config, 7)
+    head(3, 4, seed=7, name="img@third")
+    beside = build_text_tower(config, 7).state_dict()
+    assert all(torch.equal(alone[key], beside[key]) for key in alone)
+    other = build_text_tower(config, 8).state_dict()
+    assert not torch.equal(alone["token_embedding.weight"], other["token_embedding.weight"])
+
+
+def test_heads_start_at_the_stated_spread_without_bias() -> None:
+    linear = head(400, 300, seed=0, name="img@third")
+    assert linear.bias is None
+    assert float(linear.weight.detach().std()) == pytest.approx(400**-0.5, rel=0.02)
+
+
+def test_unknown_keys_of_a_tower_are_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"pair\.text\.layer.*did you mean `layers`"):
+        model_config(PairConfig(text={"layer": 2}))
+    with pytest.raises(UsageError, match="ViT-B-32"):
+        model_config(PairConfig(model="ViT-B-3"))
