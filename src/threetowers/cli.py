@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from threetowers.config import (
+    CompareConfig,
     PretrainConfig,
     RunConfig,
     config_hash,
@@ -129,6 +130,49 @@ def _train(words: list[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class _CompareArguments:
+    """Train and evaluate several methods on equal terms, and write report.html. Run again, it continues."""
+
+    out: Annotated[str, tyro.conf.arg(help="Folder of the comparison.")] = "runs/compare"
+    options: Annotated[CompareConfig, tyro.conf.arg(name="")] = field(default_factory=CompareConfig)
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+def _compare(words: list[str]) -> int:
+    """find out which method wins: threetowers compare PRESET|FILE --data PATH --third NAME=SPEC … [--seeds 0 1 2]"""
+    name, config, flags = _start(words, "compare")
+    arguments = _parse(_CompareArguments, flags, f"compare {name}", _CompareArguments(run=config))
+
+    from threetowers.compare import compare
+
+    return _report(compare(arguments.run, arguments.options, Path(arguments.out)), Path(arguments.out))
+
+
+def _demo(words: list[str]) -> int:
+    """see the method at work on the built-in world: threetowers demo [--out runs/demo]"""
+    options = CompareConfig(lrs=(2e-3,), title="Three Towers on the built-in world")
+    default = _CompareArguments(out="runs/demo", options=options, run=PRESETS["shapes"]())
+    arguments = _parse(_CompareArguments, words, "demo", default)
+
+    from threetowers.demo import demo
+
+    return _report(demo(arguments.run, arguments.options, Path(arguments.out)), Path(arguments.out))
+
+
+def _report(result: dict[str, Any] | None, out: Path) -> int:
+    if result is None:
+        print(f"stopped; the same command continues. Folder: {out}")
+        return STOPPED
+
+    from threetowers.report.page import write_report
+    from threetowers.report.tables import text_table
+
+    page = write_report(out)
+    print(f"\n{text_table(result)}\n\nreport: {page}")
+    return 0
+
+
 def _evaluate(words: list[str]) -> int:
     """evaluate a finished run on its own test data or another: threetowers evaluate RUN [--data PATH]"""
 
@@ -192,6 +236,8 @@ def _export(words: list[str]) -> int:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "compare": _compare,
+    "demo": _demo,
     "evaluate": _evaluate,
     "pretrain": _pretrain,
     "export": _export,

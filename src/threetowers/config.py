@@ -198,6 +198,19 @@ class PretrainConfig:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Several methods on equal data, batch and steps; everything not listed here is each run's own configuration."""
+
+    methods: tuple[Method, ...] = ("baseline", "lit", "3t")
+    """What to compare: baseline, lit, lit-unlocked, 3t, 3t-regression."""
+    seeds: tuple[int, ...] = (0,)
+    """Each method is trained once per seed; intervals over seeds need at least two."""
+    lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    """Learning rates tried for every method with the first seed; validation picks one."""
+    title: str = "Which method wins on this data"
+
+
 def replace_nested(config: T, values: dict[str, Any], where: str = "") -> T:
     """The configuration with the given keys replaced; siblings of a nested key keep their values.
 

@@ -147,6 +147,7 @@ def save_run(
             for view, tower in thirds.items()
             if view in model.thirds
         ],
+        "num_trainable": model.num_trainable(),
         "rows": [[row.a, row.b, row.weight, row.kind] for row in model.objective.rows],
         "sha256": hashlib.sha256(partial.read_bytes()).hexdigest(),
     }  # fmt: skip

@@ -5,8 +5,11 @@ from (seed, kind, split, index) through a counter-based hash, so any scene can b
 renderer uses only operations that IEEE 754 rounds correctly (no sin, no exp), so its bytes do not depend on the
 batch, the processor or the NumPy version.
 
-Shape suffixes: B scenes, H height, W width, S slots for objects (2), K captions per scene (5).
+Shape suffixes: B scenes, H height, W width, S slots for objects (2).
 """
+
+# NumPy's stubs type the results of its ufuncs as Any.
+# mypy: disable-error-code="no-any-return"
 
 import json
 import shutil
@@ -268,7 +271,7 @@ def _noun(thing: tuple[int, ...], u: list[float], full: bool, short: bool) -> st
 # Pictures -------------------------------------------------------------------------------------------------------
 
 # fmt: off
-_COLOUR_RGB = np.array([(.88, .10, .10), (.98, .52, .05), (.98, .90, .10), (.10, .68, .15),
+_COLOUR_RGB: Floats = np.array([(.88, .10, .10), (.98, .52, .05), (.98, .90, .10), (.10, .68, .15),
                         (.10, .85, .88), (.10, .22, .92), (.52, .14, .74), (1., .52, .76)], np.float32)
 # Ground and pattern of each background: muted, so that the objects stand out.
 _GROUND_RGB = np.array([((.60, .68, .46), (.45, .54, .32)), ((.84, .75, .56), (.72, .62, .42)),
@@ -363,8 +366,7 @@ def _col(of_scene: Floats) -> Floats:
 
 def _soft(distance: Floats) -> Floats:
     """Share of a pixel inside an edge, from the signed distance in pixels (negative inside)."""
-    share: Floats = np.clip(0.5 - distance, 0, 1)
-    return share
+    return np.clip(0.5 - distance, 0, 1)
 
 
 def _wave(phase: Floats) -> Floats:
@@ -465,8 +467,7 @@ def _ground(background: Ints, u: Floats, u_tint: Floats, x: Floats, y: Floats, s
         pattern[these] = _pattern(name, u[these], x, y)
     tint = ((u_tint - 0.5) * 0.16)[:, :, None, None]
     ground, mark = _GROUND_RGB[background].transpose(1, 0, 2)[..., None, None]
-    result: Floats = ground + tint + pattern[:, None] * (mark - ground)
-    return result
+    return ground + tint + pattern[:, None] * (mark - ground)
 
 
 def _pattern(name: str, u: Floats, x: Floats, y: Floats) -> Floats:
@@ -492,7 +493,7 @@ def _pattern(name: str, u: Floats, x: Floats, y: Floats) -> Floats:
 def _light(canvas: Floats, u: Floats, x: Floats, y: Floats) -> Floats:
     """The scene under its own light: from 0.75 to 1.15 times as bright, and up to 0.25 more or less at an edge."""
     level, across, down = (_col(u[:, i]) for i in range(3))
-    light: Floats = 0.75 + 0.4 * level + (across - 0.5) * (x - 0.5) / 2 + (down - 0.5) * (y - 0.5) / 2
+    light = 0.75 + 0.4 * level + (across - 0.5) * (x - 0.5) / 2 + (down - 0.5) * (y - 0.5) / 2
     return canvas * light[:, None]
 
 

@@ -169,7 +169,10 @@ class ShardSource:
     def image(self, index: int) -> bytes:
         shard, size = self.shards[self._shard[index]], self._sizes[index]
         try:
-            data = os.pread(_descriptor(*shard).number, size, self._offsets[index])
+            descriptor = _descriptor(
+                *shard
+            )  # held while reading: another thread may push it out of the cache
+            data = os.pread(descriptor.number, size, self._offsets[index])
         except OSError as error:
             raise BadSample(self._ids[index], "unreadable", f"{shard[0]}: {error}") from error
         if len(data) != size:
@@ -312,8 +315,8 @@ def _read_shard(source: ShardSource, path: Path, stem: str) -> bytes:
     groups: dict[str, _Group] = {}
     for member in _walk(path, file.number, status.st_size, digest.update):
         key, ending = _key_and_ending(member.name)
-        if not key or not ending:
-            continue  # folders, hidden files and notes like README belong to no sample
+        if not key:
+            continue  # a hidden file, as macOS puts one beside each file
         group = groups.setdefault(key, _Group())
         group.members.append(ending if member.size >= 0 else f"{ending} (a link)")
         if member.size < 0:

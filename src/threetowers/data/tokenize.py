@@ -61,13 +61,15 @@ class FileTokenizer:
     """A tokenizer.json of Hugging Face's `tokenizers`, cut and padded to the context length."""
 
     def __init__(self, tokenizer: FastTokenizer, context_length: int, source: str = "tokenizer.json") -> None:
+        self.pad_id = _pad_id(tokenizer)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         ends = {tokenizer.encode(text).ids[-1] for text in ("a", "b c") if tokenizer.encode(text).ids}
         if len(ends) != 1:
             raise UsageError(
                 f"{source}: captions get no common end token; add a post-processor that appends one to the tokenizer"
             )
         self.end_id = ends.pop()
-        self.pad_id = _pad_id(tokenizer)
         self.context_length = context_length
         tokenizer.enable_truncation(max_length=context_length)
         tokenizer.enable_padding(
@@ -148,5 +150,4 @@ def load_tokenizer(name: str, context_length: int) -> Tokenizer:
         tokenizer = FastTokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception for every defect of the file
         raise UsageError(f"{path}: not a tokenizer that `tokenizers` can read ({error})") from None
-    tokenizer.no_truncation()
     return FileTokenizer(tokenizer, context_length, str(path))

@@ -5,22 +5,21 @@ the page through `tag` and `join`, which escape whatever is not markup already.
 """
 
 import base64
-import json
 from collections.abc import Callable, Iterable
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from threetowers.errors import DataError
 from threetowers.progress import duration
-from threetowers.report.plots import PALETTE, Curves, Plot, draw_plots
+from threetowers.report.plots import PALETTE, Plot, average, draw_plots
 from threetowers.report.tables import (
     METHODS,
     Compare,
+    Curves,
     Html,
     cells,
     claim_word,
     csv_tables,
+    csv_text,
     finite,
     headline,
     html_table,
@@ -32,11 +31,24 @@ from threetowers.report.tables import (
     percent,
     primary,
     ranking,
+    read_compare,
+    read_curves,
     result_table,
+    row_key,
     tag,
 )
 
-OPEN_EXAMPLES = 4  # of each direction; more are one click away
+Picture = Callable[[str | None, str], Html]  # (path in the folder, description) → an image element
+
+OPEN_EXAMPLES = 2  # of each direction; more are one click away
+_SETTINGS = {
+    "lrs": "learning rates tried",
+    "lr_seed": "seed of the trials",
+    "num_train": "training images",
+    "num_val": "validation images",
+    "num_test": "test images",
+    "primary": "deciding metric",
+}
 _IMAGES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -49,7 +61,7 @@ def write_report(folder: Path) -> Path:
     compare = read_compare(folder)
     curves, problems = read_curves(folder, compare)
     plots = draw_plots(compare, curves)
-    for name, text in csv_tables(compare).items():
+    for name, text in (csv_tables(compare) | _curve_table(curves)).items():
         _write(folder / "tables" / name, text.encode("utf-8"))
     for plot in (plot for group in plots.values() for plot in group):
         _write(folder / "figures" / f"{plot.name}.png", plot.png)
@@ -58,77 +70,33 @@ def write_report(folder: Path) -> Path:
     return page
 
 
-def read_compare(folder: Path) -> Compare:
-    """compare.json of a folder. Raises DataError when it is missing, damaged or of another schema."""
-    path = folder / "compare.json"
-    again = "Run `threetowers compare` again, or name the folder that it wrote"
-    try:
-        compare = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {again}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}). {again}") from error
-    if not isinstance(compare, dict) or compare.get("schema") != 1:
-        found = compare.get("schema") if isinstance(compare, dict) else None
-        raise DataError(f"{path}: schema is {found!r}, this version reads schema 1. {again}")
-    for key in ("methods", "summary"):
-        if key not in compare:
-            raise DataError(f"{path}: has no {key!r}. {again}")
-    # A caption's stray bytes may be lone surrogates, which no UTF-8 file can hold.
-    clean: Compare = json.loads(json.dumps(compare, ensure_ascii=False).encode("utf-8", "replace"))
-    return clean
-
-
-def read_curves(folder: Path, compare: Compare) -> tuple[Curves, list[str]]:
-    """What the compared runs logged by step, and a sentence for each run or line that could not be read.
-
-    Trials of other learning rates are left out. An unfinished run's torn last line is passed over in silence.
-    """
-    curves: Curves = {}
-    problems = []
-    chosen = {(m["method"], m.get("third") or ""): m.get("lr") for m in compare["methods"]}
-    for run in compare.get("runs", []):
-        key = (run["method"], run.get("third") or "")
-        if key in chosen and chosen[key] in (None, run.get("lr")):
-            try:
-                lines = (folder / run["path"] / "metrics.jsonl").read_bytes().splitlines()
-            except OSError as error:
-                problems.append(f"{run['path']}/metrics.jsonl: {error.strerror}")
-                continue
-            rows = [_metrics_row(line) for line in lines]
-            if unread := rows[:-1].count(None):
-                problems.append(
-                    f"{run['path']}/metrics.jsonl: {unread} lines are not JSON objects with a step"
-                )
-            _add_run(curves.setdefault(key, {}), [row for row in rows if row])
-    return curves, problems
-
-
-def _metrics_row(line: bytes) -> dict[str, float] | None:
-    try:
-        row = json.loads(line)
-        return {
-            k: number for k, v in {**row, "step": row["step"]}.items() if (number := finite(v)) is not None
+def _curve_table(curves: Curves) -> dict[str, str]:
+    rows = [
+        {
+            "method": method,
+            "third": third,
+            "metric": metric,
+            "step": step,
+            "mean": y,
+            "low": low,
+            "high": high,
         }
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _add_run(metrics: dict[str, list[list[tuple[float, float]]]], rows: list[dict[str, float]]) -> None:
-    names = dict.fromkeys(n for row in rows for n in row if n.startswith(("val/", "train/loss/")))
-    for name in names:
-        metrics.setdefault(name, []).append([(row["step"], row[name]) for row in rows if name in row])
+        for (method, third), metrics in curves.items()
+        for metric, lines in metrics.items()
+        for step, y, low, high in zip(*average(lines), strict=True)
+    ]
+    return {"curves.csv": csv_text(rows)} if rows else {}
 
 
 def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], problems: list[str]) -> str:
     """The whole page; sections without anything to show are left out, with their links."""
     image = _images(folder)
     sections = [
-        ("towers", "Three ways to use a pretrained image tower", _towers(compare)),
+        ("towers", "What each method connects", _towers(compare)),
         ("results", "Results", _results(compare)),
         ("claims", "Claims, tested", _claims(compare)),
         ("combination", "Using the third tower after training", _combination(compare, plots["combination"])),
-        ("training", "Training", _training(plots, problems)),
+        ("training", "Training", _training(compare, plots, problems)),
         ("examples", "Retrieval, seen", _examples(compare, image)),
         ("classes", "Zero-shot, class by class", _classes(compare, plots["classes"])),
         ("cost", "Cost against quality", _cost(compare, plots["cost"])),
@@ -160,8 +128,8 @@ def _css() -> Html:
     return Html(variables + Path(__file__).with_name("style.css").read_text(encoding="utf-8"))
 
 
-def _images(folder: Path) -> Callable[[str | None, str], Html]:
-    """(path in the folder, description) → an image with its bytes inside, or a box that says it is missing."""
+def _images(folder: Path) -> Picture:
+    """Makes image elements with the bytes inside; for a file that is not there, a box that says so."""
 
     def image(path: str | None, description: str) -> Html:
         file = folder / (path or "")
@@ -210,17 +178,20 @@ def _towers(compare: Compare) -> Html:
     says = {
         "baseline": ("Baseline.", " Image and text tower learn from scratch, from captioned images alone."),
         "lit": ("LiT.", " The pretrained tower is the image tower, locked. Text learns to match it."),
-        "3t": ("3T.", " Both towers train, and each also learns to match the frozen third tower, which is dropped after training."),
-    }  # fmt: skip
+        "3t": (
+            "3T.",
+            " Both towers train and also learn to match a frozen third one, dropped after training.",
+        ),
+    }
     figures = [
         tag("figure", _drawing(method), tag("figcaption", tag("b", name), text))
         for method, (name, text) in says.items()
     ]
     used = {m["method"] for m in compare["methods"]}
     variants = {
-        "lit-unlocked": "LiT, unlocked: as LiT, but the image tower goes on training from the pretrained weights.",
-        "3t-regression": "3T, regression: as 3T, but the rows to the third tower pull vectors together instead of contrasting them.",
-    }  # fmt: skip
+        "lit-unlocked": "LiT unlocked: as LiT, but the image tower goes on training from its pretrained weights.",
+        "3t-regression": "3T regression: as 3T, but vectors are pulled to the third tower's, not contrasted with it.",
+    }
     notes = [tag("p", text, class_="muted") for method, text in variants.items() if method in used]
     return join(tag("div", *figures, class_="panels towers"), *notes)
 
@@ -261,7 +232,7 @@ def _drawing(method: str) -> Html:
 def _results(compare: Compare) -> Html | None:
     if not any(cells(compare).values()):
         return None
-    note = f"Percent, {interval_note(compare)} in brackets. ★ and bold mark the best of a column."
+    note = f"Percent, {interval_note(compare)} below it. ★ and bold mark the best of a column."
     if any("combination/mean_r@1" in row for row in cells(compare).values()):
         note += " The combined score needs the third tower at inference; its α was chosen on validation data."
     return join(result_table(compare), tag("p", note, class_="muted"))
@@ -296,15 +267,16 @@ def _combination(compare: Compare, plots: list[Plot]) -> Html | None:
         "The dashed control mixes two independently trained systems, baseline and LiT, in the same way: "
         "what it gains is plain ensembling."
         if all(controls)
-        else "Not every curve has a control (baseline and LiT mixed in the same way), so plain ensembling is not told apart."
+        else "A curve here has no control (baseline and LiT mixed in the same way): plain ensembling is not told apart."
     )
     return join(tag("p", text), tag("p", control), _panels(plots))
 
 
-def _training(plots: dict[str, list[Plot]], problems: list[str]) -> Html | None:
+def _training(compare: Compare, plots: dict[str, list[Plot]], problems: list[str]) -> Html | None:
     if not any((plots["validation"], plots["loss"], problems)):
         return None
-    text = "Mean over seeds; the band spans the lowest and the highest seed."
+    several = "Mean over seeds; the band spans the lowest and the highest seed."
+    text = several if num_seeds(compare) > 1 else "One seed."
     rows = (
         "Each row of an objective has its own loss. A regression row measures distance, not nats: "
         "its height does not compare with the others."
@@ -318,7 +290,7 @@ def _training(plots: dict[str, list[Plot]], problems: list[str]) -> Html | None:
     )
 
 
-def _examples(compare: Compare, image: Callable[[str | None, str], Html]) -> Html | None:
+def _examples(compare: Compare, image: Picture) -> Html | None:
     parts = []
     for direction, title, card in (
         ("t2i", "Caption → images", _text_query),
@@ -335,7 +307,7 @@ def _examples(compare: Compare, image: Callable[[str | None, str], Html]) -> Htm
     return join(tag("p", note, class_="muted"), *parts)
 
 
-def _text_query(example: dict[str, Any], image: Callable[[str | None, str], Html]) -> Html:
+def _text_query(example: dict[str, Any], image: Picture) -> Html:
     def thumb(rank: int, item: dict[str, Any]) -> Html:
         tick = tag("span", "✓", class_="tick", aria_hidden="true") if item["right"] else None
         description = f"answer {rank}, {'right' if item['right'] else 'wrong'}{_score(item)}"
@@ -357,22 +329,18 @@ def _text_query(example: dict[str, Any], image: Callable[[str | None, str], Html
     return tag("article", query, *answers, class_="card")
 
 
-def _image_query(example: dict[str, Any], image: Callable[[str | None, str], Html]) -> Html:
+def _image_query(example: dict[str, Any], image: Picture) -> Html:
     def answer(row: dict[str, Any]) -> Html:
         items = row["items"]
-        places = [rank for rank, item in enumerate(items, 1) if item["right"]]
-        found = f"✓ right at place {places[0]}" if places else f"no right one in the first {len(items)}"
-        lines = [
-            tag(
-                "li",
-                ("✓ " if item["right"] else "") + str(item["text"]),
-                title=f"answer {rank}{_score(item)}",
-            )
-            for rank, item in enumerate(items, 1)
+        lines = [("✓ " if item["right"] else "") + f"“{item['text']}”" for item in items]
+        texts = [
+            tag("li", line, title=f"answer {rank}{_score(item)}")
+            for rank, (line, item) in enumerate(zip(lines, items, strict=True), 1)
         ]
-        first = f"“{items[0]['text']}” " if items else ""
-        summary = tag("span", found, class_="found" if places[:1] == [1] else "muted")
-        return _answer(row, tag("div", first, summary, _more("all", tag("ol", *lines, class_="texts"))))
+        place = next((rank for rank, item in enumerate(items, 1) if item["right"]), None)
+        found = f"right answer at place {place}" if place else f"no right answer in the first {len(items)}"
+        first = tag("div", lines[0] if lines else "–", class_="found" if place == 1 else "")
+        return _answer(row, tag("div", first, _more(found, tag("ol", *texts, class_="texts"))))
 
     truth = tag("p", tag("span", "right: ", class_="muted"), f"“{example.get('truth')}”")
     query = tag("div", image(example.get("query_image"), "the query"), truth, class_="query")
@@ -393,8 +361,8 @@ def _classes(compare: Compare, plots: list[Plot]) -> Html | None:
     if not plots:
         return None
     rows = compare["per_class"]
-    keys = [key for key in ranking(compare) if any((r["method"], r.get("third") or "") == key for r in rows)]
-    values = {((r["method"], r.get("third") or ""), r["class"]): finite(r["value"]) for r in rows}
+    keys = [key for key in ranking(compare) if any(row_key(r) == key for r in rows)]
+    values = {(row_key(r), r["class"]): finite(r["value"]) for r in rows}
     names = sorted({r["class"] for r in rows})
     table = html_table(
         ["class", *(label(compare, key) for key in keys)],
@@ -403,7 +371,7 @@ def _classes(compare: Compare, plots: list[Plot]) -> Html | None:
     return join(_panels(plots), _more(f"All {len(names)} classes, percent", table))
 
 
-def _world(compare: Compare, image: Callable[[str | None, str], Html]) -> Html | None:
+def _world(compare: Compare, image: Picture) -> Html | None:
     figures = []
     for sample in compare.get("world", []):
         first, *others = [str(caption) for caption in sample["captions"]] or ["no caption"]
@@ -413,56 +381,50 @@ def _world(compare: Compare, image: Callable[[str | None, str], Html]) -> Html |
 
 
 def _cost(compare: Compare, plots: list[Plot]) -> Html:
-    def count(value: Any, decimals: int = 0) -> str:
-        number = finite(value)
-        return "–" if number is None else f"{number:,.{decimals}f}"
+    columns = {
+        "trained parameters": "trainable_params",
+        "parameters at inference": "inference_params",
+        "training time": "train_seconds",
+        "training examples/s": "examples_per_second",
+        "inference images/s": "inference_images_per_second",
+        "third tower at inference": "third_at_inference",
+    }
 
-    by_key = {(m["method"], m.get("third") or ""): m for m in compare["methods"]}
-    rows = []
-    for key in ranking(compare):
-        if m := by_key.get(key):
-            seconds = finite(m.get("train_seconds"))
-            third = {True: "yes", False: "no"}.get(m.get("third_at_inference"), "–")
-            rows.append(
-                [
-                    *(label(compare, key), count(m.get("trainable_params")), count(m.get("inference_params"))),
-                    *("–" if seconds is None else duration(seconds), count(m.get("examples_per_second"))),
-                    *(count(m.get("inference_images_per_second")), third),
-                ]
-            )  # fmt: skip
-    headings = [
-        *("method", "trained parameters", "parameters at inference", "training time", "training examples/s"),
-        *("inference images/s", "third tower at inference"),
+    def shown(field: str, value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        number = finite(value)
+        if number is None:
+            return "–"
+        return duration(number) if field == "train_seconds" else f"{number:,.0f}"
+
+    methods = {row_key(m): m for m in compare["methods"]}
+    rows = [
+        [label(compare, key), *(shown(field, methods[key].get(field)) for field in columns.values())]
+        for key in ranking(compare)
+        if key in methods
     ]
-    return join(_panels(plots) if plots else None, html_table(headings, rows))
+    return join(_panels(plots) if plots else None, html_table(["method", *columns], rows))
 
 
 def _settings(compare: Compare) -> Html:
     settings, machine = compare.get("settings", {}), compare.get("machine", {})
-    rates = [
-        [label(compare, (m["method"], m.get("third") or "")), _plain(m.get("lr")), trials]
-        for m in compare["methods"]
-        if (
-            trials := ", ".join(f"{lr}: {percent(finite(v))}" for lr, v in (m.get("lr_trials") or {}).items())
-        )
-    ]
-    given = [("data", compare.get("data")), *settings.items(), ("created", compare.get("created"))]
-    chosen = join(
-        tag("p", f"The same rates were tried for every method, on validation data: {_primary_on_validation(compare)}."),
-        html_table(["method", "chosen", "validation, percent"], rates),
-    )  # fmt: skip
+    rates = []
+    for m in compare["methods"]:
+        trials = [f"{lr}: {percent(finite(value))}" for lr, value in (m.get("lr_trials") or {}).items()]
+        rates += [[label(compare, row_key(m)), _plain(m.get("lr")), ", ".join(trials)]] if trials else []
+    created = str(compare.get("created", "–")).replace("T", " ")
+    given = [("data", compare.get("data")), *settings.items(), ("created", created)]
+    table = html_table(["method", "learning rate", "each rate tried: validation, percent"], rates)
     return join(
         tag("div", _rows(_pairs(given)), _rows(_pairs(machine.items())), class_="panels"),
-        _more("Learning rate of each method", chosen) if rates else None,
+        _more("How each learning rate was chosen", table) if rates else None,
     )
 
 
-def _primary_on_validation(compare: Compare) -> str:
-    return metric_name(primary(compare)) + " in percent after each trial"
-
-
 def _pairs(items: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), _plain(value)) for name, value in items if value is not None]
+    known = ((name, value) for name, value in items if value is not None)
+    return [(_SETTINGS.get(name, name.replace("_", " ")), _plain(value)) for name, value in known]
 
 
 def _plain(value: Any) -> str:
@@ -472,24 +434,26 @@ def _plain(value: Any) -> str:
 
 
 def _reading(compare: Compare) -> Html:
-    several = num_seeds(compare) > 1
-    certain = (
-        "The interval says how far the mean could lie elsewhere with other seeds (t-interval over seeds)."
-        if several
-        else "With one seed the interval comes from resampling the test queries; it leaves out the luck of a training run."
+    """The words of this page, explained."""
+    interval = (
+        "95 %: how far the mean could lie elsewhere with other seeds (t-interval over seeds)."
+        if num_seeds(compare) > 1
+        else "95 %, from resampling the test queries of one seed: it leaves out the luck of a training run."
     )
-    thirds = [key for key, _ in groupby(m["third"] for m in compare["methods"] if m.get("third"))]
-    return _rows(
-        [
-            ("R@k", "Share of queries whose right answer is among the first k. Image → text asks with an image, text → image with a caption; mean is the average of both."),
-            ("zero-shot top-1", "Images are classified by the class name whose text lies nearest; no labelled image was trained on."),
-            ("interval", f"95 %. {certain}"),
-            ("held", "A claim holds when the 95 % interval of the seed-paired differences leaves out 0. With one seed it is a bootstrap over queries, and the page says so."),
-            ("third tower", f"A frozen pretrained image model; here {', '.join(dict.fromkeys(thirds)) or 'none'}. Mismatched means that it was trained for another task."),
-            ("α", "Weight of the third tower's score: (1 − α) · main pair + α · third tower."),
-            ("cost at inference", "3T at α = 0 runs the image and text tower alone, as the baseline does. Any α > 0 also runs the third tower on every image. LiT always runs the pretrained tower, for it is its image tower."),
-        ]
-    )  # fmt: skip
+    thirds = ", ".join(dict.fromkeys(m["third"] for m in compare["methods"] if m.get("third"))) or "none"
+    words = {
+        "R@k": "Share of queries whose right answer is among the first k. Image → text asks with an image, "
+        "text → image with a caption; mean is the average of both.",
+        "zero-shot top-1": "Share of images whose class name lies nearest of all names. No label was trained on.",
+        "interval": interval,
+        "held": "The 95 % interval of the seed-paired differences leaves out 0; "
+        "with one seed, the interval of a bootstrap over queries, and the page says so.",
+        "third tower": f"A frozen pretrained model; here: {thirds}. Mismatched: trained for another task.",
+        "α": "Weight of the third tower: score = (1 − α) · main pair + α · third tower.",
+        "cost at inference": "3T at α = 0 runs the image and text tower alone, as the baseline does. Any α > 0 also "
+        "runs the third tower on every image. LiT always runs the pretrained tower: it is its image tower.",
+    }
+    return tag("div", _rows(words.items()), class_="prose")
 
 
 def _write(path: Path, data: bytes) -> None:

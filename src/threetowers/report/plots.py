@@ -22,7 +22,9 @@ from scipy.optimize import isotonic_regression
 from threetowers.report.tables import (
     METHODS,
     Compare,
+    Curves,
     Key,
+    Line,
     cells,
     finite,
     label,
@@ -30,10 +32,8 @@ from threetowers.report.tables import (
     percent,
     primary,
     ranking,
+    row_key,
 )
-
-Line = list[tuple[float, float]]  # (step, value), by step
-Curves = dict[Key, dict[str, list[Line]]]  # row of the tables → metric → one line per seed
 
 # Name → colour in the light, colour in the dark. Methods: Okabe and Ito's colour-blind-safe set, one family
 # each; in the light every colour must be distinct, because the SVG's colours are recognised by value.
@@ -55,15 +55,18 @@ WIDTH = 400  # px, of every plot
 MAX_POINTS = 250  # of one line
 CLASSES = 8  # at either end, where there are too many to show all
 _VARIANTS = (("o", "-"), ("D", "--"), ("^", ":"), ("s", "-."))  # marker and line by third tower
+# fmt: off
 _STYLE = {
-    **{"svg.fonttype": "none", "svg.hashsalt": "threetowers", "text.parse_math": False},
-    **{"font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left"},
-    **{"text.color": INK, "axes.titlecolor": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID},
-    **{"xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True},
-    **{"grid.color": GRID, "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 10.5},
-    **{"axes.titlepad": 10, "figure.dpi": 72, "lines.solid_capstyle": "round", "axes.unicode_minus": False},
+    "svg.fonttype": "none", "svg.hashsalt": "threetowers", "text.parse_math": False, "axes.titlepad": 10,
+    "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "text.color": INK, "axes.titlecolor": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID,
+    "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": GRID, "grid.linewidth": 0.6, "figure.dpi": 72, "lines.solid_capstyle": "round",
+    "legend.frameon": False, "legend.fontsize": 10.5, "legend.handlelength": 1.8, "legend.columnspacing": 1.4,
+    "legend.labelspacing": 0.45, "legend.borderpad": 0, "legend.borderaxespad": 0,
 }
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +123,14 @@ def _variant(compare: Compare, third: str) -> tuple[str, str]:
 
 def _marker(compare: Compare, key: Key, size: float = 8) -> dict[str, Any]:
     """How a row's points look: colour by method, shape by third tower, hollow from the second third tower on."""
-    shape = _variant(compare, key[1])[0]
-    face = colour(key[0]) if shape == "o" else PAPER
+    shape, shade = _variant(compare, key[1])[0], colour(key[0])
     return {
-        **{"marker": shape, "markersize": size, "markeredgewidth": 1.8, "zorder": 3},
-        **{"color": colour(key[0]), "markeredgecolor": colour(key[0]), "markerfacecolor": face},
+        "marker": shape,
+        "markersize": size,
+        "markeredgewidth": 1.8,
+        "color": shade,
+        "markerfacecolor": shade if shape == "o" else PAPER,
+        "zorder": 3,
     }
 
 
@@ -140,13 +146,14 @@ def _panel(height: float, *, left: float, right: float, top: float, bottom: floa
     return figure, figure.add_axes((left / WIDTH, bottom / height, *size))
 
 
+def _height(ax: Axes) -> float:
+    """The height of the axes in px."""
+    return float(ax.get_position().height * ax.figure.bbox.height)
+
+
 def _legend(ax: Axes) -> None:
-    """A legend under the axes and their label, where it can cover nothing; 46 px below, 16 px a row, two columns."""
-    height = ax.get_position().height * ax.figure.get_figheight() * 72
-    ax.legend(
-        **{"loc": "upper left", "bbox_to_anchor": (-0.1, -40 / height), "ncols": 2, "borderpad": 0},
-        **{"handlelength": 1.8, "columnspacing": 1.4, "labelspacing": 0.45, "borderaxespad": 0},
-    )
+    """A legend in two columns under the axes and their label, where it can cover nothing."""
+    ax.legend(loc="upper left", bbox_to_anchor=(-0.1, -40 / _height(ax)), ncols=2)
 
 
 def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -154,7 +161,7 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     if not ends:
         return
     low, high = ax.get_ylim()
-    gap = 14 / (ax.get_position().height * ax.figure.get_figheight() * 72)
+    gap = 14 / _height(ax)
     ends = sorted(ends)
     heights = np.array([(y - low) / (high - low) for y, _, _ in ends])
     steps = gap * np.arange(len(ends))
@@ -210,14 +217,14 @@ def _primary(compare: Compare) -> list[Plot]:
     keys = [key for key in ranking(compare) if path in table[key]]
     if not keys:
         return []
-    figure, ax = _panel(58 + 27 * len(keys), left=172, right=46, top=10, bottom=48)
+    figure, ax = _panel(58 + 27 * len(keys), left=168, right=58, top=10, bottom=48)
     for place, key in enumerate(keys):
         cell, shade = table[key][path], colour(key[0])
         if cell.low is not None and cell.high is not None:
             ax.plot([100 * cell.low, 100 * cell.high], [place, place], color=shade, linewidth=2)
         ax.plot(100 * cell.mean, place, **_marker(compare, key))
         weight = "bold" if place == 0 else "normal"
-        text = {"transform": ax.get_yaxis_transform(), "va": "center", "fontweight": weight}
+        text: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center", "fontweight": weight}
         ax.text(-0.04, place, _short(label(compare, key)), ha="right", **text)
         ax.text(1.04, place, percent(cell.mean) + (" ★" if place == 0 else ""), **text)
     ax.set(ylim=(len(keys) - 0.4, -0.6), yticks=[], xlabel=f"{metric_name(path)}, percent")
@@ -237,7 +244,7 @@ def _curve_panel(
     title = name + unit + (f" · {third}" if third else "")
     figure, ax = _panel(250, left=42, right=104, top=32, bottom=42)
     for key, (x, y, low, high) in drawn.items():
-        look = {"color": colour(key[0]), "marker": "o" if len(x) == 1 else ""}
+        look: dict[str, Any] = {"color": colour(key[0]), "marker": "o" if len(x) == 1 else ""}
         ax.plot(x, scale * np.array(y), _variant(compare, key[1])[1], linewidth=2, **look)
         if len(curves[key][metric]) > 1:
             band = (scale * np.array(low), scale * np.array(high))
@@ -257,9 +264,12 @@ def _validation(compare: Compare, curves: Curves) -> list[Plot]:
     wanted = "val/" + primary(compare).split("/")[-1]
     logged = dict.fromkeys(name for row in curves.values() for name in row if name.startswith("val/"))
     metric = wanted if wanted in logged or not logged else next(iter(logged))
-    name = "validation " + metric_name("retrieval/" + metric.removeprefix("val/"))
-    panels = [_curve_panel(compare, curves, metric, third, name, ", %") for third in _thirds(compare) or [""]]
-    return sum(panels, [])
+    name = "validation " + metric_name(metric.removeprefix("val/"))
+    return [
+        plot
+        for third in _thirds(compare) or [""]
+        for plot in _curve_panel(compare, curves, metric, third, name, ", %")
+    ]
 
 
 def _losses(compare: Compare, curves: Curves) -> list[Plot]:
@@ -275,60 +285,43 @@ def _losses(compare: Compare, curves: Curves) -> list[Plot]:
 
 
 def _combinations(compare: Compare) -> list[Plot]:
-    curves = compare.get("combination", [])
-    by_third = {
-        third: [c for c in curves if c.get("third") == third] for third in [c.get("third") for c in curves]
-    }
-    return [_combination(compare, third or "", rows) for third, rows in by_third.items()]
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in compare.get("combination", []):
+        panels.setdefault((row.get("third") or "", row["metric"]), []).append(row)
+    return [_combination(compare, third, metric, rows) for (third, metric), rows in panels.items()]
 
 
-def _combination(compare: Compare, third: str, rows: list[dict[str, Any]]) -> Plot:
-    figure, ax = _panel(330, left=42, right=16, top=32, bottom=116)
-    alphas, dash = rows[0]["alphas"], _variant(compare, third)[1]
-    controls = [row["control"]["test"] for row in rows if row.get("control")]
-    if controls:
-        ax.plot(
-            alphas,
-            100 * np.mean(controls, axis=0),
-            "--",
-            color=MUTED,
-            linewidth=1.8,
-            label="control: baseline + LiT",
-        )
-    tests = [row["test"] for row in rows]
-    for test in tests[: len(tests) if len(tests) > 1 else 0]:
-        ax.plot(alphas, 100 * np.array(test), color=colour("3t"), linewidth=0.8, alpha=0.45)
-    ax.plot(alphas, 100 * np.mean(tests, axis=0), color=colour("3t"), linewidth=2.4, label="3T combined")
-    chosen = [(row["alpha"], 100 * float(np.interp(row["alpha"], alphas, row["test"]))) for row in rows]
-    ax.plot(
-        *zip(*chosen, strict=True), "o", color=INK, markersize=6, label="α chosen on validation", zorder=4
-    )
+def _combination(compare: Compare, third: str, metric: str, rows: list[dict[str, Any]]) -> Plot:
+    """Test score by α: the mean strong, each seed thin, the control dashed, baseline and LiT at the ends."""
+    figure, ax = _panel(330, left=42, right=16, top=32, bottom=102)
+    alphas, shade = rows[0]["alphas"], colour("3t")
+    if controls := [100 * np.array(row["control"]["test"]) for row in rows if row.get("control")]:
+        name = "control: baseline + LiT"
+        ax.plot(alphas, np.mean(controls, axis=0), "--", color=MUTED, linewidth=1.8, label=name)
+    tests = [100 * np.array(row["test"]) for row in rows]
+    for test in tests:
+        ax.plot(alphas, test, color=shade, linewidth=0.8, alpha=0.45)
+    ax.plot(alphas, np.mean(tests, axis=0), color=shade, linewidth=2.4, label="3T combined")
+    best = [row["alpha"] for row in rows]
+    span = "–".join(dict.fromkeys(f"{alpha:.2f}" for alpha in (min(best), max(best))))
+    points = [float(np.interp(alpha, alphas, test)) for alpha, test in zip(best, tests, strict=True)]
+    ax.plot(best, points, "o", color=INK, markersize=6, label=f"α chosen on val: {span}", zorder=4)
     for method, end in (("baseline", 0), ("lit", 1)):
         values = [v for row in rows if (v := finite((row.get("references") or {}).get(method))) is not None]
         if values:
-            ends = {"markersize": 8, "markeredgewidth": 1.8, "markerfacecolor": PAPER, "clip_on": False}
-            ax.plot(
-                end,
-                100 * mean(values),
-                "s",
-                color=colour(method),
-                label=f"{METHODS[method]} alone",
-                zorder=5,
-                **ends,
-            )
-    ax.set(
-        xlim=(0, 1), xlabel="α", xticks=[0, 0.25, 0.5, 0.75, 1], xticklabels=["0", "0.25", "0.5", "0.75", "1"]
-    )
-    below = {"transform": ax.get_xaxis_transform(), "fontsize": 10.5, "va": "top"}
+            look = _marker(compare, (method, "")) | {"marker": "s", "markerfacecolor": PAPER, "zorder": 5}
+            name = f"{METHODS[method]} alone"
+            ax.plot(end, 100 * mean(values), linestyle="", label=name, clip_on=False, **look)
+    ax.set(xlim=(0, 1), xlabel="α")
+    ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+    below: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "fontsize": 10.5, "va": "top"}
     ax.text(0, -0.12, "main pair alone", ha="left", **below)
     ax.text(1, -0.12, "third tower alone", ha="right", **below)
-    best = sorted({row["alpha"] for row in rows})
-    title = f"α = {best[0]:.2f}" + (f" to {best[-1]:.2f}" if len(best) > 1 else "") + " chosen"
-    ax.set_title(_short((f"{third} · " if third else "") + title, 46))
+    title = f"test {metric_name(metric)}, %" + (f" · {third}" if third else "")
+    ax.set_title(_short(title, 46))
     _legend(ax)
-    shown = metric_name("combination/" + rows[0]["metric"])
     return _finish(
-        figure, f"combination-{third or 'all'}", f"{shown} on test data by α; {title} on validation"
+        figure, f"combination-{metric}-{third or 'all'}", f"{title}, by α; chosen on validation: {span}"
     )
 
 
@@ -336,7 +329,7 @@ def _classes(compare: Compare) -> list[Plot]:
     """The leader's accuracy per class as bars, the baseline's and the runner-up's as points on them."""
     rows: dict[Key, dict[str, float]] = {}
     for row in compare.get("per_class", []):
-        rows.setdefault((row["method"], row.get("third") or ""), {})[str(row["class"])] = 100 * row["value"]
+        rows.setdefault(row_key(row), {})[str(row["class"])] = 100 * row["value"]
     if not rows:
         return []
     ranked = sorted(rows, key=lambda key: -mean(rows[key].values()))
@@ -389,7 +382,7 @@ def _costs(compare: Compare) -> list[Plot]:
 
 def _cost(compare: Compare, field: str, axis: str, scale: float) -> list[Plot]:
     table, path = cells(compare), primary(compare)
-    costs = {(m["method"], m.get("third") or ""): finite(m.get(field)) for m in compare["methods"]}
+    costs = {row_key(m): finite(m.get(field)) for m in compare["methods"]}
     points = [
         (key, x * scale)
         for key in ranking(compare)
@@ -399,7 +392,7 @@ def _cost(compare: Compare, field: str, axis: str, scale: float) -> list[Plot]:
         return []
     figure, ax = _panel(286 + 9 * len(points), left=42, right=16, top=32, bottom=64 + 9 * len(points))
     for key, x in points:
-        name = _short(label(compare, key), 25)
+        name = _short(label(compare, key))
         ax.plot(x, 100 * table[key][path].mean, linestyle="", label=name, **_marker(compare, key))
     ax.set(xlabel=axis, title=f"{metric_name(path)}, %")
     ax.margins(0.12)

@@ -1,26 +1,32 @@
-"""A comparison's figures as text for the terminal, as HTML and as CSV; needs no plotting library.
+"""A comparison read from its folder, and its figures as text, HTML and CSV; needs no plotting library.
 
 Every value in compare.json is a fraction; every value shown is in percent with one decimal.
 """
 
 import csv
 import html
+import json
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
+from threetowers.errors import DataError
+
 Compare = dict[str, Any]
+Line = list[tuple[float, float]]  # (step, value), by step
 Key = tuple[str, str]  # (method, third tower): what a row of every table and a line of every plot is about
+Curves = dict[Key, dict[str, list[Line]]]  # row of the tables → metric → one line per seed
 
 METHODS = {
     "baseline": "baseline",
     "lit": "LiT",
-    "lit-unlocked": "LiT, unlocked",
+    "lit-unlocked": "LiT unlocked",
     "3t": "3T",
-    "3t-regression": "3T, regression",
+    "3t-regression": "3T regression",
 }
 COLUMNS = (
     *("retrieval/mean_r@1", "retrieval/i2t_r@1", "retrieval/t2i_r@1"),
@@ -51,7 +57,7 @@ def join(*children: str | None) -> Html:
     return Html("".join(c if isinstance(c, Html) else html.escape(c) for c in children if c is not None))
 
 
-def tag(name: str, *children: str | None, **attributes: str) -> Html:
+def tag(name: str, /, *children: str | None, **attributes: str) -> Html:
     """One element: `tag("td", "a < b", class_="best")` → `<td class="best">a &lt; b</td>`."""
     pairs = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"' for key, value in attributes.items()
@@ -74,8 +80,75 @@ class Cell:
 
     @property
     def interval(self) -> str:
-        """`[59.8, 62.8]`, or nothing when the interval is not known."""
-        return "" if self.low is None or self.high is None else f"[{percent(self.low)}, {percent(self.high)}]"
+        """`59.8–62.8`, or nothing when the interval is not known."""
+        return "" if self.low is None or self.high is None else f"{percent(self.low)}–{percent(self.high)}"
+
+
+def read_compare(folder: Path) -> Compare:
+    """compare.json of a folder. Raises DataError when it is missing, damaged or of another schema."""
+    path = folder / "compare.json"
+    again = "Run `threetowers compare` again, or name the folder that it wrote"
+    try:
+        compare = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {again}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error}). {again}") from error
+    if not isinstance(compare, dict) or compare.get("schema") != 1:
+        found = compare.get("schema") if isinstance(compare, dict) else None
+        raise DataError(f"{path}: schema is {found!r}, this version reads schema 1. {again}")
+    for key in ("methods", "summary"):
+        if key not in compare:
+            raise DataError(f"{path}: has no {key!r}. {again}")
+    # A caption's stray bytes may be lone surrogates, which no UTF-8 file can hold.
+    clean: Compare = json.loads(json.dumps(compare, ensure_ascii=False).encode("utf-8", "replace"))
+    return clean
+
+
+def read_curves(folder: Path, compare: Compare) -> tuple[Curves, list[str]]:
+    """What the compared runs logged by step, and a sentence for each run or line that could not be read.
+
+    Trials of other learning rates are left out. An unfinished run's torn last line is passed over in silence.
+    """
+    curves: Curves = {}
+    problems = []
+    chosen = {row_key(m): m.get("lr") for m in compare["methods"]}
+    for run in compare.get("runs", []):
+        key = row_key(run)
+        if key in chosen and chosen[key] in (None, run.get("lr")):
+            try:
+                lines = (folder / run["path"] / "metrics.jsonl").read_bytes().splitlines()
+            except OSError as error:
+                problems.append(f"{run['path']}/metrics.jsonl: {error.strerror}")
+                continue
+            rows = [_metrics_row(line) for line in lines]
+            if unread := rows[:-1].count(None):
+                problems.append(
+                    f"{run['path']}/metrics.jsonl: {unread} lines are not JSON objects with a step"
+                )
+            _add_run(curves.setdefault(key, {}), [row for row in rows if row])
+    return curves, problems
+
+
+def _metrics_row(line: bytes) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+        return {
+            k: number for k, v in {**row, "step": row["step"]}.items() if (number := finite(v)) is not None
+        }
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _add_run(metrics: dict[str, list[Line]], rows: list[dict[str, float]]) -> None:
+    names = dict.fromkeys(n for row in rows for n in row if n.startswith(("val/", "train/loss/")))
+    for name in names:
+        metrics.setdefault(name, []).append([(row["step"], row[name]) for row in rows if name in row])
+
+
+def row_key(row: dict[str, Any]) -> Key:
+    """Which row of the tables an entry of compare.json is about; the baseline's third tower is the empty name."""
+    return row["method"], row.get("third") or ""
 
 
 def finite(value: Any) -> float | None:
@@ -94,17 +167,17 @@ def primary(compare: Compare) -> str:
 
 
 def metric_name(path: str) -> str:
-    """`retrieval/i2t_r@1` → image → text R@1."""
-    task, metric = path.split("/")[0], path.split("/")[-1]
+    """`retrieval/i2t_r@1` → image → text R@1; a metric without a task is named likewise."""
+    *task, metric = path.split("/")
     stem, at, k = metric.partition("@")
     name = f"{_METRICS.get(stem, stem)} R@{k}" if at else metric.replace("top", "top-").replace("_", " ")
-    return _TASKS.get(task, f"{task} ") + name
+    return "".join(_TASKS.get(part, f"{part} ") for part in task) + name
 
 
 def label(compare: Compare, key: Key) -> str:
     """What a row is called: the comparison's own label, or the method with its third tower."""
     for row in compare["methods"]:
-        if (row["method"], row.get("third") or "") == key:
+        if row_key(row) == key:
             return " ".join(str(row.get("label") or key[0]).split())
     name = METHODS.get(key[0], key[0])
     return f"{name} ({key[1]})" if key[1] else name
@@ -112,15 +185,13 @@ def label(compare: Compare, key: Key) -> str:
 
 def cells(compare: Compare) -> dict[Key, dict[str, Cell]]:
     """The summary by row, then by task/metric; the rows are in the order of the methods."""
-    table: dict[Key, dict[str, Cell]] = {(m["method"], m.get("third") or ""): {} for m in compare["methods"]}
+    table: dict[Key, dict[str, Cell]] = {row_key(m): {} for m in compare["methods"]}
     for row in compare["summary"]:
         mean = finite(row["mean"])
         if mean is not None:
             low, high = finite(row.get("low")), finite(row.get("high"))
             cell = Cell(mean, low, high, int(row.get("num_seeds", 1)), bool(row.get("best")))
-            table.setdefault((row["method"], row.get("third") or ""), {})[
-                f"{row['task']}/{row['metric']}"
-            ] = cell
+            table.setdefault(row_key(row), {})[f"{row['task']}/{row['metric']}"] = cell
     return table
 
 
@@ -146,35 +217,34 @@ def headline(compare: Compare) -> tuple[str, str]:
     if not ranked:
         return f"No method has a result for {metric_name(path)} yet.", ""
     first, where = table[ranked[0]][path], f" on {compare['data']}" if compare.get("data") else ""
-    name, figure = label(compare, ranked[0]), f"{percent(first.mean)} % {first.interval}".rstrip()
+    name, figure = label(compare, ranked[0]), f"{percent(first.mean)} % {metric_name(path)}"
     if len(ranked) == 1:
-        return f"{name} is the only method{where}: {metric_name(path)} {figure}.", ""
+        return f"{name} is the only method{where}: {figure}.", ""
     second = table[ranked[1]][path]
-    known = first.low is not None and second.high is not None
-    apart = first.low is not None and second.high is not None and first.low > second.high
+    apart = None
+    if first.low is not None and second.high is not None:
+        apart = first.low > second.high
     verb = "wins" if apart and num_seeds(compare) > 1 else "leads"
-    what = (
-        f"{name} {verb}{where}: {metric_name(path)} {figure}, against "
-        f"{percent(second.mean)} % {second.interval}".rstrip()
-        + f" for the runner-up, {label(compare, ranked[1])}."
-    )
-    return what, _certainty(compare, ranked[0], ranked[1], apart if known else None)
+    runner_up = f"{percent(second.mean)} % for the runner-up {label(compare, ranked[1])}"
+    return f"{name} {verb}{where}: {figure}, against {runner_up}.", _certainty(compare, ranked, apart)
 
 
-def _certainty(compare: Compare, first: Key, second: Key, apart: bool | None) -> str:
-    count = num_seeds(compare)
-    overlap = {True: "do not overlap", False: "overlap", None: "are not known"}[apart]
+def _certainty(compare: Compare, ranked: Sequence[Key], apart: bool | None) -> str:
+    """What the intervals of the first two say about their order; apart: None when an interval is not known."""
+    count, table = num_seeds(compare), cells(compare)
+    a, b = (table[key][primary(compare)].interval for key in ranked[:2])
+    state = "are not known" if apart is None else f"{'do not overlap' if apart else 'overlap'} ({a} and {b})"
     if count <= 1:
         return (
-            f"One seed: the 95 % intervals, a bootstrap over test queries, {overlap}; "
+            f"One seed: the 95 % intervals, a bootstrap over test queries, {state}; "
             "they say nothing about how another training run would end."
         )
-    a, b = (_by_seed(compare, key) for key in (first, second))
-    shared = a.keys() & b.keys()
-    ahead = sum(a[seed] > b[seed] for seed in shared)
-    text = f"The 95 % intervals over {count} seeds {overlap}"
+    text = f"The 95 % intervals over {count} seeds {state}"
     text += ", so the order of these two is not certain" if apart is False else ""
-    return f"{text}; the leader is ahead in {ahead} of {len(shared)} seeds." if shared else f"{text}."
+    leader, other = (_by_seed(compare, key) for key in ranked[:2])
+    shared = leader.keys() & other.keys()
+    ahead = sum(leader[seed] > other[seed] for seed in shared)
+    return f"{text}. The leader is ahead in {ahead} of {len(shared)} seeds." if shared else f"{text}."
 
 
 def _by_seed(compare: Compare, key: Key) -> dict[int, float]:
@@ -182,8 +252,7 @@ def _by_seed(compare: Compare, key: Key) -> dict[int, float]:
     return {
         row["seed"]: row["value"]
         for row in rows
-        if (row["method"], row.get("third") or "") == key
-        and f"{row['task']}/{row['metric']}" == primary(compare)
+        if row_key(row) == key and f"{row['task']}/{row['metric']}" == primary(compare)
     }
 
 
@@ -244,26 +313,20 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Html:
-    """A table in a container of its own that scrolls sideways; the first `text_columns` columns are text, not figures.
+def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
+    """A table in a container of its own that scrolls sideways; the first column names the row.
 
     Cells are markup (Html) or text, which is escaped.
     """
 
     def line(name: str, values: Sequence[str]) -> Html:
-        parts = [
-            tag(
-                "th" if name == "th" or i == 0 else "td",
-                value,
-                class_="text" if i < text_columns else "figure",
-            )
-            for i, value in enumerate(values)
-        ]
-        return tag("tr", *parts)
+        return tag("tr", tag("th", values[0], class_="text"), *(tag(name, value) for value in values[1:]))
 
-    body = join(*(line("td", row) for row in rows))
-    table = tag("table", tag("thead", line("th", headings)), tag("tbody", body))
-    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=f"Table: {headings[0]}")
+    body = tag("tbody", *(line("td", row) for row in rows))
+    table = tag("table", tag("thead", line("th", headings)), body)
+    return tag(
+        "div", table, class_="scroll", tabindex="0", role="region", aria_label=f"Table by {headings[0]}"
+    )
 
 
 def result_table(compare: Compare) -> Html:
@@ -304,13 +367,11 @@ def csv_tables(compare: Compare) -> dict[str, str]:
 
 def _curve_rows(curve: dict[str, Any]) -> list[dict[str, Any]]:
     control = curve.get("control") or {}
-    columns = {
-        **{"alpha": curve["alphas"], "val": curve["val"], "test": curve["test"]},
-        **{"control_val": control.get("val"), "control_test": control.get("test")},
-    }
+    columns = {name: curve[f"{name}s" if name == "alpha" else name] for name in ("alpha", "val", "test")}
+    columns |= {f"control_{name}": control[name] for name in ("val", "test") if name in control}
     return [
         {"third": curve.get("third"), "seed": curve["seed"], "metric": curve["metric"]}
-        | {name: values[i] for name, values in columns.items() if values}
+        | {name: values[i] for name, values in columns.items()}
         for i in range(len(curve["alphas"]))
     ]
 

@@ -108,7 +108,9 @@ def as_image_tower(tower: FrozenTower, projection: Tensor | None) -> tuple[nn.Mo
         if projection is not None:
             state["head.proj.weight"] = projection
         else:
-            config["timm_pool"] = _pool(tower.module.trunk)  # without a projection open_clip has no default for it
+            config["timm_pool"] = _pool(
+                tower.module.trunk
+            )  # without a projection open_clip has no default for it
     elif projection is not None:
         key = _projection_key(state, tower.spec)
         # the tower ends in a projection of its own; the two in a row are one matrix. A native ViT stores [in, out]
@@ -173,7 +175,11 @@ def _load_timm(name: str) -> tuple[nn.Module, int, ImageSpec, dict[str, Any] | N
     spec = _timm_image_spec(trunk, name)
     vision_cfg = None
     if not local or _as_timm_builds_it(trunk):
-        vision_cfg = {"timm_model_name": trunk.pretrained_cfg["architecture"], "timm_pool": "", "image_size": spec.size}
+        vision_cfg = {
+            "timm_model_name": trunk.pretrained_cfg["architecture"],
+            "timm_pool": "",
+            "image_size": spec.size,
+        }
     return TimmTrunk(trunk), trunk.num_features, spec, vision_cfg
 
 

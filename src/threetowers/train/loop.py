@@ -116,7 +116,7 @@ def _loop(
         clock.step_done(len(batch.index))
         last = step == config.steps
         if step % config.log_every_steps == 0 or last:
-            row = _metrics(model, loss, rows, feats, batch) | {"train/lr": lr, "train/grad_norm": float(norm)}
+            row = _metrics(model, loss, rows, feats, batch) | {"train/lr": lr, "train/grad_norm": norm.item()}
             log.metrics(step, row | clock.rates() | bad.counts())
             bar.update(step, _summary(row, clock), force=last)
         if last or (config.eval_every_steps and step % config.eval_every_steps == 0):
@@ -200,14 +200,14 @@ def _metrics(
     model: ThreeTowers, loss: Tensor, rows: dict[str, Tensor], feats: dict[str, Tensor], batch: Batch
 ) -> dict[str, float]:
     """The numbers of a step, by metric path; waits for the device."""
-    values = {"train/loss": float(loss)}
-    values |= {f"train/loss/{name}": float(value) for name, value in rows.items()}
-    values |= {f"train/accuracy/{name}": float(value) for name, value in model.accuracies(feats).items()}
+    values = {"train/loss": loss.item()}
+    values |= {f"train/loss/{name}": value.item() for name, value in rows.items()}
+    values |= {f"train/accuracy/{name}": value.item() for name, value in model.accuracies(feats).items()}
     if len(model.log_scale) == 1:
-        values["train/scale"] = float(model.scale())
+        values["train/scale"] = model.scale().item()
     else:
         values |= {
-            f"train/scale/{row.name}": float(model.scale(i)) for i, row in enumerate(model.objective.rows)
+            f"train/scale/{row.name}": model.scale(i).item() for i, row in enumerate(model.objective.rows)
         }
     for what, ids in (("images", batch.image_ids), ("captions", batch.caption_ids)):
         values[f"data/duplicate_{what}"] = float(len(ids) - len(torch.unique(ids)))

@@ -1,0 +1,182 @@
+"""The claims of the paper as tests on a comparison's figures: held, not held, or not tested.
+
+Held means that the 95 % interval of the seed-paired differences excludes 0; with one seed it is a bootstrap over the
+test queries, and the claim says so. The claims are those of arXiv 2305.16999, numbered as in docs/method.md.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from threetowers.evaluate.retrieval import Ranks
+from threetowers.evaluate.statistics import Interval, bootstrap_difference, held, paired_difference
+
+Key = tuple[str, str]
+"""Method and third tower; the baseline's third tower is empty."""
+MISMATCHED = "mismatched"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished run's figures: metrics by `task/metric`, and the test ranks behind them by system."""
+
+    metrics: Mapping[str, float]
+    ranks: Mapping[str, Ranks]
+    alpha: float | None = None
+
+
+Runs = Mapping[Key, Mapping[int, Measured]]
+"""Finished runs by method and third tower, then by seed."""
+
+
+def difference(
+    runs: Runs, a: Key, b: Key, metric: str, systems: tuple[str, str] = ("main", "main")
+) -> Interval:
+    """Interval of a metric of a minus that of b: t over the common seeds, or a bootstrap over queries with one.
+
+    metric: `task/metric`. systems: whose ranks a bootstrap draws from, where the metric is a retrieval one.
+    """
+    seeds = sorted(runs[a].keys() & runs[b].keys())
+    names = [_metric_of(metric, system) for system in systems]
+    if len(seeds) > 1:
+        return paired_difference(
+            [runs[a][seed].metrics[names[0]] for seed in seeds],
+            [runs[b][seed].metrics[names[1]] for seed in seeds],
+        )
+    first, second = runs[a][seeds[0]], runs[b][seeds[0]]
+    value = first.metrics[names[0]] - second.metrics[names[1]]
+    if metric.split("/")[0] != "retrieval" or not metric.endswith("_r@1"):
+        return Interval(value, float("-inf"), float("inf"), 1)  # one run says nothing about its spread
+    ranks_a, ranks_b = first.ranks[systems[0]], second.ranks[systems[1]]
+    place = {"i2t_r@1": 0, "t2i_r@1": 1}.get(metric.split("/")[1])
+    images = ranks_a.images()
+    if place is None:
+        return bootstrap_difference(ranks_a.hits(), ranks_b.hits(), images=images)
+    return bootstrap_difference(ranks_a.hits()[place], ranks_b.hits()[place], images=images[place])
+
+
+def _metric_of(metric: str, system: str) -> str:
+    """`retrieval/mean_r@1` of the main pair; `combination/mean_r@1`, `third/mean_r@1`, … of another system."""
+    return metric if system == "main" else f"{system}/{metric.split('/')[1]}"
+
+
+def points(interval: Interval) -> str:
+    """A difference of shares in percentage points: +9.8 [8.1, 11.5]."""
+    mean, low, high = (100 * value for value in interval[:3])
+    if low == float("-inf"):
+        return f"{mean:+.1f} (no interval from one run)"
+    return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def claims(runs: Runs, thirds: list[str], ends_equal: bool, identical: bool | None) -> list[dict[str, Any]]:
+    """Every claim as a row of compare.json: id, held (None: not tested), text, figures, note.
+
+    ends_equal: whether α = 0 and α = 1 reproduced the two systems exactly. identical: whether the pairs without
+    third tower gave the same bits, None when there was no 3T run.
+    """
+    rows: list[dict[str, Any]] = []
+    for third in thirds:
+        if MISMATCHED in third:
+            rows += _mismatched(runs, third)
+        else:
+            rows += _matched(runs, third)
+        rows += _combination(runs, third, ends_equal)
+    rows.append(
+        _row("C5", None, "The gap 3T − LiT grows with model size and with data.", {}, "not tested here")
+    )
+    text = "Without the third tower the main pair's outputs are identical to the bit."
+    rows.append(_row("C6", identical, text, {} if identical is None else {"identical": str(identical)}, ""))
+    return rows
+
+
+def _row(id: str, is_held: bool | None, text: str, figures: dict[str, str], note: str) -> dict[str, Any]:
+    return {"id": id, "held": is_held, "text": text, "figures": figures, "note": note}
+
+
+def _note(runs: Runs, key: Key) -> str:
+    return "one seed" if len(runs.get(key, {})) == 1 else ""
+
+
+def _compared(
+    runs: Runs, id: str, text: str, pairs: list[tuple[Key, Key, str]], judge: Callable[[Interval], bool]
+) -> dict[str, Any]:
+    """A claim that holds when every listed difference passes; not tested when a run is missing."""
+    if any(key not in runs for a, b, _ in pairs for key in (a, b)):
+        return _row(id, None, text, {}, "a method that it needs was not compared")
+    if any(metric not in next(iter(runs[key].values())).metrics for a, b, metric in pairs for key in (a, b)):
+        return _row(id, None, text, {}, "the data has nothing to measure it with")
+    intervals = {
+        f"{_label(a)} − {_label(b)}, {metric}": difference(runs, a, b, metric) for a, b, metric in pairs
+    }
+    figures = {name: points(interval) for name, interval in intervals.items()}
+    return _row(id, all(judge(i) for i in intervals.values()), text, figures, _note(runs, pairs[0][0]))
+
+
+def _label(key: Key) -> str:
+    names = {"baseline": "baseline", "lit": "LiT", "lit-unlocked": "unlocked LiT", "3t": "3T"}
+    return names.get(key[0], key[0])
+
+
+BOTH_DIRECTIONS = ("retrieval/i2t_r@1", "retrieval/t2i_r@1")
+
+
+def _matched(runs: Runs, third: str) -> list[dict[str, Any]]:
+    three, base, lit = ("3t", third), ("baseline", ""), ("lit", third)
+    return [
+        _compared(
+            runs, "C1", f"Retrieval in both directions: 3T is above the baseline (third tower: {third}).",
+            [(three, base, metric) for metric in BOTH_DIRECTIONS], held,
+        ),
+        _compared(
+            runs, "C1", f"Retrieval in both directions: 3T is above LiT (third tower: {third}).",
+            [(three, lit, metric) for metric in BOTH_DIRECTIONS], held,
+        ),
+        _compared(
+            runs, "C2", f"Zero-shot classification: 3T is above the baseline (third tower: {third}).",
+            [(three, base, "zero_shot/top1")], held,
+        ),
+    ]  # fmt: skip
+
+
+def _mismatched(runs: Runs, third: str) -> list[dict[str, Any]]:
+    three, base, lit = ("3t", third), ("baseline", ""), ("lit", third)
+    return [
+        _compared(
+            runs, "C3", f"With the mismatched third tower ({third}) LiT falls below the baseline.",
+            [(lit, base, "retrieval/mean_r@1")], lambda interval: held(interval, "less"),
+        ),
+        _compared(
+            runs, "C3", f"With the mismatched third tower ({third}) 3T does not fall below the baseline: "
+            "its mean is at least the baseline's.",
+            [(three, base, "retrieval/mean_r@1")], lambda interval: interval.mean >= 0,
+        ),
+    ]  # fmt: skip
+
+
+def _combination(runs: Runs, third: str, ends_equal: bool) -> list[dict[str, Any]]:
+    key = ("3t", third)
+    text = f"Some α strictly inside (0, 1) makes the combination better than both of its ends (third tower: {third})."
+    if key not in runs or any("combination/mean_r@1" not in run.metrics for run in runs[key].values()):
+        return [_row("C4", None, text, {}, "no combination was measured")]
+    metric = "retrieval/mean_r@1"
+    over_main = difference(runs, key, key, metric, ("combination", "main"))
+    over_third = difference(runs, key, key, metric, ("combination", "third"))
+    alphas = [run.alpha for _, run in sorted(runs[key].items())]
+    inside = all(alpha is not None and 0 < alpha < 1 for alpha in alphas)
+    figures = {
+        "combination − main pair": points(over_main),
+        "combination − third tower alone": points(over_third),
+        "α chosen on validation": ", ".join(f"{alpha:g}" for alpha in alphas),
+        "ends equal the two systems": str(ends_equal),
+    }
+    is_held = inside and ends_equal and held(over_main) and held(over_third)
+    rows = [_row("C4", is_held, text, figures, _note(runs, key))]
+    if all("control/mean_r@1" in run.metrics for run in runs[key].values()):
+        over_control = difference(runs, key, key, metric, ("combination", "control"))
+        rows.append(_row(
+            "C4", held(over_control),
+            f"The combination is more than ensembling: above the score average of an independently trained baseline "
+            f"and LiT, its α chosen in the same way (third tower: {third}).",
+            {"combination − control": points(over_control)}, _note(runs, key),
+        ))  # fmt: skip
+    return rows

@@ -1,0 +1,26 @@
+"""The whole method on the built-in world: two third towers of one's own, and the comparison with both.
+
+`matched` knows objects, what the captions speak of; `mismatched` knows only backgrounds and layouts, the small
+likeness of a tower trained on places.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from threetowers.compare import compare
+from threetowers.config import CompareConfig, PretrainConfig, RunConfig
+from threetowers.train.pretrain import pretrain
+
+TOWERS = {"matched": "objects", "mismatched": "scenes"}
+
+
+def demo(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, Any] | None:
+    """Pretrains both third towers in `out`, then compares; returns as `compare` does. What is done is kept."""
+    thirds = []
+    for name, data in TOWERS.items():
+        folder = out / "towers" / name
+        accuracy = pretrain(PretrainConfig(data=data, device=config.device), folder)
+        print(f"third tower {name}: trained on {data}, held-out accuracy {accuracy:.1%}", flush=True)
+        thirds.append(f"{name}=file:{folder}")
+    return compare(replace(config, third=tuple(thirds)), options, out)

@@ -1,0 +1,110 @@
+"""What open_clip makes of an exported run must be what we make of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from threetowers.config import RunConfig
+from threetowers.errors import CheckpointError
+from threetowers.export.open_clip import export_open_clip
+from threetowers.run import load_run
+from threetowers.towers.frozen import load_frozen
+from threetowers.train.loop import train
+
+TEXTS = [
+    "a red square at the top left",
+    "Ein Größenvergleich, sehr lang " * 9,
+    "",
+    "the  bottom\nright is blue",
+]
+
+
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        for w, h in ((48, 48), (60, 37), (31, 90))
+    ]
+
+
+@pytest.mark.parametrize("method", ["baseline", "3t", "lit", "lit-unlocked"])
+def test_open_clip_computes_the_same_embeddings(
+    method: str, tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Same images and texts through open_clip's own transform and tokenizer: the unit vectors agree to 1e-6."""
+    train(tiny_config(method=method, steps=3), tmp_path / "run")
+    folder = export_open_clip(tmp_path / "run", tmp_path / "exported")
+    with safe_open(folder / "open_clip_model.safetensors", "pt") as file:
+        assert {key.split(".")[0] for key in file.keys()} == {"visual", "text", "logit_scale"}  # noqa: SIM118
+    ours = load_run(tmp_path / "run")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model.eval()
+    assert torch.equal(tokenizer(TEXTS), ours.tokenizer(TEXTS))
+    spec = ours.architecture.image
+    exact = spec.resize_size in (
+        0,
+        spec.size,
+    )  # open_clip has no place for a centre crop out of a larger image
+    images = pictures() if exact else [image.resize((spec.size, spec.size)) for image in pictures()]
+    with torch.no_grad():
+        text = model.encode_text(tokenizer(TEXTS), normalize=True)
+        image = model.encode_image(torch.stack([transform(picture) for picture in images]), normalize=True)
+    torch.testing.assert_close(text, ours.encode_text(TEXTS), rtol=0, atol=1e-6)
+    if exact:
+        torch.testing.assert_close(image, ours.encode_image(images), rtol=0, atol=1e-6)
+    else:
+        from threetowers.data.transforms import normalise
+        from threetowers.objective.losses import unit
+
+        pixels = torch.stack(
+            [torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy()) for picture in images]
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(image, unit(ours.img(normalise(pixels, spec))), rtol=0, atol=1e-6)
+    assert float(model.logit_scale.exp()) == pytest.approx(ours.scale, rel=1e-6)
+
+
+def test_a_finished_run_can_be_the_third_tower_of_another(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    train(tiny_config(method="baseline", steps=2), tmp_path / "first")
+    tower = load_frozen(f"file:{tmp_path / 'first'}")
+    assert tower.width == 24
+    config = tiny_config(third=(f"file:{tmp_path / 'first'}",), steps=2)
+    assert train(config, tmp_path / "second").finished
+    lit = tiny_config(method="lit", third=(f"file:{tmp_path / 'first'}",), steps=2)
+    train(lit, tmp_path / "lit")
+    export_open_clip(tmp_path / "lit", tmp_path / "exported")
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'exported'}")
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        ours = load_run(tmp_path / "lit").img(pixels)
+        torch.testing.assert_close(model.eval().encode_image(pixels), ours, rtol=1e-5, atol=1e-6)
+
+
+def test_clips_own_vocabulary_survives_the_round_trip(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    pair = replace(tiny_config().pair, tokenizer="open_clip")
+    train(tiny_config(method="baseline", steps=1, pair=pair), tmp_path / "run")
+    folder = export_open_clip(tmp_path / "run", tmp_path / "exported")
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    ours = load_run(tmp_path / "run")
+    with torch.no_grad():
+        text = model.eval().encode_text(tokens, normalize=True)
+    torch.testing.assert_close(text, ours.encode_text(TEXTS), rtol=0, atol=1e-6)
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.json"):
+        export_open_clip(tmp_path, tmp_path / "out")

@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from threetowers.data.tokenize import OpenClipTokenizer, load_tokenizer, train_tokenizer
+from threetowers.errors import UsageError
+
+CAPTIONS = [
+    "a red circle left of a blue star",
+    "ein großes Haus am Fluß",
+    "赤い丸と青い星",
+    "a red circle",
+] * 5
+TOKENIZER = train_tokenizer(CAPTIONS, vocab_size=400, context_length=24)
+
+
+@given(st.lists(st.text(max_size=60), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=50)
+def test_any_text_has_one_start_one_end_and_padding_behind(texts: list[str]) -> None:
+    tokens = TOKENIZER(texts)
+    lengths = TOKENIZER.lengths(tokens)
+    assert tokens.shape == (len(texts), 24)
+    for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
+        assert row[0] == 1 and row[length - 1] == 2 and row.count(2) == 1
+        assert all(token == 0 for token in row[length:]) and 0 not in row[:length]
+
+
+def test_a_saved_tokenizer_gives_the_same_ids_again(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    for name in (str(tmp_path), str(tmp_path / "tokenizer.json")):
+        again = load_tokenizer(name, 24)
+        assert torch.equal(again(CAPTIONS), TOKENIZER(CAPTIONS))
+        assert torch.equal(again.lengths(again(CAPTIONS)), TOKENIZER.lengths(TOKENIZER(CAPTIONS)))
+        assert again.text_cfg() == TOKENIZER.text_cfg()
+    shorter = load_tokenizer(str(tmp_path), 5)
+    assert (shorter(["a red circle left of a blue star"])[0, -1] == 2).item(), (
+        "the end token survives the cut"
+    )
+
+
+def test_training_learns_the_words_and_is_repeatable() -> None:
+    assert TOKENIZER.lengths(TOKENIZER(["a red circle"])).item() == 5, "start, three words, end"
+    again = train_tokenizer(CAPTIONS, vocab_size=400, context_length=24)
+    assert torch.equal(again(CAPTIONS), TOKENIZER(CAPTIONS))
+
+
+def test_clips_vocabulary_keeps_its_end_token() -> None:
+    tokenizer = OpenClipTokenizer(16)
+    tokens = tokenizer(["a cat", "word " * 40])
+    assert tokenizer.lengths(tokens).tolist() == [4, 16]
+    assert tokens[0, 3] == tokens[1, 15] == tokenizer.text_cfg()["vocab_size"] - 1
+
+
+def test_defects_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"pair\.tokenizer"):
+        load_tokenizer(str(tmp_path / "nowhere.json"), 8)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"tokenizer\.json"):
+        load_tokenizer(str(tmp_path), 8)
