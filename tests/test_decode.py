@@ -141,6 +141,9 @@ def test_unreadable_exif_counts_as_absent() -> None:
     for block in (b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0rubbish", b"Exif\0\0"):
         data = encoded(Image.fromarray(COLOUR), "JPEG", exif=block)
         assert np.array_equal(pixels(data), pixels(plain))
+    text = chunk(b"tEXt", b"Raw profile type exif\0\nexif\n  4\nno hexadecimal")
+    data = encoded(Image.fromarray(COLOUR), "PNG")
+    assert np.array_equal(pixels(data[:33] + text + data[33:]), COLOUR)
 
 
 def test_first_frame_of_an_animation() -> None:

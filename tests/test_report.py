@@ -1,15 +1,25 @@
 """The report: readable from any compare folder, offline, safe with foreign text, the same bytes each time."""
 
+import csv
 import json
 import math
 import random
+import re
+import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from threetowers.errors import DataError
 from threetowers.report.page import write_report
+from threetowers.report.plots import PALETTE, _label_ends, _panel, average, inline_svg
+from threetowers.report.tables import Html, headline, join, percent, read_curves, tag, text_table
 
 COLOURS = ("red", "orange", "gold", "green", "cyan", "blue", "purple", "pink")
 SHAPES = ("circle", "ring", "square", "triangle", "star")
@@ -199,6 +209,286 @@ def make_bare(folder: Path) -> dict[str, Any]:
 
 def save(folder: Path, compare: dict[str, Any]) -> None:
     (folder / "compare.json").write_text(json.dumps(compare), encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, every id, and the text that a reader sees; unbalanced tags are an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.open = "", list[str]()
+        self.feed(text)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("full")
+    make_compare(folder)
+    return folder, write_report(folder).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("bare")
+    make_bare(folder)
+    return folder, write_report(folder).read_text(encoding="utf-8")
+
+
+def variant(full: tuple[Path, str], tmp_path: Path, **changes: Any) -> str:
+    """The page of the full comparison with some keys changed, without its runs, which are slow to draw."""
+    compare = json.loads((full[0] / "compare.json").read_text(encoding="utf-8"))
+    (tmp_path / "images").symlink_to(full[0] / "images")
+    save(tmp_path, compare | {"runs": []} | changes)
+    return write_report(tmp_path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["full", "bare"])
+def test_page_is_offline_and_well_formed(kind: str, request: pytest.FixtureRequest) -> None:
+    page = request.getfixturevalue(kind)[1]
+    parsed = Page(page)
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<iframe", page, re.IGNORECASE)
+    for name, attributes in parsed.tags:
+        assert not any(key.startswith("on") for key in attributes), (name, attributes)
+        for key in ("src", "href"):
+            assert (attributes.get(key) or "#").startswith(("data:image/", "#"))
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    assert targets <= set(ids)
+    for name in re.findall(r"var\(--([\w-]+)\)", page):
+        assert name in PALETTE, name
+
+
+def test_page_shows_every_part(full: tuple[Path, str]) -> None:
+    folder, page = full
+    text = Page(page).text
+    assert "3T (matched) leads on shapes: 55.9 % mean R@1" in text
+    for part in ("not held", "not tested", "+9.1 points [7.2, 11.0]", "a large red square on grass", "α chosen on val",
+                 "control: baseline + LiT", "third tower at inference", "some CPU", "t-interval", "red circle"):  # fmt: skip
+        assert part in text, part
+    # five of each row's answers, the truths and the query images, and the world; all inside the page
+    assert page.count("<img ") == page.count("data:image/png;base64,") == 6 * 9 * 5 + 6 + 6 + 16
+    assert page.count("thumb right") == sum(
+        item["right"]
+        for example in json.loads((folder / "compare.json").read_text())["examples"] if example["direction"] == "t2i"
+        for answer in example["answers"] for item in answer["items"]
+    )  # fmt: skip
+    assert page.count('class="plot"') == len(list((folder / "figures").glob("*.png"))) == 15
+
+
+def test_page_of_one_seed_without_the_optional_parts(bare: tuple[Path, str]) -> None:
+    folder, page = bare
+    text = Page(page).text
+    assert "One seed: the 95 % intervals, a bootstrap over test queries" in text
+    assert "wins" not in text.split("Who wins")[0]  # one seed is never a win
+    assert "Retrieval, seen" not in text and "class by class" not in text and "What the data" not in text
+    assert "plain ensembling is not told apart" in text and "control: baseline" not in text
+    assert "Not shown" not in text  # a torn last line is what an unfinished run looks like
+    curves, problems = read_curves(folder, json.loads((folder / "compare.json").read_text()))
+    lengths = {key: len(metrics["train/loss/img-txt"][0]) for key, metrics in curves.items()}
+    assert 20 < lengths.pop("baseline", "") < 40 and set(lengths.values()) == {40} and not problems
+
+
+def test_foreign_text_stays_text(full: tuple[Path, str], tmp_path: Path) -> None:
+    compare = json.loads((full[0] / "compare.json").read_text(encoding="utf-8"))
+    for example in compare["examples"]:
+        example |= {"query": NASTY, "truth": example["truth"] if example["direction"] == "t2i" else NASTY}
+        for answer in example["answers"]:
+            answer["label"] = NASTY
+            for item in answer["items"]:
+                item["text"] = item["text"] and NASTY
+    for entry in compare["per_class"]:
+        entry["class"] = NASTY + entry["class"] + " $x^$"
+    compare["methods"][0]["label"] = compare["claims"][0]["text"] = compare["title"] = NASTY
+    compare["world"][0]["captions"] = [NASTY, "a lone surrogate \ud800 and a \x00"]
+    page = variant(full, tmp_path, **compare)
+    parsed = Page(page)
+    assert not {name for name, _ in parsed.tags} & {"script", "b-circle"}
+    assert "<script" not in page and "<b>circle" not in page
+    assert parsed.text.count(NASTY) > 50
+    assert NASTY in [attributes.get("alt") for _, attributes in parsed.tags]  # quotes do not end an attribute
+
+
+@given(st.text(), st.text())
+def test_tag_escapes_whatever_is_not_markup(text: str, value: str) -> None:
+    page = tag("p", text, tag("b", text), None, title=value)
+    assert isinstance(page, Html) and isinstance(join(page, text), Html)
+    assert page.count("<") == 4 and page.count('"') - page.count("&quot;") * 0 == 2
+
+
+def test_images_that_are_missing_or_outside_are_named(full: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    thumbnail(tmp_path / "secret.png", 0)
+    (tmp_path / "inner" / "text.png").write_text("not an image")
+    paths = ["images/none.png", "../secret.png", str(tmp_path / "secret.png"), "text.png", None]
+    world = [{"image": path, "captions": []} for path in paths]
+    page = variant(full, tmp_path / "inner", world=world, examples=[])
+    assert page.count("image missing") == len(paths) and "<img" not in page
+
+
+def test_same_folder_gives_the_same_bytes(bare: tuple[Path, str]) -> None:
+    folder, page = bare
+    before = {path: path.read_bytes() for kind in ("figures", "tables") for path in (folder / kind).iterdir()}
+    assert write_report(folder).read_text(encoding="utf-8") == page
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_csv_holds_the_figures_unrounded(full: tuple[Path, str]) -> None:
+    folder, _ = full
+    compare = json.loads((folder / "compare.json").read_text())
+    names = {"summary", "results", "methods", "claims", "per_class", "combination", "curves"}
+    assert {path.stem for path in (folder / "tables").iterdir()} == names
+    with (folder / "tables" / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["mean"]) for row in rows] == [row["mean"] for row in compare["summary"]]
+    with (folder / "tables" / "combination.csv").open(newline="") as file:
+        assert [float(row["control_test"]) for row in csv.DictReader(file)][:21] == compare["combination"][0]["control"]["test"]
+    for path in (folder / "figures").iterdir():
+        with Image.open(path) as image:
+            image.load()
+            assert image.width == 1000
+
+
+def test_metrics_that_cannot_be_read_are_named(full: tuple[Path, str], tmp_path: Path) -> None:
+    run = {"method": "baseline", "third": "", "seed": 0, "lr": 0.001, "path": "runs/a"}
+    (tmp_path / "runs/a").mkdir(parents=True)
+    rows = ['{"step": 1, "val/mean_r@1": 0.1}', "garbage", '{"step": 2, "val/mean_r@1": NaN}', '{"step": 3, "val/mea']
+    (tmp_path / "runs/a/metrics.jsonl").write_text("\n".join(rows))
+    page = variant(full, tmp_path, runs=[run, run | {"path": "runs/gone"}, run | {"lr": 0.5, "path": "runs/trial"}])
+    text = Page(page).text
+    assert "runs/a/metrics.jsonl: 1 lines are not JSON objects with a step" in text
+    assert "runs/gone/metrics.jsonl: No such file" in text
+    assert "runs/trial" not in text  # trials of other learning rates are not part of the comparison
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ("[]", "schema is None"),
+        ('{"schema": 2}', "schema is 2"),
+        ('{"schema": 1, "methods": []}', "has no 'summary'"),
+    ],
+)
+def test_a_folder_without_a_usable_comparison(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "compare.json").write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        write_report(tmp_path)
+    assert "compare.json" in str(error.value) and "threetowers compare" in str(error.value)
+
+
+def test_the_least_that_makes_a_page(tmp_path: Path) -> None:
+    save(tmp_path, {"schema": 1, "methods": [], "summary": []})
+    assert "No method has a result for mean R@1 yet." in Page(write_report(tmp_path).read_text()).text
+
+
+def rivals(first: tuple[float, float, float], second: tuple[float, float, float], num_seeds: int) -> dict[str, Any]:
+    """A comparison of two methods with (mean, low, high)."""
+    keys = ("mean", "low", "high")
+    summary = [
+        {"method": m, "third": "", "task": "retrieval", "metric": "mean_r@1", "num_seeds": num_seeds, "best": m == "3t"}
+        | dict(zip(keys, figures, strict=True))
+        for m, figures in (("baseline", second), ("3t", first))
+    ]
+    methods = [{"method": m, "third": "", "label": NAMES[m]} for m in ("baseline", "3t")]
+    results = [
+        {"method": m, "third": "", "task": "retrieval", "metric": "mean_r@1", "seed": seed, "value": value}
+        for m, value in (("3t", 0.6), ("baseline", 0.5)) for seed in range(num_seeds)
+    ]  # fmt: skip
+    return {"schema": 1, "data": "birds", "methods": methods, "summary": summary, "results": results}
+
+
+def test_headline_says_wins_only_when_intervals_are_apart() -> None:
+    what, certainty = headline(rivals((0.6, 0.58, 0.62), (0.5, 0.48, 0.52), 3))
+    assert what == "3T wins on birds: 60.0 % mean R@1, against 50.0 % for the runner-up baseline."
+    assert "do not overlap (58.0–62.0 and 48.0–52.0). The leader is ahead in 3 of 3 seeds." in certainty
+    what, certainty = headline(rivals((0.6, 0.48, 0.72), (0.5, 0.48, 0.52), 3))
+    assert "leads" in what and "overlap (48.0–72.0 and 48.0–52.0), so the order of these two is not certain" in certainty
+    what, certainty = headline(rivals((0.6, 0.58, 0.62), (0.5, 0.48, 0.52), 1))
+    assert "leads" in what and certainty.startswith("One seed")
+    what, certainty = headline(rivals((0.6, math.nan, math.nan), (0.5, 0.48, 0.52), 3))
+    assert "leads" in what and "not known" in certainty
+
+
+def test_text_table_is_aligned_and_narrow(full: tuple[Path, str]) -> None:
+    compare = json.loads((full[0] / "compare.json").read_text())
+    compare["methods"][3]["label"] = "a label \x1b[31m that is far too long for any terminal " * 3
+    lines = text_table(compare).splitlines()
+    assert max(map(len, lines)) <= 100 and "\x1b" not in "".join(lines)
+    head = next(i for i, line in enumerate(lines) if line.startswith("method"))
+    rows = lines[head + 2 : head + 11]
+    ends = [match.end() for match in re.finditer(r"\S+(?: \S+)?(?=\s{2,}|$)", lines[head])][1:]
+    assert all(row[end - 1] != " " for row in rows for end in ends)
+    assert [row.count("*") for row in rows] == [5] + [0] * 8
+    assert "Claims: C1 held, C3 not held, C5 not tested." in lines
+
+
+@given(st.floats(0, 1))
+def test_percent_has_one_decimal(value: float) -> None:
+    assert re.fullmatch(r"\d{1,3}\.\d", percent(value)) and abs(float(percent(value)) - 100 * value) <= 0.05 + 1e-9
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.text(min_size=1, max_size=5)), min_size=1, max_size=9))
+def test_labels_at_line_ends_never_touch(ends: list[tuple[float, str]]) -> None:
+    _, ax = _panel(250, left=42, right=104, top=32, bottom=42)
+    ax.set_ylim(0, 1)
+    _label_ends(ax, [(y, text, "#000001") for y, text in ends])
+    heights = [text.get_position()[1] for text in ax.texts]
+    assert all(b - a >= 14 / 176 - 1e-6 for a, b in zip(heights, heights[1:], strict=False))
+    assert max(heights) <= 1 + 1e-9
+    assert sorted(text.get_text() for text in ax.texts) == sorted(text for _, text in ends)
+
+
+@given(st.lists(st.lists(st.integers(0, 2000), min_size=1, unique=True), min_size=1, max_size=3))
+def test_average_keeps_to_shared_steps(seeds: list[list[int]]) -> None:
+    lines = [[(float(step), step + seed) for step in sorted(steps)] for seed, steps in enumerate(seeds)]
+    x, y, low, high = average(lines)
+    shared = set.intersection(*map(set, seeds))
+    assert len(x) == len(y) == len(low) == len(high) == min(len(shared), 250)
+    if len(shared) <= 250:
+        assert x == sorted(shared)
+    middle = (len(seeds) - 1) / 2
+    assert all(abs(b - a - middle) < 1e-6 and c <= b <= d for a, b, c, d in zip(x, y, low, high, strict=True))
+
+
+def test_inlined_svg_follows_the_page() -> None:
+    start = '<?xml version="1.0"?><!DOCTYPE svg PUBLIC "x" "http://x"><svg width="9pt" viewBox="0 0 9 9" xmlns="http://x">'
+    body = '<metadata>\n<a href="http://y"/></metadata><defs><style type="text/css">*{x:y}</style></defs><g id="g"/>'
+    use = '<path id="p1" style="fill: #0072b2; stroke: #123456"/><use xlink:href="#p1" x="1.23456"/>'
+    text = '<text style="font: bold 12px \'A\', \'B\'; fill: #1c2024">t</text></svg>\n'
+    assert inline_svg(start + body + use + text, "fig", 'a "b"') == (
+        '<svg class="plot" viewBox="0 0 9 9" role="img" aria-label="a &quot;b&quot;"><g/>'
+        '<path id="fig-p1" style="fill: var(--3t); stroke: #123456"/><use href="#fig-p1" x="1.23"/>'
+        '<text style="font-size: 12px; font-weight: bold; fill: var(--ink)">t</text></svg>'
+    )
+
+
+def test_palette_can_be_recognised_by_value() -> None:
+    light = [shades[0] for shades in PALETTE.values()]
+    assert len(set(light)) == len(light) and "#000000" not in light  # matplotlib leaves plain black unwritten
+
+
+def test_the_report_never_imports_torch() -> None:
+    code = "import sys, threetowers.report.page; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 if __name__ == "__main__":  # python tests/test_report.py FOLDER: pages to look at

@@ -386,6 +386,11 @@ def test_commands_and_addresses_are_refused(path: str) -> None:
 def test_a_shard_that_changes_or_goes_is_a_bad_sample(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, samples(2))
     changed, gone = open_source(str(tmp_path)), open_source(str(tmp_path))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole + b"x")
+    with pytest.raises(BadSample, match="has changed since it was indexed"):
+        changed.image(0)
+    shard.write_bytes(whole)
     os.truncate(shard, 600)
     with pytest.raises(BadSample, match="unreadable"):
         changed.image(1)
@@ -433,6 +438,23 @@ def test_a_truncated_shard_is_an_error_at_every_place(format: int, tmp_path: Pat
                 open_source(str(shard))
         else:
             assert seen_ids(open_source(str(shard))) == ids
+
+
+def test_messages_say_what_is_missing(tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path, [ShardSample("a", bytes(5000), "png", ("x",))])
+    os.truncate(shard, 2000)
+    with pytest.raises(DataError, match="a file needs the bytes up to 5632, found 0 files in 2000 bytes"):
+        open_source(str(tmp_path))
+
+
+def test_a_damaged_extended_header_is_an_error(tmp_path: Path) -> None:
+    name = "x" * 120
+    shard = tar(tmp_path / "s.tar", [(f"{name}.png", picture(0)), (f"{name}.txt", b"words")])
+    data = shard.read_bytes()
+    for damage in (b" pqth=", b" path:", b"x path="):
+        shard.write_bytes(data.replace(b" path=", damage[: len(b" path=")], 1))
+        with pytest.raises(DataError, match="extended header at byte 512 is damaged"):
+            open_source(str(shard))
 
 
 def mutated(data: bytes, generator: random.Random) -> bytes:
@@ -680,12 +702,13 @@ def test_jsonl(images: Path) -> None:
         {"image": "sub/c.webp", "captions": []},
         {"captions": ["no image"]},
         [1, 2],
+        {"image": "b b.jpg", "captions": json.loads("[" * 400 + "]" * 400)},
     ]
     lines = [json.dumps(row) for row in rows] + ['{"image": "a.png", ', "", "[" * 100_000]
     (images / "t.jsonl").write_text("\n".join(lines))
     source = open_source(str(images / "t.jsonl"))
     assert captions(source) == {"a.png": ("one", "two"), "b b.jpg": ("three",)}
-    assert reasons(source) == {"empty caption": 1, "no path": 1, "damaged json": 3}
+    assert reasons(source) == {"empty caption": 2, "no path": 1, "damaged json": 3}
 
 
 def test_parquet(images: Path) -> None:

@@ -619,6 +619,6 @@ def _samples(seed: int, count: int, kind: Kind, split: Split, size: int) -> "Ite
         classes = [None] * len(indices) if kind == "pairs" else (indices % len(class_names(kind))).tolist()
         for index, image, caption, label in zip(indices, images, texts, classes, strict=True):
             with BytesIO() as file:
-                # The noise hardly compresses, so more effort than level 1 saves 2 % of the bytes.
-                Image.fromarray(image).save(file, "PNG", compress_level=1)
+                # Stored, not compressed: noise would shrink by a fifth and take 1.7 times as long to read.
+                Image.fromarray(image).save(file, "PNG", compress_level=0)
                 yield ShardSample(f"{index:08d}", file.getvalue(), "png", caption, label)

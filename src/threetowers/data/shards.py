@@ -363,9 +363,10 @@ def _captions(texts: dict[str, bytes]) -> tuple[tuple[str, ...], str]:
         except (ValueError, RecursionError):
             document, reason = None, "damaged json"
         if isinstance(document, dict):
-            found = [document.get(key) for key in ("captions", "caption", "text")]
-            lists = [value if isinstance(value, list) else [value] for value in found]
-            candidates += [[text for text in texts if isinstance(text, str)] for texts in lists]
+            for key in ("captions", "caption", "text"):
+                value = document.get(key)
+                values = value if isinstance(value, list) else [value]
+                candidates.append([text for text in values if isinstance(text, str)])
     if "txt" in texts:
         candidates.append(decode_text(texts["txt"]).split("\n"))
     for candidate in candidates:

@@ -197,11 +197,11 @@ def _texts(cell: Any) -> list[str]:
         if cell.startswith('["') and cell.endswith('"]'):
             try:
                 return _texts(json.loads(cell))
-            except ValueError:
+            except (ValueError, RecursionError):
                 pass  # a caption that only looks like a list
         return [cell]
     if isinstance(cell, list):
-        return [text for item in cell for text in _texts(item)]
+        return [text for item in cell if not isinstance(item, list) for text in _texts(item)]
     return [] if cell is None or isinstance(cell, dict) else [str(cell)]
 
 

@@ -1,0 +1,140 @@
+"""Samples per second of each method, beside the same towers under open_clip's own loss in a plain loop.
+
+    python benchmarks/methods.py [--batch-size 256] [--rounds 8] [--out runs/bench/methods.json]
+
+Every round times one step of each contender, in turn, in this process, on the same batch shapes; the ratio is of the
+fastest steps. All start from the same preset's towers, AdamW and fp32.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from torch import Tensor
+
+from threetowers.compare import machine
+from threetowers.config import METHODS, RunConfig
+from threetowers.data.transforms import ImageSpec, normalise
+from threetowers.model import build
+from threetowers.recipes import PRESETS
+from threetowers.towers.frozen import FrozenTower, TimmTrunk
+from threetowers.towers.pair import build_image_tower, build_text_tower, model_config
+from threetowers.train.optim import adamw
+
+WORDS = 16  # tokens of the longest caption in a batch of the built-in world
+VOCABULARY = {"vocab_size": 512, "pool_type": "eos", "eos_id": 2}
+
+
+def random_batch(size: int, image: int, context: int) -> tuple[Tensor, Tensor]:
+    """uint8 pixels and token ids with the end token at or before WORDS."""
+    pixels = torch.randint(0, 256, (size, 3, image, image), dtype=torch.uint8)
+    tokens = torch.zeros(size, context, dtype=torch.long)
+    for row in tokens:
+        length = int(torch.randint(8, WORDS + 1, ()))
+        row[:length] = torch.randint(3, 512, (length,))
+        row[length - 1] = 2
+    tokens[0, :WORDS] = torch.randint(3, 512, (WORDS,))
+    tokens[0, WORDS - 1] = 2
+    return pixels, tokens
+
+
+def open_clip_step(config: RunConfig, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """open_clip's towers and ClipLoss in a plain loop: no trimming of text, its own loss."""
+    model_cfg = model_config(config.pair)
+    model_cfg["text_cfg"] |= VOCABULARY
+    image, text = build_image_tower(model_cfg, 0), build_text_tower(model_cfg, 0)
+    log_scale = torch.nn.Parameter(torch.tensor(config.objective.init_scale).log())
+    parameters = [*image.parameters(), *text.parameters(), log_scale]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    loss_fn = open_clip.ClipLoss()
+    spec = ImageSpec(batch[0].shape[-1], config.pair.mean, config.pair.std)
+
+    def step() -> None:
+        f = torch.nn.functional.normalize(image(normalise(batch[0], spec)), dim=-1)
+        g = torch.nn.functional.normalize(text(batch[1]), dim=-1)
+        loss = loss_fn(f, g, log_scale.exp())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def our_step(config: RunConfig, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """A training step as `train` makes it, the frozen features stored."""
+    trunk = timm.create_model("test_convnext2", num_classes=0)
+    size = batch[0].shape[-1]
+    vision_cfg = {"timm_model_name": "test_convnext2", "timm_pool": "", "image_size": size}
+    tower = FrozenTower("third", "benchmark", TimmTrunk(trunk), trunk.num_features,
+                        ImageSpec(size, config.pair.mean, config.pair.std), vision_cfg)  # fmt: skip
+    model, _ = build(config, {} if config.method == "baseline" else {"third": tower}, VOCABULARY)
+    optimizer = adamw(model, config.optim)
+    thirds = {"third": torch.randn(len(batch[0]), tower.width)} if model.thirds else {}
+    tokens = batch[1][:, :WORDS]
+
+    def step() -> None:
+        feats = model.features(pixels=batch[0], tokens=tokens, thirds=thirds)
+        loss, _ = model.loss(feats)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.clamp_scale()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/methods.json"))
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    preset = PRESETS["shapes"]()
+    batch = random_batch(
+        arguments.batch_size, int(preset.pair.vision["image_size"]), int(preset.pair.text["context_length"])
+    )
+    contenders = {f"open_clip {open_clip.__version__}, plain loop": open_clip_step(preset, batch)}
+    contenders |= {
+        f"threetowers {m}": our_step(replace(preset, method=m, third=("timm:x",)), batch) for m in METHODS
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_number in range(arguments.rounds + 2):
+        for name, step in contenders.items():
+            start = time.perf_counter()
+            step()
+            if round_number >= 2:
+                times[name].append(time.perf_counter() - start)
+    reference = min(next(iter(times.values())))
+    rows: list[dict[str, Any]] = [
+        {
+            "contender": name,
+            "samples_per_second": arguments.batch_size / min(values),
+            "ratio": reference / min(values),
+            "spread": max(values) / min(values),
+        }
+        for name, values in times.items()
+    ]
+    print(f"{'contender':<34} {'samples/s':>10} {'ratio':>7} {'slowest/fastest':>16}")
+    for row in rows:
+        print(
+            f"{row['contender']:<34} {row['samples_per_second']:>10.0f} {row['ratio']:>7.2f} {row['spread']:>16.2f}"
+        )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(
+        json.dumps({"machine": machine(), "batch_size": arguments.batch_size, "rows": rows}, indent=1)
+    )
+    print(f"written: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
