@@ -118,8 +118,12 @@ def _train(words: list[str]) -> int:
     out = Path("runs") / f"{name}-{config_hash(config)}" if arguments.out == "none" else Path(arguments.out)
 
     from threetowers.evaluate.evaluation import evaluate_run
+    from threetowers.objective.pairs import objective
+    from threetowers.prepare import describe_data
     from threetowers.train.loop import train
 
+    objective(config)  # a mistake in the method is said before any data is read
+    print(describe_data(config), flush=True)
     result = train(config, out, fresh=arguments.fresh)
     if not result.finished:
         print(f"stopped at step {result.step}; the same command continues. Run folder: {out}")

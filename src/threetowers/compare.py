@@ -24,7 +24,7 @@ from threetowers.evaluate.evaluation import evaluate_run, sweep_figures
 from threetowers.evaluate.retrieval import Ranks, System, ranks_from_features
 from threetowers.evaluate.statistics import bootstrap_interval, t_interval
 from threetowers.objective.pairs import objective
-from threetowers.prepare import open_data
+from threetowers.prepare import describe_data, open_data
 from threetowers.progress import duration
 from threetowers.run import load_run
 from threetowers.showcase import identical_without_third, inference_rate, showcase
@@ -66,6 +66,7 @@ def compare(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, A
     """
     thirds = named_thirds(config)
     keys = _keys(options, thirds)
+    print(describe_data(config), flush=True)
     out.mkdir(parents=True, exist_ok=True)
     trials: dict[Key, dict[float, float]] = {}
     chosen: dict[Key, float] = {}

@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from threetowers.config import RunConfig
 from threetowers.data import shapes
 from threetowers.data.sources import Source, Subset, check_problems, open_source, splits
+from threetowers.data.tables import describe
 from threetowers.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
 from threetowers.embeddings import Store, stored
 from threetowers.errors import UsageError
@@ -98,16 +100,31 @@ def open_data(config: RunConfig) -> tuple[Source, Source, Source]:
         )
     path = str(world()) if config.data == "shapes" else config.data
     inputs = config.inputs
-    train, val, test = splits(
-        path,
-        image_column=inputs.image_column,
-        caption_columns=inputs.caption_columns,
-        val_fraction=inputs.val_fraction,
-        test_fraction=inputs.test_fraction,
+    parts = _open_splits(
+        path, inputs.image_column, inputs.caption_columns, inputs.val_fraction, inputs.test_fraction
     )
-    for source in (train, val, test):
+    for source in parts:
         check_problems(source, limit=inputs.max_bad_share)
-    return train, val, test
+    return parts
+
+
+@lru_cache(maxsize=2)  # a comparison opens the same data for every run
+def _open_splits(
+    path: str, image_column: str, caption_columns: tuple[str, ...], val_fraction: float, test_fraction: float
+) -> tuple[Source, Source, Source]:
+    return splits(
+        path,
+        image_column=image_column,
+        caption_columns=caption_columns,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+    )
+
+
+def describe_data(config: RunConfig) -> str:
+    """What was found in the training data, its first rows, and the sizes of the three parts."""
+    train, val, test = open_data(config)
+    return f"{describe(train)}\n{len(train):,} images to train on, {len(val):,} to validate, {len(test):,} to test"
 
 
 def open_classes(config: RunConfig) -> Source | None:

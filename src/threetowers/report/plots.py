@@ -62,7 +62,7 @@ _STYLE = {
     "text.color": INK, "axes.titlecolor": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID,
     "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": GRID, "grid.linewidth": 0.6, "figure.dpi": 72, "lines.solid_capstyle": "round",
+    "grid.color": GRID, "grid.linewidth": 0.6, "lines.solid_capstyle": "round",
     "legend.frameon": False, "legend.fontsize": 10.5, "legend.handlelength": 1.8, "legend.columnspacing": 1.4,
     "legend.labelspacing": 0.45, "legend.borderpad": 0, "legend.borderaxespad": 0,
 }
@@ -148,7 +148,7 @@ def _panel(height: float, *, left: float, right: float, top: float, bottom: floa
 
 def _height(ax: Axes) -> float:
     """The height of the axes in px."""
-    return float(ax.get_position().height * ax.figure.bbox.height)
+    return float(ax.bbox.height * 72 / ax.figure.dpi)
 
 
 def _legend(ax: Axes) -> None:
@@ -156,20 +156,19 @@ def _legend(ax: Axes) -> None:
     ax.legend(loc="upper left", bbox_to_anchor=(-0.1, -40 / _height(ax)), ncols=2)
 
 
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """The nearest heights, none above 1, that are `gap` apart and in the same order; heights: ascending."""
+    steps = gap * np.arange(len(heights))
+    placed = isotonic_regression(np.array(heights) - steps).x + steps
+    return list(placed - max(0.0, placed[-1] - 1))
+
+
 def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Writes (height in data units, text, colour) beside the axes, moved apart where they would touch."""
-    if not ends:
-        return
     low, high = ax.get_ylim()
-    gap = 14 / _height(ax)
     ends = sorted(ends)
-    heights = np.array([(y - low) / (high - low) for y, _, _ in ends])
-    steps = gap * np.arange(len(ends))
-    placed = (
-        isotonic_regression(heights - steps).x + steps
-    )  # the nearest heights that keep order and distance
-    placed -= max(0.0, placed[-1] - 1)
-    for (_, text, shade), start, end in zip(ends, heights, placed, strict=True):
+    heights = [(y - low) / (high - low) for y, _, _ in ends]
+    for (_, text, shade), start, end in zip(ends, heights, spread(heights, 14 / _height(ax)), strict=True):
         ax.plot([1.01, 1.05], [start, end], color=shade, linewidth=2, transform=ax.transAxes, clip_on=False)
         ax.text(1.07, end, text, transform=ax.transAxes, va="center", fontsize=10.5)
 
@@ -177,7 +176,7 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 def _finish(figure: Figure, name: str, description: str) -> Plot:
     svg, png = StringIO(), BytesIO()
     figure.savefig(svg, format="svg", transparent=True)
-    figure.savefig(png, format="png", dpi=180, facecolor=PAPER, metadata={"Software": None})
+    figure.savefig(png, format="png", dpi=144, facecolor=PAPER, metadata={"Software": None})
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
     return Plot(name, inline_svg(svg.getvalue(), name, description), png.getvalue())
 

@@ -124,7 +124,7 @@ def read_curves(folder: Path, compare: Compare) -> tuple[Curves, list[str]]:
             rows = [_metrics_row(line) for line in lines]
             if unread := rows[:-1].count(None):
                 problems.append(
-                    f"{run['path']}/metrics.jsonl: {unread} lines are not JSON objects with a step"
+                    f"{run['path']}/metrics.jsonl: {unread} of {len(rows)} lines are not JSON objects with a step"
                 )
             _add_run(curves.setdefault(key, {}), [row for row in rows if row])
     return curves, problems
@@ -224,7 +224,7 @@ def headline(compare: Compare) -> tuple[str, str]:
     apart = None
     if first.low is not None and second.high is not None:
         apart = first.low > second.high
-    verb = "wins" if apart and num_seeds(compare) > 1 else "leads"
+    verb = "wins" if apart else "leads"
     runner_up = f"{percent(second.mean)} % for the runner-up {label(compare, ranked[1])}"
     return f"{name} {verb}{where}: {figure}, against {runner_up}.", _certainty(compare, ranked, apart)
 
