@@ -224,7 +224,7 @@ def headline(compare: Compare) -> tuple[str, str]:
     apart = None
     if first.low is not None and second.high is not None:
         apart = first.low > second.high
-    verb = "wins" if apart else "leads"
+    verb = "wins" if apart and num_seeds(compare) > 1 else "leads"
     runner_up = f"{percent(second.mean)} % for the runner-up {label(compare, ranked[1])}"
     return f"{name} {verb}{where}: {figure}, against {runner_up}.", _certainty(compare, ranked, apart)
 
