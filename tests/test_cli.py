@@ -100,7 +100,18 @@ def test_train_evaluate_export_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["train", "tiny", "--data", str(photos), "--third", timm_tower, "--steps", "3", "--batch-size", "16"]
+    words = [
+        "train",
+        "tiny",
+        "--data",
+        str(photos),
+        "--third",
+        timm_tower,
+        "--steps",
+        "3",
+        "--batch-size",
+        "16",
+    ]
     words += ["--inputs.val-fraction", "0.2", "--inputs.test-fraction", "0.2"]
     code, out, err = run(words, capsys)
     assert code == 0, err

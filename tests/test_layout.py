@@ -17,7 +17,7 @@ ROOT = SOURCE.parents[1]
 
 # A module may import modules of its own rank or below it; the names are packages or modules under threetowers.
 RANKS = [
-    {"errors", "progress"},
+    {"errors", "progress", "allocator"},
     {"config"},
     {"data", "objective"},
     {"towers"},

@@ -258,3 +258,17 @@ def test_unknown_keys_of_a_tower_are_refused_by_name() -> None:
         model_config(PairConfig(text={"layer": 2}))
     with pytest.raises(UsageError, match="ViT-B-32"):
         model_config(PairConfig(model="ViT-B-3"))
+
+
+def test_a_head_that_widens_its_features_is_read_at_its_width_and_refused_as_image_tower(
+    tmp_path: Path,
+) -> None:
+    model = timm.create_model("test_mambaout")
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    tower = load_frozen(f"timm:test_mambaout@{tmp_path / 'weights.safetensors'}")
+    pixels = torch.zeros(1, 3, tower.image.size, tower.image.size, dtype=torch.uint8)
+    assert tower(pixels).shape == (1, tower.width)
+    with pytest.raises(UsageError, match="third tower of 3t"):
+        as_image_tower(tower, torch.zeros(4, tower.width))
+    with pytest.raises(UsageError, match="test_mambaout"):
+        build_image_tower(model_config(PairConfig(vision={"timm_model_name": "test_mambaout"})), 0)

@@ -34,11 +34,11 @@ from threetowers.train.loop import train
 SCHEMA = 1
 PRIMARY = "mean_r@1"
 METHOD_LABELS = {
-    "baseline": "From scratch",
+    "baseline": "baseline",
     "lit": "LiT",
-    "lit-unlocked": "LiT, unlocked",
+    "lit-unlocked": "LiT unlocked",
     "3t": "3T",
-    "3t-regression": "Regression transfer",
+    "3t-regression": "3T regression",
 }
 
 

@@ -180,13 +180,13 @@ class PretrainConfig:
 
     data: str = "objects"
     """Labelled images (class folders, or CLIP_benchmark's layout); `objects` and `scenes` are built in."""
-    model: str = "test_convnext2"
+    model: str = "test_nfnet"
     """A timm architecture; it starts from random weights."""
     size: int = 32
     """Side of the square input in pixels."""
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 128
     seed: int = 0
     device: str = "auto"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from threetowers.allocator import keep_freed_memory
 from threetowers.config import RunConfig
 from threetowers.data import shapes
 from threetowers.data.sources import Source, Subset, check_problems, open_source, splits
@@ -88,7 +89,7 @@ def world(folder: Path = SHAPES_FOLDER) -> Path:
     def show(done: int, total: int) -> None:
         bars.setdefault(total, Progress("rendering the built-in world", total, "images")).update(done)
 
-    shapes.write_world(folder, progress=show)
+    shapes.write_world(folder, num_labelled=20_000, progress=show)
     return folder
 
 
@@ -166,6 +167,8 @@ def prepare(config: RunConfig, run: Path, *, saved_tokenizer: Path | None = None
     run: the run folder; embeddings are stored beside it unless the configuration says where.
     """
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     table = objective(config)  # a table that cannot be built should fail before anything is read
     train, val, test = open_data(config)
     tokenizer = make_tokenizer(config, train, saved_tokenizer)

@@ -93,12 +93,12 @@ def scenes(seed: int, indices: Ints, *, kind: Kind = "pairs", split: Split = "tr
     """What the scenes at these indices show, before anything is drawn.
 
     indices: [B], each 0 or more; there is no last one. Labelled kinds cycle through their classes, so any run of
-    indices is balanced. Held-out pairs occur in the test splits of `pairs` and `scenes` only.
+    indices is balanced. Held-out pairs of colour and shape occur in test splits only.
     Raises UsageError on an unknown kind or split, or on indices that are not a vector of whole numbers >= 0.
     """
     roots = _roots(seed, indices, kind, split)
     indices = indices.astype(np.int64)
-    pairs = _ALL_PAIRS if split == "test" and kind != "objects" else _SEEN_PAIRS
+    pairs = _ALL_PAIRS if split == "test" else _SEEN_PAIRS
     colour_of = np.array([COLOURS.index(colour) for colour, _ in pairs])
     shape_of = np.array([SHAPES.index(shape) for _, shape in pairs])
 
@@ -106,16 +106,19 @@ def scenes(seed: int, indices: Ints, *, kind: Kind = "pairs", split: Split = "tr
     first = _choice(u_pair[:, 0], len(pairs))
     layout = np.where(u_layout[:, 0] < 0.2, 0, 1 + _choice(u_layout[:, 1], 2))
     background = _choice(_uniform(roots, "background")[:, 0], len(BACKGROUNDS))
+    texture = _choice(_uniform(roots, "texture", 2), len(TEXTURES))
+    size = _choice(_uniform(roots, "size", 2), len(SIZES))
     if kind == "objects":
-        first, layout = indices % len(_SEEN_PAIRS), np.zeros_like(indices)
+        shape, texture[:, 0] = indices // len(TEXTURES) % len(SHAPES), indices % len(TEXTURES)
+        of_shape = np.bincount(shape_of)[shape]  # pairs are sorted by shape
+        first = np.searchsorted(shape_of, shape) + (u_pair[:, 0] * of_shape).astype(np.int64)
+        layout = np.zeros_like(indices)
     elif kind == "scenes":
         background, layout = indices % len(BACKGROUNDS), indices // len(BACKGROUNDS) % len(LAYOUTS)
     second = (first + 1 + _choice(u_pair[:, 1], len(pairs) - 1)) % len(pairs)  # never the first pair again
 
     pair = np.stack([first, second], axis=1)
     empty = (layout[:, None] == 0) & (np.arange(2) == 1)
-    texture = _choice(_uniform(roots, "texture", 2), len(TEXTURES))
-    size = _choice(_uniform(roots, "size", 2), len(SIZES))
     per_object = [np.where(empty, -1, of) for of in (shape_of[pair], colour_of[pair], texture, size)]
     return Scenes(background, layout, *per_object)
 
@@ -129,9 +132,13 @@ def labels(seed: int, indices: Ints, *, kind: Kind, split: Split = "train") -> I
 
 
 def class_names(kind: Kind) -> tuple[str, ...]:
-    """Names of the classes in the captions' own words, for zero-shot classification; none for `pairs`."""
+    """Names of the classes in the captions' own words, for zero-shot classification; none for `pairs`.
+
+    The 48 `objects` are shape and texture: a tower that learns them sees what captions speak of, but was never
+    told of colours or relations. The 18 `scenes` are background and layout: such a tower knows no object.
+    """
     if kind == "objects":
-        return tuple(f"{colour} {shape}" for colour, shape in _SEEN_PAIRS)
+        return tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
     if kind == "scenes":
         counts = ("single shape", "pair of shapes side by side", "pair of shapes stacked")
         return tuple(f"{count} on {background}" for count in counts for background in BACKGROUNDS)

@@ -10,16 +10,17 @@ from threetowers.config import InputConfig, ObjectiveConfig, OptimConfig, PairCo
 
 
 def shapes() -> RunConfig:
-    """A 0.35 M-parameter ConvNeXt and two text layers of width 128, 400 steps of 256."""
+    """A 0.2 M-parameter normaliser-free ResNet and two text layers of width 96, 300 steps of 128."""
     return RunConfig(
         data="shapes",
         classes="shapes",
-        steps=400,
-        batch_size=256,
+        steps=300,
+        batch_size=128,
+        eval_every_steps=100,
         pair=PairConfig(
-            embed_dim=128,
-            vision={"timm_model_name": "test_convnext2", "timm_pool": "", "image_size": 32},
-            text={"context_length": 32, "width": 128, "heads": 4, "layers": 2},
+            embed_dim=96,
+            vision={"timm_model_name": "test_nfnet", "timm_pool": "", "image_size": 32},
+            text={"context_length": 32, "width": 96, "heads": 4, "layers": 2},
             tokenizer="trained",
             vocab_size=512,
             mean=(0.5, 0.5, 0.5),
@@ -28,5 +29,5 @@ def shapes() -> RunConfig:
         # left and right are in the captions, so no mirror images; scenes fill the frame, so gentle crops
         inputs=InputConfig(crop_scale=(0.8, 1.0), crop_ratio=(0.9, 1.1), workers=0),
         objective=ObjectiveConfig(init_scale=10.0),
-        optim=OptimConfig(lr=1e-3, warmup_steps=50, scale_lr_multiplier=0.1),
+        optim=OptimConfig(lr=2e-3, warmup_steps=40, scale_lr_multiplier=0.1),
     )

@@ -99,7 +99,8 @@ def as_image_tower(tower: FrozenTower, projection: Tensor | None) -> tuple[nn.Mo
     if tower.vision_cfg is None:
         raise UsageError(
             f"third: {tower.spec!r} cannot become the image tower of an open_clip model: its network was built with "
-            "arguments of its own that open_clip's format does not record. It can serve as third tower of 3t"
+            "arguments of its own, or ends in a head, that open_clip's format does not record. It can serve as third "
+            "tower of 3t"
         )
     config = dict(tower.vision_cfg)
     state = dict(tower.module.state_dict())
@@ -173,14 +174,17 @@ def _load_timm(name: str) -> tuple[nn.Module, int, ImageSpec, dict[str, Any] | N
         state = {key: value for key, value in read_safetensors(file).items() if not key.startswith(drop)}
         load_strictly(trunk, state, file)
     spec = _timm_image_spec(trunk, name)
+    width = getattr(trunk, "head_hidden_size", None) or trunk.num_features  # some heads widen what they pool
     vision_cfg = None
-    if not local or _as_timm_builds_it(trunk):
+    if width == trunk.num_features and (
+        not local or _as_timm_builds_it(trunk)
+    ):  # open_clip counts on num_features
         vision_cfg = {
             "timm_model_name": trunk.pretrained_cfg["architecture"],
             "timm_pool": "",
             "image_size": spec.size,
         }
-    return TimmTrunk(trunk), trunk.num_features, spec, vision_cfg
+    return TimmTrunk(trunk), width, spec, vision_cfg
 
 
 def _as_timm_builds_it(trunk: Any) -> bool:

@@ -61,7 +61,14 @@ def image_spec(config: dict[str, Any], pair: PairConfig) -> ImageSpec:
 
 def build_image_tower(config: dict[str, Any], seed: int) -> nn.Module:
     """The image tower of a model_cfg, initialised from (seed, "img")."""
-    return _build(_build_vision_tower, config, "vision_cfg", seed, "img")
+    tower: Any = _build(_build_vision_tower, config, "vision_cfg", seed, "img")
+    trunk = getattr(tower, "trunk", None)
+    if trunk is not None and getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features:
+        raise UsageError(
+            f"pair.vision.timm_model_name: {config['vision_cfg']['timm_model_name']!r} widens its features in its "
+            "head, which open_clip's projection does not expect; take another timm model"
+        )
+    return tower  # type: ignore[no-any-return]
 
 
 def build_text_tower(config: dict[str, Any], seed: int) -> nn.Module:

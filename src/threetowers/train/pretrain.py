@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from threetowers.allocator import keep_freed_memory
 from threetowers.config import PretrainConfig
 from threetowers.data.decode import decode
 from threetowers.data.loader import augmented_views, usable_sample
@@ -42,6 +43,8 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
     if report.is_file():
         return float(json.loads(report.read_text(encoding="utf-8"))["val/top1"])
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     path = str(world() / config.data) if config.data in ("objects", "scenes") else config.data
     train, val, _ = splits(path, val_fraction=config.inputs.val_fraction, test_fraction=0.0)
     if not train.class_names:
@@ -118,7 +121,7 @@ def _fit(
         optimizer.step()
         if (step + 1) % 20 == 0 or step + 1 == config.steps:
             accuracy = float((logits.argmax(1).cpu() == labels).float().mean())
-            bar.update(step + 1, f"loss {float(loss):.3f}, batch accuracy {accuracy:.0%}")
+            bar.update(step + 1, f"loss {loss.item():.3f}, batch accuracy {accuracy:.0%}")
 
 
 @torch.inference_mode()

@@ -1,0 +1,41 @@
+import io
+import platform
+
+from threetowers.allocator import keep_freed_memory
+from threetowers.progress import Progress, duration, track
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_durations_for_people() -> None:
+    assert [duration(s) for s in (0.2, 59.4, 185, 7805)] == ["0 s", "59 s", "3 min 05 s", "2 h 10 min"]
+
+
+def test_plain_lines_off_a_terminal_and_one_line_on_it() -> None:
+    plain, terminal = io.StringIO(), Terminal()
+    for stream in (plain, terminal):
+        bar = Progress("work", 1000, "steps", done=990, every_seconds=1e9, stream=stream)
+        for done in range(991, 1001):
+            bar.update(done, "loss 1.0")
+    assert plain.getvalue().count("\n") == 1, "only the end, when little time has passed"
+    assert "work: 1,000/1,000 steps" in plain.getvalue() and "loss 1.0" in plain.getvalue()
+    assert terminal.getvalue().startswith("\r") and terminal.getvalue().endswith("\n")
+
+
+def test_the_rate_counts_only_what_this_process_did() -> None:
+    stream = io.StringIO()
+    bar = Progress("work", 1_000_000, "rows", done=999_999, stream=stream)
+    bar._start -= 10  # as if ten seconds had passed
+    bar.update(1_000_000)
+    assert "0.1/s" in stream.getvalue()
+
+
+def test_track_yields_everything() -> None:
+    assert list(track([1, 2, 3], "counting", "numbers")) == [1, 2, 3]
+
+
+def test_glibc_takes_the_settings() -> None:
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
