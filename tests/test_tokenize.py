@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip.tokenizer import get_clean_fn
 
-from threetowers.data.tokenize import OpenClipTokenizer, load_tokenizer, train_tokenizer
+from threetowers.data.tokenize import OpenClipTokenizer, clean, load_tokenizer, train_tokenizer
 from threetowers.errors import UsageError
 
 CAPTIONS = [
@@ -60,3 +61,9 @@ def test_defects_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UsageError, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path), 8)
+
+
+@given(st.text(max_size=40) | st.text(st.characters(max_codepoint=127), max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_cleaning_is_open_clips(text: str) -> None:
+    assert clean(text) == get_clean_fn("whitespace")(text)

@@ -89,27 +89,26 @@ class BatchReader:
     def __getitem__(self, positions: range) -> Batch:
         bad: list[BadSample] = []
         samples = [self._sample(position, bad) for position in positions]
-        records = [self.source.record(index) for index, _, _ in samples]
-        texts = [caption for _, caption, _ in samples]
+        texts = [caption for _, caption, _, _ in samples]
         tokens = self.tokenizer(texts)
-        index = torch.tensor([index for index, _, _ in samples])
-        views = {name: torch.from_numpy(np.stack([v[name] for _, _, v in samples])) for name in samples[0][2]}
+        index = torch.tensor([index for index, _, _, _ in samples])
+        views = {name: torch.from_numpy(np.stack([v[name] for *_, v in samples])) for name in samples[0][3]}
         return Batch(
             index=index,
             tokens=tokens[:, : int(self.tokenizer.lengths(tokens).max())],
             pixels=views.pop("img", None),
             thirds=views | {view: _rows(store, index) for view, store in self.stores.items()},
-            image_ids=_as_ids([record.id for record in records]),
+            image_ids=_as_ids([id for _, _, id, _ in samples]),
             caption_ids=_as_ids(texts),
             bad=bad,
         )
 
-    def _sample(self, position: int, bad: list[BadSample]) -> tuple[int, str, dict[str, np.ndarray]]:
-        """Index, caption and pixels by view of the sample at a position, or of its replacement."""
+    def _sample(self, position: int, bad: list[BadSample]) -> tuple[int, str, str, dict[str, np.ndarray]]:
+        """Index, caption, id and pixels by view of the sample at a position, or of its replacement."""
         epoch = self.order.epoch(position)
         return usable_sample(self.order, position, self.source, bad, lambda index: self._read(index, epoch))
 
-    def _read(self, index: int, epoch: int) -> tuple[int, str, dict[str, np.ndarray]]:
+    def _read(self, index: int, epoch: int) -> tuple[int, str, str, dict[str, np.ndarray]]:
         record = self.source.record(index)
         if not record.captions:
             raise BadSample(record.id, "no caption")
@@ -119,7 +118,12 @@ class BatchReader:
         seed = hash64(self.order.seed, epoch, record.id)
         caption = record.captions[hash64(seed, "caption") % len(record.captions)]
         specs = ({"img": self.image} if self.image else {}) | self.live
-        return index, caption, augmented_views(self.source, index, seed, self.inputs, specs)
+        return (
+            index,
+            caption,
+            record.id,
+            augmented_views(self.source, index, record.id, seed, self.inputs, specs),
+        )
 
 
 def usable_sample(
@@ -140,7 +144,7 @@ def usable_sample(
 
 
 def augmented_views(
-    source: Source, index: int, seed: int, inputs: InputConfig, specs: Mapping[str, ImageSpec]
+    source: Source, index: int, id: str, seed: int, inputs: InputConfig, specs: Mapping[str, ImageSpec]
 ) -> dict[str, np.ndarray]:
     """The same random region of an image for every tower, each in its own size: uint8 [3, H, W] by view.
 
@@ -148,7 +152,7 @@ def augmented_views(
     """
     if not specs:
         return {}
-    image = decode(source.image(index), source.record(index).id)
+    image = decode(source.image(index), id)
     crop = random_crop(hash64(seed, "crop"), image.size, inputs.crop_scale, inputs.crop_ratio, inputs.flip)
     return {view: cropped_view(image, crop, spec) for view, spec in specs.items()}
 

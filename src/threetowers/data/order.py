@@ -15,10 +15,18 @@ from threetowers.errors import UsageError
 
 def hash64(*parts: int | str) -> int:
     """A uniform 64-bit number that depends on the parts alone, the same in every process and on every machine."""
-    text = "\x1f".join(f"{type(part).__name__}{part}" for part in parts)
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
+    return int.from_bytes(_digest(parts, 8), "little")
+
+
+def uniforms(num: int, *parts: int | str) -> list[float]:
+    """At most eight numbers in [0, 1) that depend on the parts alone; one hash for all of them."""
+    digest = _digest(parts, 8 * num)
+    return [int.from_bytes(digest[at : at + 8], "little") / 2**64 for at in range(0, 8 * num, 8)]
+
+
+def _digest(parts: tuple[int | str, ...], size: int) -> bytes:
+    text = "\x1f".join([f"{type(part).__name__}{part}" for part in parts])
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 
 @lru_cache(maxsize=2)

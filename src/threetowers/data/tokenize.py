@@ -15,7 +15,17 @@ from torch import Tensor
 from threetowers.errors import UsageError
 
 PAD, START, END = "<pad>", "<start>", "<end>"
-_clean = get_clean_fn("whitespace")  # what open_clip does before a tokenizer.json, so that exports agree
+_open_clip_clean = get_clean_fn("whitespace")
+
+
+def clean(text: str) -> str:
+    """What open_clip does to a text before a tokenizer.json, so that exports agree.
+
+    It mends mojibake, HTML entities and white space; plain ASCII without entities can only need the last.
+    """
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return " ".join(text.split())
+    return _open_clip_clean(text)  # type: ignore[no-any-return]
 
 
 class Tokenizer(Protocol):
@@ -78,7 +88,7 @@ class FileTokenizer:
         self._tokenizer = tokenizer
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        encoded = self._tokenizer.encode_batch([_clean(text) for text in texts])
+        encoded = self._tokenizer.encode_batch([clean(text) for text in texts])
         return torch.from_numpy(np.array([entry.ids for entry in encoded], dtype=np.int64))
 
     def lengths(self, tokens: Tensor) -> Tensor:
@@ -128,7 +138,7 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int, context_length:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((_clean(caption) for caption in captions), trainer=trainer)
+    tokenizer.train_from_iterator((clean(caption) for caption in captions), trainer=trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (START, END)],

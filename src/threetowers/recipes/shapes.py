@@ -16,7 +16,7 @@ def shapes() -> RunConfig:
         classes="shapes",
         steps=300,
         batch_size=128,
-        eval_every_steps=100,
+        eval_every_steps=150,
         pair=PairConfig(
             embed_dim=96,
             vision={"timm_model_name": "test_nfnet", "timm_pool": "", "image_size": 32},

@@ -44,7 +44,7 @@ class FrozenTower:
     vision_cfg: dict[str, Any] | None = field(repr=False)
 
     def __post_init__(self) -> None:
-        self.module.eval().requires_grad_(False)
+        self.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def as_image_tower(tower: FrozenTower, projection: Tensor | None) -> tuple[nn.Mo
         state[key] = state[key] @ projection.T if native else projection @ state[key]
     image = _build_vision_tower(tower.width if projection is None else len(projection), config)
     load_strictly(image, state, tower.spec)
-    return image, config
+    return image.to(memory_format=torch.channels_last), config
 
 
 def _projection_key(state: dict[str, Tensor], spec: str) -> str:

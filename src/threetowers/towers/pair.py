@@ -68,7 +68,7 @@ def build_image_tower(config: dict[str, Any], seed: int) -> nn.Module:
             f"pair.vision.timm_model_name: {config['vision_cfg']['timm_model_name']!r} widens its features in its "
             "head, which open_clip's projection does not expect; take another timm model"
         )
-    return tower  # type: ignore[no-any-return]
+    return tower.to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
 
 def build_text_tower(config: dict[str, Any], seed: int) -> nn.Module:

@@ -143,10 +143,17 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
             if not own:
                 raise KeyError(f"no moments of {name}")
             optimizer.state[parameter] = {
-                key.rpartition("/")[2]: rest.pop(key).to(parameter.device) for key in sorted(own)
+                key.rpartition("/")[2]: _laid_out_as(parameter, rest.pop(key)) for key in sorted(own)
             }
     if rest:
         raise KeyError(f"moments of unknown parameters: {sorted(rest)[:4]}")
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A moment in its parameter's memory format; the fused optimiser walks both by address."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

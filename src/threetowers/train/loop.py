@@ -117,8 +117,9 @@ def _loop(
         last = step == config.steps
         if step % config.log_every_steps == 0 or last:
             row = _metrics(model, loss, rows, feats, batch) | {"train/lr": lr, "train/grad_norm": norm.item()}
-            log.metrics(step, row | clock.rates() | bad.counts())
-            bar.update(step, _summary(row, clock), force=last)
+            row |= clock.rates()
+            log.metrics(step, row | bad.counts())
+            bar.update(step, _summary(row), force=last)
         if last or (config.eval_every_steps and step % config.eval_every_steps == 0):
             log.metrics(step, validate(run))
         if stop.requested or (step % config.checkpoint_every_steps == 0 and not last):
@@ -214,13 +215,13 @@ def _metrics(
     return values
 
 
-def _summary(row: dict[str, float], clock: "_Clock") -> str:
+def _summary(row: dict[str, float]) -> str:
     losses = " ".join(
         f"{name.removeprefix('train/loss/')} {value:.2f}"
         for name, value in row.items()
         if name.startswith("train/loss/")
     )
-    return f"loss {row['train/loss']:.3f} ({losses}), waiting for data {clock.wait_share():.0%}"
+    return f"loss {row['train/loss']:.3f} ({losses}), waiting for data {row['data/wait']:.0%}"
 
 
 class _Clock:
@@ -244,15 +245,12 @@ class _Clock:
         """Starts waiting for the next batch; what was done since the step (validation, saving) counts as neither."""
         self._mark = time.monotonic()
 
-    def wait_share(self) -> float:
-        return self._waited / max(self._waited + self._worked, 1e-9)
-
     def rates(self) -> dict[str, float]:
         total = max(self._waited + self._worked, 1e-9)
         values = {
             "seconds": time.monotonic() - self._begin,
             "examples_per_second": self._examples / total,
-            "data/wait": self.wait_share(),
+            "data/wait": self._waited / total,
         }
         self._waited = self._worked = 0.0
         self._examples = 0

@@ -54,7 +54,8 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
     if not timm.is_model(config.model):
         raise UsageError(f"model: timm has no model {config.model!r}")
     with initialised(config.seed, "pretrain"):
-        model = timm.create_model(config.model, num_classes=len(train.class_names)).to(device)
+        model = timm.create_model(config.model, num_classes=len(train.class_names))
+        model = model.to(device, memory_format=torch.channels_last)
     folder.mkdir(parents=True, exist_ok=True)
     _fit(config, model, train, BadSamples(folder, config.inputs.max_bad_share), device)
     accuracy = _accuracy(model, val, image_spec(config), device)
@@ -92,7 +93,7 @@ class _Labelled:
             raise BadSample(record.id, "no label")
         seed = hash64(self.order.seed, epoch, record.id)
         views = augmented_views(
-            self.source, index, seed, self.config.inputs, {"img": image_spec(self.config)}
+            self.source, index, record.id, seed, self.config.inputs, {"img": image_spec(self.config)}
         )
         return torch.from_numpy(views["img"].copy()), record.label
 
@@ -158,6 +159,7 @@ def _save(model: nn.Module, config: PretrainConfig, folder: Path) -> None:
     )
     unfinished = folder / f".partial-{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
+    model.to(memory_format=torch.contiguous_format)  # as timm and safetensors expect weights on disk
     save_for_hf(model, str(unfinished), safe_serialization=True)
     for name in ("model.safetensors", "config.json"):
         (unfinished / name).replace(folder / name)
