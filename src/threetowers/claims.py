@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from threetowers.evaluate.retrieval import Ranks
 from threetowers.evaluate.statistics import Interval, bootstrap_difference, held, paired_difference
 
@@ -18,11 +20,15 @@ MISMATCHED = "mismatched"
 
 @dataclass(frozen=True)
 class Measured:
-    """One finished run's figures: metrics by `task/metric`, and the test ranks behind them by system."""
+    """One finished run's figures: metrics by `task/metric`, and the answers behind them.
+
+    ranks: of the retrieval queries, by system. class_hits: whether each labelled image was classified rightly.
+    """
 
     metrics: Mapping[str, float]
     ranks: Mapping[str, Ranks]
     alpha: float | None = None
+    class_hits: np.ndarray[Any, Any] | None = None
 
 
 Runs = Mapping[Key, Mapping[int, Measured]]
@@ -45,6 +51,8 @@ def difference(
         )
     first, second = runs[a][seeds[0]], runs[b][seeds[0]]
     value = first.metrics[names[0]] - second.metrics[names[1]]
+    if metric == "zero_shot/top1" and first.class_hits is not None and second.class_hits is not None:
+        return bootstrap_difference(first.class_hits, second.class_hits)
     if metric.split("/")[0] != "retrieval" or not metric.endswith("_r@1"):
         return Interval(value, float("-inf"), float("inf"), 1)  # one run says nothing about its spread
     ranks_a, ranks_b = first.ranks[systems[0]], second.ranks[systems[1]]

@@ -303,7 +303,8 @@ def _measure(job: Job, tensors: dict[str, Tensor], swept: dict[str, Sweep]) -> M
         alpha = swept["combination"].alpha
         metrics[f"third/{PRIMARY}"] = swept["combination"].ends[1]
         ranks["third"] = swept["combination"].ranks[-1]
-    return Measured(metrics, ranks, alpha)
+    class_ranks = tensors.get("classes/rank")
+    return Measured(metrics, ranks, alpha, None if class_ranks is None else (class_ranks < 1).numpy())
 
 
 def _ends_equal(run: Measured, swept: Sweep) -> bool:
@@ -355,6 +356,9 @@ def _interval(values: list[float], run: Measured, path: str) -> tuple[float, flo
     if len(values) > 1:
         return t_interval(values)
     task, _, metric = path.partition("/")
+    if path == "zero_shot/top1" and run.class_hits is not None:
+        interval = bootstrap_interval(run.class_hits)
+        return values[0], interval.low, interval.high
     ranks = run.ranks.get("main" if task == "retrieval" else task)
     if metric != PRIMARY or ranks is None:
         return values[0], None, None

@@ -15,7 +15,7 @@ from threetowers.evaluate.combine import Pair, Sweep, sweep
 from threetowers.evaluate.encode import Encoded, encode, encode_texts
 from threetowers.evaluate.results import clip_benchmark_result
 from threetowers.evaluate.retrieval import System, ranks_from_features, recalls
-from threetowers.evaluate.zero_shot import accuracy, class_embeddings, per_class_accuracy
+from threetowers.evaluate.zero_shot import accuracy, class_embeddings, label_ranks, per_class_accuracy
 from threetowers.prepare import Prepared, open_classes, prepare
 from threetowers.run import read_description, restore_trained
 
@@ -81,9 +81,9 @@ def evaluate_run(folder: Path, *, data: str = "none", classes: str = "none") -> 
     test = run.test if own else open_source(
         data, image_column=config.inputs.image_column, caption_columns=config.inputs.caption_columns
     )  # fmt: skip
-    result, encoded = evaluate(run, test)
+    result, encoded, class_ranks = evaluate(run, test)
     if own:
-        save_features(folder / "features.safetensors", encoded)
+        save_features(folder / "features.safetensors", encoded, class_ranks)
         written = asdict(result) | {"schema": SCHEMA, "clip_benchmark": _clip_benchmark(result, folder)}
         (folder / "evaluation.json").write_text(
             json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8"
@@ -91,8 +91,11 @@ def evaluate_run(folder: Path, *, data: str = "none", classes: str = "none") -> 
     return result
 
 
-def evaluate(run: Prepared, test: Source) -> tuple[Evaluation, dict[str, Encoded]]:
-    """The figures of a prepared run with trained weights, and what was encoded for them by `val` and `test`."""
+def evaluate(run: Prepared, test: Source) -> tuple[Evaluation, dict[str, Encoded], Tensor | None]:
+    """The figures of a prepared run with trained weights, and what they were computed from.
+
+    That is what was encoded of `val` and `test`, and the rank of the right class of every labelled image, int64 [N].
+    """
     encoded = {
         part: _encode(run, source) for part, source in (("val", run.val), ("test", test)) if len(source)
     }
@@ -106,9 +109,10 @@ def evaluate(run: Prepared, test: Source) -> tuple[Evaluation, dict[str, Encoded
             swept = sweep(pair_of(encoded["val"], third), pair_of(encoded["test"], third))
             result.combination[third] = sweep_figures(swept)
     labelled = open_classes(run.config)
+    class_ranks = None
     if labelled is not None:
-        result.zero_shot, result.per_class = _zero_shot(run, labelled)
-    return result, encoded
+        result.zero_shot, result.per_class, class_ranks = _zero_shot(run, labelled)
+    return result, encoded, class_ranks
 
 
 def pair_of(encoded: Encoded, third: str) -> Pair:
@@ -128,9 +132,9 @@ def sweep_figures(swept: Sweep) -> dict[str, Any]:
     }
 
 
-def save_features(path: Path, encoded: dict[str, Encoded]) -> None:
-    """Writes every view of every part as `PART/VIEW`, with `PART/text_image` and `PART/index`."""
-    tensors: dict[str, Tensor] = {}
+def save_features(path: Path, encoded: dict[str, Encoded], class_ranks: Tensor | None) -> None:
+    """Writes every view of every part as `PART/VIEW`, with `PART/text_image`, `PART/index` and `classes/rank`."""
+    tensors: dict[str, Tensor] = {} if class_ranks is None else {"classes/rank": class_ranks}
     for part, each in encoded.items():
         tensors |= {f"{part}/{view}": value.contiguous() for view, value in each.views.items()}
         tensors |= {f"{part}/text_image": each.text_image, f"{part}/index": each.index}
@@ -151,8 +155,8 @@ def _encode(run: Prepared, source: Source) -> Encoded:
     )
 
 
-def _zero_shot(run: Prepared, labelled: Source) -> tuple[dict[str, float], dict[str, float]]:
-    """Accuracy of the main pair on labelled images, overall and by class name."""
+def _zero_shot(run: Prepared, labelled: Source) -> tuple[dict[str, float], dict[str, float], Tensor]:
+    """Accuracy of the main pair on labelled images, overall and by class name, and the right classes' ranks."""
     encoded = _encode(run, labelled)
     classes = class_embeddings(
         lambda texts: encode_texts(run.model, texts, run.tokenizer, run.device),
@@ -163,7 +167,7 @@ def _zero_shot(run: Prepared, labelled: Source) -> tuple[dict[str, float], dict[
     image = encoded.views["img"]
     per_class = per_class_accuracy(image, classes, labels)
     named = {name: float(v) for name, v in zip(labelled.class_names, per_class, strict=True) if not v.isnan()}
-    return accuracy(image, classes, labels), named
+    return accuracy(image, classes, labels), named, label_ranks(image, classes, labels)
 
 
 def _label(source: Source, index: int) -> int:

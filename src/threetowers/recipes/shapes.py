@@ -3,7 +3,7 @@
 Command:   threetowers train shapes --method baseline
            threetowers pretrain --out runs/objects && threetowers train shapes --third file:runs/objects
 Hardware:  two CPU cores
-Result:    docs/claims.md, written by `make claims`
+Result:    `make claims` writes docs/claims.md
 """
 
 from threetowers.config import InputConfig, ObjectiveConfig, OptimConfig, PairConfig, RunConfig
