@@ -68,7 +68,7 @@ def test_open_clip_computes_the_same_embeddings(
         )
         with torch.no_grad():
             torch.testing.assert_close(image, unit(ours.img(normalise(pixels, spec))), rtol=0, atol=1e-6)
-    assert float(model.logit_scale.exp()) == pytest.approx(ours.scale, rel=1e-6)
+    assert model.logit_scale.exp().item() == pytest.approx(ours.scale, rel=1e-6)
 
 
 def test_a_finished_run_can_be_the_third_tower_of_another(

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from threetowers.data import shapes
+from threetowers.data import pictures, shapes
+from threetowers.data import scenes as scene_module
 from threetowers.data.decode import decode
-from threetowers.data.shapes import BACKGROUNDS, COLOURS, KINDS, SHAPES, SIZES, SPLITS, SYNONYMS, TEXTURES
+from threetowers.data.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, SIZES, SPLITS, SYNONYMS, TEXTURES
 from threetowers.data.shards import open_shards
 from threetowers.errors import DataError, UsageError
 
@@ -21,7 +22,7 @@ NOUN = rf"an? ((?:{'|'.join((*SIZES, *COLOURS, *TEXTURES, *CANONICAL))}) )*(?:{'
 SMALL = {"num_train": 30, "num_val": 5, "num_test": 6, "num_labelled": 40}
 
 
-def words_of(scene: shapes.Scenes, row: int, slot: int) -> set[str]:
+def words_of(scene: scene_module.Scenes, row: int, slot: int) -> set[str]:
     return {
         names[getattr(scene, field)[row, slot]]
         for field, names in (("shape", SHAPES), ("colour", COLOURS), ("texture", TEXTURES), ("size", SIZES))
@@ -41,11 +42,11 @@ def words_of(scene: shapes.Scenes, row: int, slot: int) -> set[str]:
 )
 def test_a_scene_is_the_same_alone_in_a_batch_and_in_any_order(seed, indices, kind, split, size):
     batch = np.array(indices)
-    together = shapes.render(seed, batch, kind=kind, split=split, size=size)
-    backwards = shapes.render(seed, batch[::-1], kind=kind, split=split, size=size)
+    together = pictures.render(seed, batch, kind=kind, split=split, size=size)
+    backwards = pictures.render(seed, batch[::-1], kind=kind, split=split, size=size)
     np.testing.assert_array_equal(together, backwards[::-1])
     for row, index in enumerate(indices):
-        alone = shapes.render(seed, np.array([index]), kind=kind, split=split, size=size)
+        alone = pictures.render(seed, np.array([index]), kind=kind, split=split, size=size)
         np.testing.assert_array_equal(alone[0], together[row])
         assert (
             shapes.captions(seed, np.array([index]), split=split)[0]
@@ -54,15 +55,15 @@ def test_a_scene_is_the_same_alone_in_a_batch_and_in_any_order(seed, indices, ki
 
 
 def test_batches_longer_than_a_chunk_are_the_same_as_their_parts():
-    whole = shapes.render(3, np.arange(300), size=16)
-    parts = [shapes.render(3, np.arange(start, start + 50), size=16) for start in range(0, 300, 50)]
+    whole = pictures.render(3, np.arange(300), size=16)
+    parts = [pictures.render(3, np.arange(start, start + 50), size=16) for start in range(0, 300, 50)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
 def test_narrow_index_types_give_the_same_scenes():
     for kind in KINDS:
         wide, narrow = (
-            shapes.render(0, np.arange(200).astype(dtype), kind=kind, size=16) for dtype in ("i8", "u1")
+            pictures.render(0, np.arange(200).astype(dtype), kind=kind, size=16) for dtype in ("i8", "u1")
         )
         np.testing.assert_array_equal(wide, narrow)
 
@@ -76,7 +77,7 @@ def test_seeds_kinds_and_splits_share_no_picture():
         for kind in KINDS:
             for split in SPLITS:
                 seen |= {
-                    image.tobytes() for image in shapes.render(seed, np.arange(60), kind=kind, split=split)
+                    image.tobytes() for image in pictures.render(seed, np.arange(60), kind=kind, split=split)
                 }
     assert len(seen) == 2 * 3 * 3 * 60
 
@@ -85,17 +86,17 @@ def test_seeds_kinds_and_splits_share_no_picture():
 def test_held_out_pairs_are_in_test_scenes_only(kind):
     indices = np.arange(20_000)
     for split in ("train", "val"):
-        assert not shapes.scenes(5, indices, kind=kind, split=split).holds_held_out().any()
-    tested = shapes.scenes(5, indices, kind=kind, split="test")
+        assert not scene_module.scenes(5, indices, kind=kind, split=split).holds_held_out().any()
+    tested = scene_module.scenes(5, indices, kind=kind, split="test")
     shown = {
         (COLOURS[c], SHAPES[s]) for c, s in zip(tested.colour.flat, tested.shape.flat, strict=True) if s >= 0
     }
-    assert len(shown) == 96 and set(shapes.HELD_OUT) <= shown
+    assert len(shown) == 96 and set(scene_module.HELD_OUT) <= shown
     assert 0.05 < tested.holds_held_out().mean() < 0.14
 
 
 def test_every_attribute_is_about_equally_frequent():
-    scene = shapes.scenes(0, np.arange(20_000))
+    scene = scene_module.scenes(0, np.arange(20_000))
     for name, count in (("shape", 12), ("colour", 8), ("texture", 4), ("size", 2)):
         values = getattr(scene, name)
         share = np.bincount(values[values >= 0], minlength=count) / (values >= 0).sum()
@@ -105,7 +106,7 @@ def test_every_attribute_is_about_equally_frequent():
 
 
 def test_test_scenes_are_hardly_ever_described_by_each_other():
-    scene = shapes.scenes(0, np.arange(1_000), split="test")
+    scene = scene_module.scenes(0, np.arange(1_000), split="test")
     columns = [getattr(scene, field.name).reshape(1_000, -1) for field in fields(scene)]
     assert len(np.unique(np.concatenate(columns, axis=1), axis=0)) > 990
 
@@ -116,7 +117,7 @@ def test_test_scenes_are_hardly_ever_described_by_each_other():
 @pytest.mark.parametrize("split", SPLITS)
 def test_captions_are_true(split):
     indices = np.arange(1_500)
-    scene = shapes.scenes(7, indices, split=split)
+    scene = scene_module.scenes(7, indices, split=split)
     complete = 0
     for row, captions in enumerate(shapes.captions(7, indices, split=split)):
         assert len(set(captions)) == 5
@@ -160,18 +161,18 @@ def test_captions_are_short_and_plain():
     assert counts.max() <= 20 and 10 < counts.mean() < 16
     assert all(re.fullmatch(r"[a-z ]+", text) for text in texts)
     vocabulary = {word for text in texts for word in text.split()}
-    prompts = " ".join(shapes.templates()).replace("{}", "") + " ".join(
-        name + " " for kind in KINDS for name in shapes.class_names(kind)
+    prompts = " ".join(scene_module.templates()).replace("{}", "") + " ".join(
+        name + " " for kind in KINDS for name in scene_module.class_names(kind)
     )
     assert set(prompts.split()) <= vocabulary, "a class name or template has a word that no caption has"
 
 
 def test_the_relation_can_be_seen():
     """The named direction dominates, objects never touch, and nothing leaves the picture."""
-    scene = shapes.scenes(1, np.arange(5_000))
-    roots = shapes._roots(1, np.arange(5_000), "pairs", "train")
-    draws = [shapes._uniform(roots, name, 12).astype(np.float32) for name in ("radius", "place")]
-    radius, x, y = shapes._place(scene, *draws)
+    scene = scene_module.scenes(1, np.arange(5_000))
+    roots = scene_module.scene_roots(1, np.arange(5_000), "pairs", "train")
+    draws = [scene_module.uniform(roots, name, 12).astype(np.float32) for name in ("radius", "place")]
+    radius, x, y = pictures._place(scene, *draws)
     two = scene.layout > 0
     present = scene.shape >= 0
     for centre in (x, y):
@@ -190,32 +191,32 @@ def test_the_relation_can_be_seen():
 def test_objects_have_the_colour_that_they_are_said_to_have(size):
     """Solid objects, at their centre: the nearest named colour is the right one, however the light falls."""
     indices = np.arange(3_000)
-    scene = shapes.scenes(0, indices, kind="objects")
+    scene = scene_module.scenes(0, indices, kind="objects")
     solid = (scene.texture[:, 0] == 0) & ~np.isin(
         scene.shape[:, 0], [SHAPES.index("ring"), SHAPES.index("crescent")]
     )
     indices = indices[solid][:400]
-    roots = shapes._roots(0, indices, "objects", "train")
-    draws = [shapes._uniform(roots, name, 12).astype(np.float32) for name in ("radius", "place")]
-    _, x, y = shapes._place(shapes.scenes(0, indices, kind="objects"), *draws)
-    images = shapes.render(0, indices, kind="objects", size=size)
+    roots = scene_module.scene_roots(0, indices, "objects", "train")
+    draws = [scene_module.uniform(roots, name, 12).astype(np.float32) for name in ("radius", "place")]
+    _, x, y = pictures._place(scene_module.scenes(0, indices, kind="objects"), *draws)
+    images = pictures.render(0, indices, kind="objects", size=size)
     centre = images[np.arange(len(indices)), (y[:, 0] * size).astype(int), (x[:, 0] * size).astype(int)]
     hue = centre / np.linalg.norm(centre.astype(np.float32), axis=1, keepdims=True)
-    known = shapes._COLOUR_RGB / np.linalg.norm(shapes._COLOUR_RGB, axis=1, keepdims=True)
+    known = pictures._COLOUR_RGB / np.linalg.norm(pictures._COLOUR_RGB, axis=1, keepdims=True)
     found = (hue @ known.T).argmax(axis=1)
     assert (found == scene.colour[solid, 0][:400]).mean() > 0.9
 
 
 def test_sizes_show_the_same_scene():
-    small = shapes.render(0, np.arange(40), size=32).astype(np.float32)
-    large = shapes.render(0, np.arange(40), size=96).reshape(40, 32, 3, 32, 3, 3).mean(axis=(2, 4))
+    small = pictures.render(0, np.arange(40), size=32).astype(np.float32)
+    large = pictures.render(0, np.arange(40), size=96).reshape(40, 32, 3, 32, 3, 3).mean(axis=(2, 4))
     agreement = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(small, large, strict=True)]
     assert min(agreement) > 0.8
 
 
 def test_outlines_are_distinct_and_fill_their_circle():
     grid = np.linspace(-1.2, 1.2, 97, dtype=np.float32)
-    inside = [outline(grid[None, :], grid[:, None]) < 0 for outline in shapes._OUTLINES]
+    inside = [outline(grid[None, :], grid[:, None]) < 0 for outline in pictures._OUTLINES]
     assert len(inside) == len(SHAPES)
     for a, name in enumerate(SHAPES):
         rows, columns = np.nonzero(inside[a])
@@ -245,7 +246,7 @@ OUTLINES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_an_outline_is_that_of_its_name(name):
     grid = np.linspace(-1.2, 1.2, 97, dtype=np.float32)
-    inside = shapes._OUTLINES[SHAPES.index(name)](grid[None, :], grid[:, None]) < 0
+    inside = pictures._OUTLINES[SHAPES.index(name)](grid[None, :], grid[:, None]) < 0
     rows, columns = np.nonzero(inside)
     share = inside.sum() / ((np.ptp(rows) + 1) * (np.ptp(columns) + 1))
     found = (
@@ -259,7 +260,7 @@ def test_an_outline_is_that_of_its_name(name):
 def test_a_texture_is_that_of_its_name():
     p, q = (grid.astype(np.float32) for grid in np.meshgrid(np.linspace(0, 1, 256), np.linspace(0, 1, 256)))
     half = np.full((4, 4), 0.5, np.float32)  # no phase; stripes run straight across
-    marks = shapes._marks(np.arange(4), np.stack([p] * 4), np.stack([q] * 4), half, 256)
+    marks = pictures._marks(np.arange(4), np.stack([p] * 4), np.stack([q] * 4), half, 256)
     solid, striped, dotted, checked = (marks[TEXTURES.index(name)] for name in TEXTURES)
     assert not solid.any()
     assert np.ptp(striped, axis=1).max() < 0.01 and 0.4 < striped.mean() < 0.6
@@ -273,12 +274,12 @@ def test_a_texture_is_that_of_its_name():
 @pytest.mark.parametrize("kind", ["objects", "scenes"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_labels_are_balanced_and_say_what_is_shown(kind, split):
-    names = shapes.class_names(kind)
+    names = scene_module.class_names(kind)
     indices = np.arange(1_000)
-    labels = shapes.labels(0, indices, kind=kind, split=split)
+    labels = scene_module.labels(0, indices, kind=kind, split=split)
     counts = np.bincount(labels, minlength=len(names))
     assert len(counts) == len(names) == len(set(names)) and np.ptp(counts) <= 1
-    scene = shapes.scenes(0, indices, kind=kind, split=split)
+    scene = scene_module.scenes(0, indices, kind=kind, split=split)
     for row, label in enumerate(labels):
         said = set(names[label].split())
         if kind == "objects":
@@ -294,13 +295,13 @@ def test_labels_are_balanced_and_say_what_is_shown(kind, split):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: shapes.render(0, np.arange(3), kind="pair"),
-        lambda: shapes.render(0, np.arange(3), split="training"),
-        lambda: shapes.render(0, np.array([-1])),
-        lambda: shapes.render(0, np.array([0.5])),
-        lambda: shapes.render(0, np.array([[1]])),
-        lambda: shapes.render(0, np.arange(3), size=8),
-        lambda: shapes.labels(0, np.arange(3), kind="pairs"),
+        lambda: pictures.render(0, np.arange(3), kind="pair"),
+        lambda: pictures.render(0, np.arange(3), split="training"),
+        lambda: pictures.render(0, np.array([-1])),
+        lambda: pictures.render(0, np.array([0.5])),
+        lambda: pictures.render(0, np.array([[1]])),
+        lambda: pictures.render(0, np.arange(3), size=8),
+        lambda: scene_module.labels(0, np.arange(3), kind="pairs"),
     ],
 )
 def test_mistakes_are_usage_errors(call):
@@ -332,9 +333,9 @@ def test_a_world_is_written_as_it_is_rendered(tmp_path):
         source = open_shards(str(world / folder))
         indices = np.arange(count)
         assert len(source) == count and not source.problems
-        assert tuple(source.class_names) == shapes.class_names(kind)
-        assert tuple(source.templates) == (() if kind == "pairs" else shapes.templates())
-        images = shapes.render(4, indices, kind=kind, split=split)
+        assert tuple(source.class_names) == scene_module.class_names(kind)
+        assert tuple(source.templates) == (() if kind == "pairs" else scene_module.templates())
+        images = pictures.render(4, indices, kind=kind, split=split)
         for i in indices.tolist():
             np.testing.assert_array_equal(np.asarray(decode(source.image(i), f"{i}")), images[i])
             record = source.record(i)
@@ -343,7 +344,7 @@ def test_a_world_is_written_as_it_is_rendered(tmp_path):
                 assert record.captions == shapes.captions(4, indices, split=split)[i]
             else:
                 assert record.captions == ()
-                assert record.label == shapes.labels(4, indices, kind=kind, split=split)[i]
+                assert record.label == scene_module.labels(4, indices, kind=kind, split=split)[i]
     templates = world / "scenes" / "val" / "zeroshot_classification_templates.txt"
     assert "a picture of a {c}" in templates.read_text().splitlines()  # CLIP_benchmark formats with c=
 

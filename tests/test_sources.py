@@ -712,8 +712,9 @@ def test_jsonl(images: Path) -> None:
 
 
 def test_parquet(images: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     table = pyarrow.table({"path": ["a.png", "gone.png"], "texts": [["one", "two"], ["x"]], "size": [1, 2]})
     parquet.write_table(table, images / "t.parquet")
     source = open_source(str(images / "t.parquet"))

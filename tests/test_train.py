@@ -320,3 +320,31 @@ def test_a_changed_weights_file_is_refused(tiny_config: Config, tmp_path: Path) 
         load_run(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"no model\.json"):
         load_run(tmp_path)
+
+
+def test_bf16_towers_train_with_fp32_losses(tiny_config: Config, tmp_path: Path) -> None:
+    assert train(tiny_config(precision="bf16"), tmp_path / "bf16").finished
+    train(tiny_config(), tmp_path / "fp32")
+    low, high = (rows(tmp_path / name)[0]["train/loss"] for name in ("bf16", "fp32"))
+    assert low != high and low == pytest.approx(high, rel=0.05)
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "bf16").values())
+
+
+def test_both_towers_start_from_given_weights_and_what_does_not_fit_is_refused(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    from threetowers.export.open_clip import export_open_clip
+    from threetowers.prepare import prepare
+
+    train(tiny_config(), tmp_path / "first")
+    exported = export_open_clip(tmp_path / "first", tmp_path / "exported") / "open_clip_model.safetensors"
+    pair = replace(tiny_config().pair, weights=str(exported))
+    run = prepare(tiny_config(pair=pair), tmp_path / "second")
+    trained = weights(tmp_path / "first")
+    for key, value in run.model.state_dict().items():
+        if key.startswith(("img.", "txt.")):
+            assert torch.equal(value, trained[key]), key
+    with pytest.raises(CheckpointError, match="wrong shape"):
+        prepare(tiny_config(pair=replace(pair, embed_dim=20)), tmp_path / "third")
+    with pytest.raises(UsageError, match=r"pair\.weights"):
+        prepare(tiny_config(method="lit-unlocked", pair=pair), tmp_path / "fourth")

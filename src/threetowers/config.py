@@ -186,7 +186,7 @@ class PretrainConfig:
     """Side of the square input in pixels."""
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
-    steps: int = 300
+    steps: int = 250
     batch_size: int = 128
     seed: int = 0
     device: str = "auto"

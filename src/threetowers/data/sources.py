@@ -222,8 +222,9 @@ def open_source(path: str, *, image_column: str = "none", caption_columns: tuple
     image_column, caption_columns: for tables; detected when `none` and empty.
     Raises DataError when nothing is there or nothing in it can be used, UsageError for a column that is not there.
     """
+    from threetowers.data.rows import TABLE_ENDINGS
     from threetowers.data.shards import names_shards, open_shards
-    from threetowers.data.tables import TABLE_ENDINGS, open_folder, open_table
+    from threetowers.data.tables import open_folder, open_table
 
     place = Path(path)
     columns = (image_column, caption_columns)

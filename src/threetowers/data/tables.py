@@ -1,6 +1,5 @@
 """Images that lie as files: a table with a path column and captions, or a folder with sidecar texts or classes."""
 
-import csv
 import hashlib
 import itertools
 import json
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from threetowers.config import did_you_mean
-from threetowers.data.shards import IMAGE_ENDINGS, ShardSource
+from threetowers.data.rows import TABLE_ENDINGS, Row, is_image_name, read_rows
+from threetowers.data.shards import ShardSource
 from threetowers.data.sources import (
     MISSING_CAPTIONS,
     Record,
@@ -28,17 +28,12 @@ from threetowers.data.sources import (
 )
 from threetowers.errors import BadSample, DataError, UsageError
 
-TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-
 _PATH_NAMES = (
     "image", "image_path", "img_path", "filepath", "file_path", "image_file", "image_name", "image_filename",
     "file_name", "filename", "file", "path", "img",
 )  # fmt: skip
 _CAPTION_NAMES = ("caption", "text", "sentence", "comment", "raw", "description", "title", "alt", "alt_text")
 _NUM_SNIFFED = 100  # rows that columns are recognised by
-
-_Row = tuple[int, dict[str, Any]]
-"""Line (or row) number, counted from 1 with the header, and the cells by column."""
 
 
 @dataclass(eq=False)
@@ -114,7 +109,7 @@ def open_table(
     path = Path(path)
     problems: list[BadSample] = []
     try:
-        rows = _read_rows(path, problems)
+        rows = read_rows(path, problems)
         head = list(itertools.islice(rows, _NUM_SNIFFED))
         if not head:
             raise DataError(
@@ -137,7 +132,7 @@ def open_table(
 
 
 def _merge(
-    source: FileSource, table: str, rows: Iterator[_Row], image_column: str, caption_columns: tuple[str, ...]
+    source: FileSource, table: str, rows: Iterator[Row], image_column: str, caption_columns: tuple[str, ...]
 ) -> dict[str, tuple[int, str]]:
     """Size and captions by file; every row that adds nothing is put on the source's list of problems."""
     files: dict[str, tuple[int, str]] = {}
@@ -205,108 +200,11 @@ def _texts(cell: Any) -> list[str]:
     return [] if cell is None or isinstance(cell, dict) else [str(cell)]
 
 
-# Reading rows
-
-
-def _read_rows(path: Path, problems: list[BadSample]) -> Iterator[_Row]:
-    if path.suffix.lower() == ".parquet":
-        return _parquet_rows(path)
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return _jsonl_rows(path, problems)
-    if path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        return _csv_rows(path, problems)
-    raise DataError(f"{path}: a table ends in {', '.join(TABLE_ENDINGS)}, and shards in .tar")
-
-
-def _csv_rows(path: Path, problems: list[BadSample]) -> Iterator[_Row]:
-    """Rows of a CSV whose delimiter is the one its header has most of. Tab files are read without quoting."""
-    with path.open("rb") as binary:
-        encoding = "utf-16" if binary.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
-        header = file.readline()
-        file.seek(0)
-        delimiter = max(",;\t|", key=header.count)
-        tabs = delimiter == "\t"
-        reader = csv.reader(
-            file, delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-        )
-        columns: list[str] = []
-        while True:
-            line = reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                raise DataError(
-                    f"{path}:{line}: the quotes do not pair up ({error}); mend this row"
-                ) from error
-            if cells is None:
-                return
-            if tabs:
-                cells = [_unquoted(cell) for cell in cells]
-            if not columns:
-                columns = _header(path, cells)
-            elif len(cells) == len(columns):
-                yield line, dict(zip(columns, cells, strict=True))
-            elif cells:
-                detail = f"expected {len(columns)}, found {len(cells)}"
-                problems.append(BadSample(f"{path.name}:{line}", "wrong number of fields", detail))
-
-
-def _unquoted(cell: str) -> str:
-    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
-    return cell[1:-1].replace('""', '"') if quoted else cell
-
-
-def _header(path: Path, cells: list[str]) -> list[str]:
-    """Column names, made unique; refuses a first row that is data already."""
-    columns: list[str] = []
-    for cell in (cell.strip() for cell in cells):
-        if _is_image_name(cell):
-            raise DataError(
-                f"{path}: its first line holds {cell!r}, which is data. Put column names above it, "
-                "such as image,caption"
-            )
-        columns.append(f"{cell}.{columns.count(cell)}" if cell in columns else cell)
-    return columns
-
-
-def _jsonl_rows(path: Path, problems: list[BadSample]) -> Iterator[_Row]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                problems.append(BadSample(f"{path.name}:{line}", "damaged json", str(error)))
-                continue
-            if isinstance(row, dict):
-                yield line, row
-            else:
-                problems.append(BadSample(f"{path.name}:{line}", "damaged json", "not an object"))
-
-
-def _parquet_rows(path: Path) -> Iterator[_Row]:
-    try:
-        import pyarrow  # type: ignore[import-untyped, import-not-found]
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UsageError(
-            f"{path}: reading parquet needs pyarrow; pip install pyarrow, or save as CSV"
-        ) from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-            yield from enumerate(rows, 1)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: it is no parquet file, or a damaged one: {error}") from error
-
-
 # Recognising columns
 
 
 def _columns(
-    path: Path, head: list[_Row], image_column: str, caption_columns: tuple[str, ...]
+    path: Path, head: list[Row], image_column: str, caption_columns: tuple[str, ...]
 ) -> tuple[str, tuple[str, ...]]:
     names = list(dict.fromkeys(name for _, row in head for name in row))
     listed = f"Its columns: {', '.join(names)}"
@@ -332,7 +230,7 @@ def _path_column(folder: Path, cells: dict[str, list[Any]]) -> str | None:
 
     def share(name: str) -> float:
         hits = (
-            isinstance(cell, str) and (_is_image_name(cell) or _is_file(folder, cell)) for cell in cells[name]
+            isinstance(cell, str) and (is_image_name(cell) or _is_file(folder, cell)) for cell in cells[name]
         )
         return sum(hits) / max(len(cells[name]), 1)
 
@@ -361,10 +259,6 @@ def _caption_columns(cells: dict[str, list[Any]], image_column: str) -> tuple[st
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
-def _is_image_name(text: str) -> bool:
-    return text.strip().lower().endswith(tuple(f".{ending}" for ending in IMAGE_ENDINGS))
 
 
 def _is_file(folder: Path, text: str) -> bool:
@@ -415,7 +309,7 @@ def _image_files(folder: Path) -> Iterator[tuple[str, bool]]:
         texts = {name for name in files if name.endswith(".txt")}
         prefix = Path(parent).relative_to(folder).as_posix()
         for name in sorted(files):
-            if _is_image_name(name) and not name.startswith("."):
+            if is_image_name(name) and not name.startswith("."):
                 relative = name if prefix == "." else f"{prefix}/{name}"
                 yield relative, f"{name.rpartition('.')[0]}.txt" in texts
 

@@ -10,13 +10,13 @@ from threetowers.config import InputConfig, ObjectiveConfig, OptimConfig, PairCo
 
 
 def shapes() -> RunConfig:
-    """A 0.2 M-parameter normaliser-free ResNet and two text layers of width 96, 300 steps of 128."""
+    """A 0.2 M-parameter normaliser-free ResNet and two text layers of width 96, 250 steps of 128."""
     return RunConfig(
         data="shapes",
         classes="shapes",
-        steps=300,
+        steps=250,
         batch_size=128,
-        eval_every_steps=150,
+        eval_every_steps=125,
         pair=PairConfig(
             embed_dim=96,
             vision={"timm_model_name": "test_nfnet", "timm_pool": "", "image_size": 32},

@@ -4,12 +4,12 @@ The page needs no network, no script and no other file. Captions, labels and cla
 the page through `tag` and `join`, which escape whatever is not markup already.
 """
 
-import base64
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from threetowers.progress import duration
+from threetowers.report.examples import examples, more, pictures, world
 from threetowers.report.plots import PALETTE, Plot, average, draw_plots
 from threetowers.report.tables import (
     METHODS,
@@ -38,9 +38,6 @@ from threetowers.report.tables import (
     tag,
 )
 
-Picture = Callable[[str | None, str], Html]  # (path in the folder, description) → an image element
-
-OPEN_EXAMPLES = 2  # of each direction; more are one click away
 _SETTINGS = {
     "lrs": "learning rates tried",
     "lr_seed": "seed of the trials",
@@ -49,7 +46,6 @@ _SETTINGS = {
     "num_test": "test images",
     "primary": "deciding metric",
 }
-_IMAGES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -90,17 +86,17 @@ def _curve_table(curves: Curves) -> dict[str, str]:
 
 def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], problems: list[str]) -> str:
     """The whole page; sections without anything to show are left out, with their links."""
-    image = _images(folder)
+    image = pictures(folder)
     sections = [
         ("towers", "What each method connects", _towers(compare)),
         ("results", "Results", _results(compare)),
         ("claims", "Claims, tested", _claims(compare)),
         ("combination", "Using the third tower after training", _combination(compare, plots["combination"])),
         ("training", "Training", _training(compare, plots, problems)),
-        ("examples", "Retrieval, seen", _examples(compare, image)),
+        ("examples", "Retrieval, seen", examples(compare, image)),
         ("classes", "Zero-shot, class by class", _classes(compare, plots["classes"])),
         ("cost", "Cost against quality", _cost(compare, plots["cost"])),
-        ("data", "What the data look like", _world(compare, image)),
+        ("data", "What the data look like", world(compare, image)),
         ("settings", "Settings and machine", _settings(compare)),
         ("reading", "How to read this page", _reading(compare)),
     ]
@@ -128,31 +124,12 @@ def _css() -> Html:
     return Html(variables + Path(__file__).with_name("style.css").read_text(encoding="utf-8"))
 
 
-def _images(folder: Path) -> Picture:
-    """Makes image elements with the bytes inside; for a file that is not there, a box that says so."""
-
-    def image(path: str | None, description: str) -> Html:
-        file = folder / (path or "")
-        inside = file.resolve().is_relative_to(folder.resolve())
-        data = file.read_bytes() if inside and file.is_file() else b""
-        kind = next((kind for magic, kind in _IMAGES.items() if data.startswith(magic)), None)
-        if kind is None:
-            return tag("span", "image missing", class_="missing")
-        return tag("img", src=f"data:{kind};base64,{base64.b64encode(data).decode()}", alt=description)
-
-    return image
-
-
 def _panels(plots: Iterable[Plot]) -> Html:
     return tag("div", *(tag("figure", Html(plot.svg)) for plot in plots), class_="panels")
 
 
 def _rows(pairs: Iterable[tuple[str, str]]) -> Html:
     return tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in pairs), class_="rows")
-
-
-def _more(title: str, *children: Html) -> Html:
-    return tag("details", tag("summary", title), *children)
 
 
 def _opening(compare: Compare, plots: list[Plot]) -> Html:
@@ -290,73 +267,6 @@ def _training(compare: Compare, plots: dict[str, list[Plot]], problems: list[str
     )
 
 
-def _examples(compare: Compare, image: Picture) -> Html | None:
-    parts = []
-    for direction, title, card in (
-        ("t2i", "Caption → images", _text_query),
-        ("i2t", "Image → captions", _image_query),
-    ):
-        cards = [card(e, image) for e in compare.get("examples", []) if e["direction"] == direction]
-        if cards:
-            shown, rest = cards[:OPEN_EXAMPLES], cards[OPEN_EXAMPLES:]
-            more = _more(f"{len(rest)} more", tag("div", *rest, class_="cards")) if rest else None
-            parts += [tag("h3", title), tag("div", *shown, class_="cards"), more]
-    if not parts:
-        return None
-    note = "The five highest-scoring answers of each method, best first. Right answers carry a frame and a ✓."
-    return join(tag("p", note, class_="muted"), *parts)
-
-
-def _text_query(example: dict[str, Any], image: Picture) -> Html:
-    def thumb(rank: int, item: dict[str, Any]) -> Html:
-        tick = tag("span", "✓", class_="tick", aria_hidden="true") if item["right"] else None
-        description = f"answer {rank}, {'right' if item['right'] else 'wrong'}{_score(item)}"
-        return tag(
-            "span", image(item["image"], description), tick,
-            class_="thumb right" if item["right"] else "thumb", title=description,
-        )  # fmt: skip
-
-    query = tag(
-        "div",
-        image(example.get("truth"), "the image that this caption describes"),
-        tag("p", f"“{example.get('query')}”", class_="quote"),
-        class_="query",
-    )
-    answers = [
-        _answer(row, tag("div", *(thumb(i, item) for i, item in enumerate(row["items"], 1)), class_="thumbs"))
-        for row in example["answers"]
-    ]
-    return tag("article", query, *answers, class_="card")
-
-
-def _image_query(example: dict[str, Any], image: Picture) -> Html:
-    def answer(row: dict[str, Any]) -> Html:
-        items = row["items"]
-        lines = [("✓ " if item["right"] else "") + f"“{item['text']}”" for item in items]
-        texts = [
-            tag("li", line, title=f"answer {rank}{_score(item)}")
-            for rank, (line, item) in enumerate(zip(lines, items, strict=True), 1)
-        ]
-        place = next((rank for rank, item in enumerate(items, 1) if item["right"]), None)
-        found = f"right answer at place {place}" if place else f"no right answer in the first {len(items)}"
-        first = tag("div", lines[0] if lines else "–", class_="found" if place == 1 else "")
-        return _answer(row, tag("div", first, _more(found, tag("ol", *texts, class_="texts"))))
-
-    truth = tag("p", tag("span", "right: ", class_="muted"), f"“{example.get('truth')}”")
-    query = tag("div", image(example.get("query_image"), "the query"), truth, class_="query")
-    return tag("article", query, *(answer(row) for row in example["answers"]), class_="card")
-
-
-def _answer(row: dict[str, Any], body: Html) -> Html:
-    name = str(row.get("label") or METHODS.get(row["method"], row["method"]))
-    return tag("div", tag("span", name), body, class_="answer")
-
-
-def _score(item: dict[str, Any]) -> str:
-    score = finite(item.get("score"))
-    return "" if score is None else f", score {score:.2f}"
-
-
 def _classes(compare: Compare, plots: list[Plot]) -> Html | None:
     if not plots:
         return None
@@ -368,16 +278,7 @@ def _classes(compare: Compare, plots: list[Plot]) -> Html | None:
         ["class", *(label(compare, key) for key in keys)],
         [[name, *(percent(values.get((key, name))) for key in keys)] for name in names],
     )
-    return join(_panels(plots), _more(f"All {len(names)} classes, percent", table))
-
-
-def _world(compare: Compare, image: Picture) -> Html | None:
-    figures = []
-    for sample in compare.get("world", []):
-        first, *others = [str(caption) for caption in sample["captions"]] or ["no caption"]
-        more = _more(f"{len(others)} more", *(tag("p", text) for text in others)) if others else None
-        figures.append(tag("figure", image(sample["image"], first), tag("figcaption", first, more)))
-    return tag("div", *figures, class_="world") if figures else None
+    return join(_panels(plots), more(f"All {len(names)} classes, percent", table))
 
 
 def _cost(compare: Compare, plots: list[Plot]) -> Html:
@@ -418,7 +319,7 @@ def _settings(compare: Compare) -> Html:
     table = html_table(["method", "learning rate", "each rate tried: validation, percent"], rates)
     return join(
         tag("div", _rows(_pairs(given)), _rows(_pairs(machine.items())), class_="panels"),
-        _more("How each learning rate was chosen", table) if rates else None,
+        more("How each learning rate was chosen", table) if rates else None,
     )
 
 

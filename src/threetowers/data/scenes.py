@@ -1,0 +1,176 @@
+"""What stands in each scene of the built-in world: a pure function of (seed, kind, split, index).
+
+One or two objects (shape, colour, texture, size) stand on one of six backgrounds. All draws come from a counter-based
+hash, so any scene can be made alone or in any batch.
+
+Shape suffixes: B scenes, S slots for objects (2).
+"""
+
+# NumPy's stubs type the results of its ufuncs as Any.
+# mypy: disable-error-code="no-any-return"
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from threetowers.data.order import hash64
+from threetowers.errors import UsageError
+
+Kind = Literal["pairs", "objects", "scenes"]
+Split = Literal["train", "val", "test"]
+Floats = NDArray[np.floating[Any]]  # float32 throughout
+Ints = NDArray[np.int64]
+
+VERSION = 1  # of the scenes themselves: raised whenever any image, caption or label changes
+KINDS: tuple[Kind, ...] = ("pairs", "objects", "scenes")
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+# fmt: off
+SHAPES = ("circle", "ring", "crescent", "square", "triangle", "diamond",
+          "star", "heart", "cross", "arrow", "hourglass", "pill")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+# fmt: on
+TEXTURES = ("solid", "striped", "dotted", "checked")
+SIZES = ("small", "large")
+BACKGROUNDS = ("grass", "sand", "snow", "water", "brick", "carpet")
+LAYOUTS = ("single", "side by side", "stacked")
+SYNONYMS = {"solid": "plain", "dotted": "spotted", "small": "little", "large": "big", "checked": "chequered"}
+
+# Each held-out pair has its own colour and its own shape, so both words are well known from other scenes.
+HELD_OUT = (
+    *(("red", "star"), ("yellow", "cross"), ("green", "circle")),
+    *(("blue", "hourglass"), ("purple", "triangle"), ("pink", "arrow")),
+)
+_ALL_PAIRS = tuple((colour, shape) for shape in SHAPES for colour in COLOURS)
+_SEEN_PAIRS = tuple(pair for pair in _ALL_PAIRS if pair not in HELD_OUT)
+
+# Every draw has its own lane of the hash: appending a name changes no other draw.
+# fmt: off
+_DRAWS = ("pair", "texture", "size", "background", "layout", "radius", "place", "turn", "tint", "light", "phase",
+          "texture_phase", "noise_level", "noise", "caption")
+# fmt: on
+_MAX_LANES = 1 << 32
+CHUNK = 128  # scenes rendered together; about what stays in a core's cache at 32 px
+
+
+@dataclass(frozen=True, slots=True)
+class Scenes:
+    """What is in B scenes, as indices into the word lists; slot 0 is the left or upper object.
+
+    background, layout: [B]. shape, colour, texture, size: [B, 2], where slot 1 is -1 in a single-object scene.
+    """
+
+    background: Ints
+    layout: Ints
+    shape: Ints
+    colour: Ints
+    texture: Ints
+    size: Ints
+
+    def holds_held_out(self) -> NDArray[np.bool_]:
+        """[B]: whether any object is one of the colour and shape pairs that only test scenes show."""
+        found = np.zeros(self.shape.shape, bool)
+        for colour, shape in HELD_OUT:
+            found |= (self.colour == COLOURS.index(colour)) & (self.shape == SHAPES.index(shape))
+        return found[:, 0] | found[:, 1]
+
+
+def scenes(seed: int, indices: Ints, *, kind: Kind = "pairs", split: Split = "train") -> Scenes:
+    """What the scenes at these indices show, before anything is drawn.
+
+    indices: [B], each 0 or more; there is no last one. Labelled kinds cycle through their classes, so any run of
+    indices is balanced. Held-out pairs of colour and shape occur in test splits only.
+    Raises UsageError on an unknown kind or split, or on indices that are not a vector of whole numbers >= 0.
+    """
+    roots = scene_roots(seed, indices, kind, split)
+    indices = indices.astype(np.int64)
+    pairs = _ALL_PAIRS if split == "test" else _SEEN_PAIRS
+    colour_of = np.array([COLOURS.index(colour) for colour, _ in pairs])
+    shape_of = np.array([SHAPES.index(shape) for _, shape in pairs])
+
+    u_pair, u_layout = uniform(roots, "pair", 2), uniform(roots, "layout", 2)
+    first = _choice(u_pair[:, 0], len(pairs))
+    layout = np.where(u_layout[:, 0] < 0.2, 0, 1 + _choice(u_layout[:, 1], 2))
+    background = _choice(uniform(roots, "background")[:, 0], len(BACKGROUNDS))
+    texture = _choice(uniform(roots, "texture", 2), len(TEXTURES))
+    size = _choice(uniform(roots, "size", 2), len(SIZES))
+    if kind == "objects":
+        shape, texture[:, 0] = indices // len(TEXTURES) % len(SHAPES), indices % len(TEXTURES)
+        of_shape = np.bincount(shape_of)[shape]  # pairs are sorted by shape
+        first = np.searchsorted(shape_of, shape) + (u_pair[:, 0] * of_shape).astype(np.int64)
+        layout = np.zeros_like(indices)
+    elif kind == "scenes":
+        background, layout = indices % len(BACKGROUNDS), indices // len(BACKGROUNDS) % len(LAYOUTS)
+    second = (first + 1 + _choice(u_pair[:, 1], len(pairs) - 1)) % len(pairs)  # never the first pair again
+
+    pair = np.stack([first, second], axis=1)
+    empty = (layout[:, None] == 0) & (np.arange(2) == 1)
+    per_object = [np.where(empty, -1, of) for of in (shape_of[pair], colour_of[pair], texture, size)]
+    return Scenes(background, layout, *per_object)
+
+
+def labels(seed: int, indices: Ints, *, kind: Kind, split: Split = "train") -> Ints:
+    """[B] class of each scene, an index into `class_names(kind)`. Raises UsageError for `pairs`."""
+    if kind == "pairs":
+        raise UsageError("The kind `pairs` has captions and no labels. Ask for kind 'objects' or 'scenes'.")
+    scene_roots(seed, indices, kind, split)  # the same checks as everywhere
+    return indices.astype(np.int64) % len(class_names(kind))
+
+
+def class_names(kind: Kind) -> tuple[str, ...]:
+    """Names of the classes in the captions' own words, for zero-shot classification; none for `pairs`.
+
+    The 48 `objects` are shape and texture: a tower that learns them sees what captions speak of, but was never
+    told of colours or relations. The 18 `scenes` are background and layout: such a tower knows no object.
+    """
+    if kind == "objects":
+        return tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
+    if kind == "scenes":
+        counts = ("single shape", "pair of shapes side by side", "pair of shapes stacked")
+        return tuple(f"{count} on {background}" for count in counts for background in BACKGROUNDS)
+    return ()
+
+
+def templates() -> tuple[str, ...]:
+    """Prompts around a class name `{}`, in the captions' own words; they fit the names of every kind."""
+    return ("a {}", "a picture of a {}", "there is a {}", "a picture with a {}")
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection that scatters every bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def scene_roots(seed: int, indices: Ints, kind: str, split: str) -> NDArray[np.uint64]:
+    """[B] one 64-bit state per scene; the three splits of each kind are streams of their own."""
+    if kind not in KINDS or split not in SPLITS:
+        raise UsageError(
+            f"The shapes world has no kind {kind!r} with split {split!r}. "
+            f"Kinds are {', '.join(KINDS)}; splits are {', '.join(SPLITS)}."
+        )
+    if indices.ndim != 1 or indices.dtype.kind not in "iu" or (indices < 0).any():
+        raise UsageError(
+            f"Scene indices must be a vector of whole numbers >= 0; got {indices.dtype} of shape "
+            f"{indices.shape}. Give for example np.arange(16)."
+        )
+    stream = np.array([hash64("shapes", seed, kind, split)], np.uint64)
+    return _mix(stream + _mix(indices.astype(np.uint64)))
+
+
+def hashes(roots: NDArray[np.uint64], name: str, count: int) -> NDArray[np.uint64]:
+    """[B, count] independent 64-bit numbers for the draw of this name."""
+    lanes = np.arange(count, dtype=np.uint64) + np.uint64(_DRAWS.index(name) * _MAX_LANES)
+    return _mix(roots[:, None] + _mix(lanes))
+
+
+def uniform(roots: NDArray[np.uint64], name: str, count: int = 1) -> NDArray[np.float64]:
+    """[B, count] uniform numbers in [0, 1)."""
+    return (hashes(roots, name, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _choice(u: NDArray[np.float64], count: int) -> Ints:
+    return (u * count).astype(np.int64)

@@ -1,0 +1,153 @@
+"""Batches are a function of positions alone, and what cannot be read is replaced and named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from threetowers.config import InputConfig
+from threetowers.data.loader import BatchReader, batches
+from threetowers.data.order import Order
+from threetowers.data.sources import open_source
+from threetowers.data.tokenize import train_tokenizer
+from threetowers.data.transforms import ImageSpec, cropped_view, normalise, random_crop
+from threetowers.embeddings import Store, stored
+from threetowers.errors import DataError
+from threetowers.towers.frozen import load_frozen
+
+SPEC = ImageSpec(24, (0.5,) * 3, (0.5,) * 3)
+
+
+def reader(path: Path, batch_size: int = 8, seed: int = 0, **more: object) -> BatchReader:
+    source = open_source(str(path))
+    tokenizer = train_tokenizer(
+        (source.record(i).captions[0] for i in range(len(source))), vocab_size=300, context_length=16
+    )
+    order = Order(seed, len(source), batch_size)
+    inputs = InputConfig(workers=int(more.pop("workers", 0)), crop_scale=(0.3, 1.0), flip=True)  # type: ignore[call-overload]
+    return BatchReader(source, order, tokenizer, inputs, image=SPEC, **more)  # type: ignore[arg-type]
+
+
+def test_a_batch_depends_on_its_positions_alone(photos: Path) -> None:
+    one, other = reader(photos), reader(photos)
+    positions = [range(8 * k, 8 * k + 8) for k in range(30)]
+    forward = [one[p] for p in positions]
+    backward = [other[p] for p in reversed(positions)][::-1]
+    for a, b in zip(forward, backward, strict=True):
+        assert (
+            torch.equal(a.pixels, b.pixels)
+            and torch.equal(a.tokens, b.tokens)
+            and torch.equal(a.index, b.index)
+        )
+    with_workers = list(batches(reader(photos, workers=2), 0, 30))
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(forward, with_workers, strict=True))
+    first, second = forward[:12], forward[12:24]
+    assert not torch.equal(torch.cat([b.pixels for b in first]), torch.cat([b.pixels for b in second])), (
+        "epochs differ"
+    )
+
+
+def test_every_caption_of_an_image_is_used_over_the_epochs(photos: Path) -> None:
+    one = reader(photos)
+    seen: dict[int, set[tuple[int, ...]]] = {}
+    for k in range(12 * 8):
+        batch = one[range(8 * k, 8 * k + 8)]
+        for index, caption in zip(batch.index.tolist(), batch.caption_ids.tolist(), strict=True):
+            seen.setdefault(index, set()).add(caption)
+    assert np.mean([len(captions) for captions in seen.values()]) > 1.9
+
+
+def test_text_is_cut_to_the_longest_caption_of_the_batch(photos: Path) -> None:
+    batch = reader(photos)[range(8)]
+    assert batch.tokens.shape[1] < 16
+    assert (batch.tokens == 2).any(dim=1).all(), "every caption keeps its end token"
+
+
+def test_a_bad_image_is_replaced_and_nothing_after_it_shifts(photos: Path, tmp_path: Path) -> None:
+    good = reader(photos)
+    for name in sorted(photos.parent.iterdir()):
+        (tmp_path / name.name).write_bytes(name.read_bytes())
+    (tmp_path / "007.png").write_bytes(b"<html>not an image</html>")
+    bad = reader(tmp_path / photos.name)
+    named = []
+    for k in range(24):
+        expected, got = good[range(8 * k, 8 * k + 8)], bad[range(8 * k, 8 * k + 8)]
+        same = expected.index == got.index
+        named += got.bad
+        assert torch.equal(expected.pixels[same], got.pixels[same])
+        assert (expected.index[~same] == 7).all() and len(expected.index) == len(got.index)
+    assert {(problem.id, problem.reason) for problem in named} == {("007.png", "not an image")}
+    assert len(named) == 2, "once in each of two epochs"
+
+
+def test_a_source_without_one_readable_image_ends_with_an_error(photos: Path, tmp_path: Path) -> None:
+    for name in photos.parent.iterdir():
+        (tmp_path / name.name).write_bytes(b"" if name.suffix == ".png" else name.read_bytes())
+    with pytest.raises(DataError, match="100 samples in a row"):
+        reader(tmp_path / photos.name)[range(8)]
+
+
+@given(st.integers(0, 2**63), st.integers(1, 500), st.integers(1, 500))
+@settings(max_examples=200)
+def test_crops_stay_inside_and_follow_the_seed(seed: int, width: int, height: int) -> None:
+    crop = random_crop(seed, (width, height), (0.2, 0.9), (0.5, 2.0), True)
+    left, top, right, bottom = crop.box
+    assert 0 <= left < right <= 1 + 1e-9 and 0 <= top < bottom <= 1 + 1e-9
+    assert crop == random_crop(seed, (width, height), (0.2, 0.9), (0.5, 2.0), True)
+    area = (right - left) * (bottom - top)
+    assert area <= 0.9 + 1e-9
+
+
+def test_crops_spread_over_area_place_and_flip() -> None:
+    crops = [random_crop(seed, (100, 100), (0.2, 1.0), (1.0, 1.0), True) for seed in range(2000)]
+    areas = [(c.box[2] - c.box[0]) * (c.box[3] - c.box[1]) for c in crops]
+    assert 0.58 < np.mean(areas) < 0.62 and min(areas) < 0.21 and max(areas) > 0.99
+    assert 0.46 < np.mean([c.flip for c in crops]) < 0.54
+
+
+def test_a_crop_of_everything_is_the_image_resized() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    crop = random_crop(1, image.size, (1.0, 1.0), (1.0, 1.0), False)
+    assert np.array_equal(cropped_view(image, crop, SPEC), np.asarray(image).transpose(2, 0, 1))
+
+
+def test_stored_features_are_the_live_ones_to_storage_rounding(
+    photos: Path, timm_tower: str, tmp_path: Path
+) -> None:
+    """fp16 keeps 11 bits: relative difference at most 2⁻¹¹."""
+    from threetowers.data.decode import decode
+    from threetowers.data.transforms import fixed_view
+
+    tower, source = load_frozen(timm_tower), open_source(str(photos))
+    store = stored(tower, source, tmp_path, torch.device("cpu"), batch_size=13)
+    pixels = [fixed_view(decode(source.image(i), ""), tower.image) for i in range(len(source))]
+    live = tower(torch.from_numpy(np.stack(pixels)))
+    torch.testing.assert_close(
+        torch.from_numpy(store.features.astype(np.float32)), live, rtol=2**-10, atol=1e-5
+    )
+    assert store.usable.all()
+    (file,) = tmp_path.iterdir()
+    before = file.stat().st_mtime_ns
+    again = stored(tower, source, tmp_path, torch.device("cpu"))
+    assert np.array_equal(again.features, store.features) and file.stat().st_mtime_ns == before, (
+        "read, not made anew"
+    )
+    with torch.no_grad():
+        next(tower.module.parameters()).mul_(1.5)
+    stored(tower, source, tmp_path, torch.device("cpu"))
+    assert len(list(tmp_path.iterdir())) == 2, "other weights have a store of their own"
+
+
+def test_the_norm_of_a_store_counts_usable_rows_only() -> None:
+    features = np.array([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]], dtype=np.float16)
+    assert Store(features, np.array([True, False, True])).mean_square_norm() == pytest.approx(13.0)
+
+
+def test_pixels_are_normalised_per_channel() -> None:
+    spec = ImageSpec(2, (0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
+    pixels = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    assert normalise(pixels, spec)[0, :, 0, 0].tolist() == pytest.approx([1.8, 3.2, 5.6])
