@@ -67,3 +67,28 @@ def test_defects_are_named(tmp_path: Path) -> None:
 @settings(max_examples=300, deadline=None)
 def test_cleaning_is_open_clips(text: str) -> None:
     assert clean(text) == get_clean_fn("whitespace")(text)
+
+
+def test_a_foreign_tokenizer_with_markers_of_its_own(tmp_path: Path) -> None:
+    """A BERT-like WordPiece: [CLS] … [SEP], padded with [PAD]; open_clip reads the saved folder to the same ids."""
+    from open_clip.tokenizer import HFTokenizer
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "circle", "##s", "star"]
+    wordpiece = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer()
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    (tmp_path / "given").mkdir()
+    wordpiece.save(str(tmp_path / "given" / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path / "given"), 8)
+    texts = ["A red circle", "red circles & stars " * 5, ""]
+    assert ours(texts)[0].tolist() == [2, 4, 5, 6, 3, 0, 0, 0]
+    assert ours.lengths(ours(texts)).tolist() == [5, 8, 2]
+    assert ours.text_cfg()["eos_id"] == 3 and ours.text_cfg()["pad_id"] == 0
+    ours.save(tmp_path)
+    assert torch.equal(HFTokenizer(str(tmp_path), context_length=8)(texts), ours(texts))
+    wordpiece.post_processor = processors.Sequence([])
+    wordpiece.save(str(tmp_path / "given" / "tokenizer.json"))
+    with pytest.raises(UsageError, match="end token"):
+        load_tokenizer(str(tmp_path / "given"), 8)

@@ -5,7 +5,7 @@ model = threetowers.load("runs/mine")
 model.score(["a.jpg"], ["a red bicycle", "a harbour at night"])
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from threetowers.run import FinishedRun
@@ -19,7 +19,3 @@ def load(run: str, device: str = "cpu") -> "FinishedRun":
     from threetowers.run import load_run  # torch is imported when a model is, not before
 
     return load_run(run, device)
-
-
-def __getattr__(name: str) -> Any:
-    raise AttributeError(f"threetowers has no attribute {name!r}; it offers: {', '.join(__all__)}")
