@@ -12,15 +12,15 @@ from threetowers.compare import compare
 from threetowers.config import CompareConfig, PretrainConfig, RunConfig
 from threetowers.train.pretrain import pretrain
 
-TOWERS = {"matched": "objects", "mismatched": "scenes"}
+TOWERS = {"matched": PretrainConfig(data="objects"), "mismatched": PretrainConfig(data="scenes", steps=125)}
 
 
 def demo(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, Any] | None:
     """Pretrains both third towers in `out`, then compares; returns as `compare` does. What is done is kept."""
     thirds = []
-    for name, data in TOWERS.items():
+    for name, tower in TOWERS.items():
         folder = out / "towers" / name
-        accuracy = pretrain(PretrainConfig(data=data, device=config.device), folder)
-        print(f"third tower {name}: trained on {data}, held-out accuracy {accuracy:.1%}", flush=True)
+        accuracy = pretrain(replace(tower, device=config.device), folder)
+        print(f"third tower {name}: trained on {tower.data}, held-out accuracy {accuracy:.1%}", flush=True)
         thirds.append(f"{name}=file:{folder}")
     return compare(replace(config, third=tuple(thirds)), options, out)
