@@ -31,7 +31,7 @@ claims: $(STAMP) ## the paper's claims over three seeds; up to ninety minutes on
 	$(RUN)/python benchmarks/claims.py
 
 bench: $(STAMP) ## samples per second of each method beside open_clip
-	$(RUN)/python benchmarks/methods.py
+	$(RUN)/python benchmarks/methods.py --rounds 10
 
 check: $(STAMP) ## format, lint and types
 	$(RUN)/ruff format --check src tests benchmarks

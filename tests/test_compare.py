@@ -14,7 +14,7 @@ from threetowers.claims import Measured, claims
 from threetowers.compare import compare
 from threetowers.config import CompareConfig, RunConfig
 from threetowers.data.shapes import write_world
-from threetowers.errors import UsageError
+from threetowers.errors import CheckpointError, UsageError
 from threetowers.evaluate.retrieval import Ranks
 from threetowers.report.page import write_report
 
@@ -97,6 +97,9 @@ def test_comparisons_that_cannot_be_run_are_refused(tiny_config: Config, tmp_pat
         compare(tiny_config(third=()), OPTIONS, tmp_path)
     with pytest.raises(UsageError, match="--seeds names one twice"):
         compare(tiny_config(), replace(OPTIONS, seeds=(0, 0)), tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        compare(tiny_config(third=("timm:local-dir:/nowhere",)), OPTIONS, tmp_path)
+    assert not (tmp_path / "runs").exists(), "nothing was trained before the tower was looked at"
     with pytest.raises(UsageError, match="at least one"):
         compare(tiny_config(), replace(OPTIONS, lrs=()), tmp_path)
 

@@ -1,8 +1,8 @@
 """The C library's allocator, told to keep what is freed.
 
 A training step frees and takes the same large blocks again and again. glibc hands blocks of more than 32 MB back to the
-system each time, and the kernel clears them page by page when they come again. Kept, small convolutional towers train
-1.1 to 1.5 times as fast on a CPU (`benchmarks/allocator.py`).
+system each time, and the kernel clears them page by page when they come again. `benchmarks/allocator.py` measures what
+keeping them brings to a small convolutional tower.
 """
 
 import ctypes

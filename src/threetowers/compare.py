@@ -28,6 +28,7 @@ from threetowers.prepare import describe_data, open_data
 from threetowers.progress import duration
 from threetowers.run import load_run
 from threetowers.showcase import identical_without_third, inference_rate, showcase
+from threetowers.towers.frozen import load_frozen
 from threetowers.towers.pair import read_safetensors
 from threetowers.train.loop import train
 
@@ -67,6 +68,10 @@ def compare(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, A
     thirds = named_thirds(config)
     keys = _keys(options, thirds)
     print(describe_data(config), flush=True)
+    for name, spec in thirds.items():
+        load_frozen(
+            spec, name
+        )  # a tower that cannot be loaded should say so before an hour of training, not after
     out.mkdir(parents=True, exist_ok=True)
     trials: dict[Key, dict[float, float]] = {}
     chosen: dict[Key, float] = {}
