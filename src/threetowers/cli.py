@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ThreeTowersError as error:
         print(f"threetowers: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"threetowers: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(3)
     except KeyboardInterrupt:
         print("threetowers: interrupted; the same command continues", file=sys.stderr)
         sys.exit(STOPPED)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from threetowers.claims import Key, Measured, claims
-from threetowers.config import CompareConfig, RunConfig
-from threetowers.errors import UsageError
+from threetowers.config import CompareConfig, RunConfig, check
+from threetowers.errors import CheckpointError, UsageError
 from threetowers.evaluate.combine import Pair, Sweep, sweep
 from threetowers.evaluate.evaluation import evaluate_run, sweep_figures
 from threetowers.evaluate.retrieval import Ranks, System, ranks_from_features
@@ -30,6 +30,7 @@ from threetowers.run import load_run
 from threetowers.showcase import identical_without_third, inference_rate, showcase
 from threetowers.towers.frozen import load_frozen
 from threetowers.towers.pair import read_safetensors
+from threetowers.train.guards import differing_keys
 from threetowers.train.loop import train
 
 SCHEMA = 1
@@ -65,6 +66,7 @@ def compare(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, A
     config: what the runs share; its third towers are compared one by one, by the names given to them. Raises
     UsageError for a comparison that cannot be run, and whatever training raises.
     """
+    check(config)
     thirds = named_thirds(config)
     keys = _keys(options, thirds)
     print(describe_data(config), flush=True)
@@ -85,6 +87,11 @@ def compare(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, A
             if not _run(job, done, num_trainings, started):
                 return None
             trials[key][lr] = _evaluation(job)["val"].get(PRIMARY, 0.0)
+        if len(options.lrs) > 1 and not any(trials[key].values()):
+            raise UsageError(
+                "compare: there is no validation data to choose a learning rate on. Give --inputs.val-fraction, "
+                "or one value for --lrs"
+            )
         chosen[key] = max(options.lrs, key=lambda lr: trials[key][lr])
     jobs = []
     for key in keys:
@@ -138,7 +145,13 @@ def _job(config: RunConfig, thirds: dict[str, str], key: Key, seed: int, lr: flo
 
 def _run(job: Job, done: int, total: int, started: float) -> bool:
     """Trains and evaluates a job unless that is done; False when it was stopped on request."""
-    if not (job.folder / "evaluation.json").is_file():
+    if (job.folder / "evaluation.json").is_file():
+        differing = differing_keys(job.folder / "config.toml", job.config)
+        if differing:
+            raise CheckpointError(
+                f"{job.folder} holds a run with other settings ({', '.join(differing)}). Give another --out"
+            )
+    else:
         print(
             f"[{done}/{total}] {_label(job.key)}, seed {job.seed}, lr {job.lr:g} "
             f"({duration(time.monotonic() - started)} so far)",

@@ -211,6 +211,32 @@ class CompareConfig:
     title: str = "Which method wins on this data"
 
 
+def check(config: RunConfig) -> None:
+    """Raises UsageError for a number that no run can have, by its key."""
+    inputs, optim, objective = config.inputs, config.optim, config.objective
+    rules = {
+        "steps": config.steps >= 1,
+        "batch_size": config.batch_size >= 1,
+        "log_every_steps": config.log_every_steps >= 1,
+        "eval_every_steps": config.eval_every_steps >= 0,
+        "checkpoint_every_steps": config.checkpoint_every_steps >= 1,
+        "keep_checkpoints": config.keep_checkpoints >= 1,
+        "inputs.workers": inputs.workers >= 0,
+        "inputs.crop_scale": 0 < inputs.crop_scale[0] <= inputs.crop_scale[1] <= 1,
+        "inputs.crop_ratio": 0 < inputs.crop_ratio[0] <= inputs.crop_ratio[1],
+        "optim.lr": optim.lr > 0,
+        "optim.betas": all(0 <= beta < 1 for beta in optim.betas),
+        "optim.warmup_steps": optim.warmup_steps >= 0,
+        "objective.init_scale": 0 < objective.init_scale <= objective.max_scale,
+    }
+    for key, fits in rules.items():
+        if not fits:
+            value: Any = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            raise UsageError(f"{key}: {value!r} is out of range")
+
+
 def replace_nested(config: T, values: dict[str, Any], where: str = "") -> T:
     """The configuration with the given keys replaced; siblings of a nested key keep their values.
 

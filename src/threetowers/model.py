@@ -194,6 +194,9 @@ def build(
         else:
             model_cfg["embed_dim"] = third.width
         image, model_cfg["vision_cfg"] = as_image_tower(third, projection)
+        if model_cfg.get("quick_gelu") and "timm_model_name" not in model_cfg["vision_cfg"]:
+            raise UsageError(f"pair.model: {config.pair.model!r} would change the activation of {third.spec!r}; take a "
+                             "pair without quickgelu")  # fmt: skip
         if table.image == "third":
             image = None  # LiT reads the frozen tower's features; its network joins the pair when training is done
     text = build_text_tower(model_cfg, config.seed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from threetowers.allocator import keep_freed_memory
-from threetowers.config import RunConfig
+from threetowers.config import RunConfig, check
 from threetowers.data import shapes
 from threetowers.data.sources import Source, Subset, check_problems, open_source, splits
 from threetowers.data.tables import describe
@@ -77,8 +77,13 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"device: {name!r} is no device; write auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device: {name!r} was asked for, but torch finds no CUDA device; give --device cpu")
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(
+        torch.cuda.device_count(), device.type == "cpu"
+    ):
+        found = torch.cuda.device_count()
+        raise UsageError(
+            f"device: {name!r} was asked for, but torch finds {found} CUDA devices; give --device cpu"
+        )
     return device
 
 
@@ -166,6 +171,7 @@ def prepare(config: RunConfig, run: Path, *, saved_tokenizer: Path | None = None
 
     run: the run folder; embeddings are stored beside it unless the configuration says where.
     """
+    check(config)
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()

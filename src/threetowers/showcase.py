@@ -94,13 +94,12 @@ def _examples(
 def _thumbnail(source: Source, index: int, name: str, out: Path) -> str | None:
     """Writes a small PNG of an image and returns its path relative to `out`; None when it cannot be read."""
     path = out / "images" / f"{name}.png"
-    if not path.is_file():
-        try:
-            image = decode(source.image(index), source.record(index).id)
-        except BadSample:
-            return None
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        image.save(path)
+    try:
+        image = decode(source.image(index), source.record(index).id)
+    except BadSample:
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(path)
     return str(path.relative_to(out))
 
 

@@ -176,6 +176,7 @@ def batches(
         sampler=list(reader.order.batches(first_step, last_step)),
         batch_size=None,
         num_workers=workers,
+        generator=torch.Generator(),  # the loader must not draw from the generator that dropout uses
         pin_memory=pin_memory,
         **settings,
     )

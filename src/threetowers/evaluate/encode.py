@@ -127,6 +127,7 @@ def _encode_images(
             sampler=[wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)],
             batch_size=None,
             num_workers=workers,
+            generator=torch.Generator(),
         )
         for indices, pixels, problems in loader:
             bad += problems

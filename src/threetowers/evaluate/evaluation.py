@@ -77,17 +77,17 @@ def evaluate_run(folder: Path, *, data: str = "none", classes: str = "none") -> 
         config = replace(config, classes=classes)
     run = prepare(config, folder, saved_tokenizer=folder)
     restore_trained(run.model, folder)
-    own = data == "none"
-    test = run.test if own else open_source(
+    own = data == "none" and classes == "none"
+    test = run.test if data == "none" else open_source(
         data, image_column=config.inputs.image_column, caption_columns=config.inputs.caption_columns
     )  # fmt: skip
     result, encoded, class_ranks = evaluate(run, test)
     if own:
         save_features(folder / "features.safetensors", encoded, class_ranks)
         written = asdict(result) | {"schema": SCHEMA, "clip_benchmark": _clip_benchmark(result, folder)}
-        (folder / "evaluation.json").write_text(
-            json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8"
-        )
+        partial = folder / ".evaluation.json.partial"
+        partial.write_text(json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8")
+        partial.replace(folder / "evaluation.json")
     return result
 
 

@@ -103,7 +103,7 @@ def as_image_tower(tower: FrozenTower, projection: Tensor | None) -> tuple[nn.Mo
             "tower of 3t"
         )
     config = dict(tower.vision_cfg)
-    state = dict(tower.module.state_dict())
+    state = {key: value.cpu() for key, value in tower.module.state_dict().items()}
     if isinstance(tower.module, TimmTrunk):
         config["timm_proj"] = "none" if projection is None else "linear"
         if projection is not None:
@@ -264,7 +264,9 @@ def _load_open_clip(name: str) -> tuple[nn.Module, int, ImageSpec, dict[str, Any
         interpolation=cfg["interpolation"],
         resize="squash" if cfg["resize_mode"] == "squash" else "shortest",
     )
-    return model.visual, model_config["embed_dim"], spec, dict(model_config["vision_cfg"])
+    # open_clip keeps QuickGELU as a key of the whole model, which a pair with another text tower cannot take over
+    vision_cfg = None if model_config.get("quick_gelu") else dict(model_config["vision_cfg"])
+    return model.visual, model_config["embed_dim"], spec, vision_cfg
 
 
 def _load_file(name: str) -> tuple[nn.Module, int, ImageSpec, dict[str, Any] | None]:
@@ -277,18 +279,15 @@ def _load_file(name: str) -> tuple[nn.Module, int, ImageSpec, dict[str, Any] | N
         )
     described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     model_config = described["model_cfg"]
-    image = _build_vision_tower(model_config["embed_dim"], dict(model_config["vision_cfg"]))
+    quick_gelu = bool(model_config.get("quick_gelu", False))
+    image = _build_vision_tower(model_config["embed_dim"], dict(model_config["vision_cfg"]), quick_gelu)
     prefix = "img."
     state = read_safetensors(folder / "model.safetensors")
     load_strictly(
         image, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, f"file:{name}"
     )
-    return (
-        image,
-        model_config["embed_dim"],
-        ImageSpec.from_dict(described["image"]),
-        model_config["vision_cfg"],
-    )
+    vision_cfg = None if quick_gelu else model_config["vision_cfg"]
+    return image, model_config["embed_dim"], ImageSpec.from_dict(described["image"]), vision_cfg
 
 
 def _near_timm(name: str) -> str:

@@ -66,7 +66,7 @@ def save(
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in checkpoints(root)[keep:]:
+    for old in checkpoints(root)[max(keep, 1) :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -135,13 +135,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; raises KeyError for a name that is missing or left over."""
+    """The inverse of `optimizer_tensors`; raises KeyError for a name that is left over."""
     rest = dict(tensors)
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             own = {key for key in rest if key.rpartition("/")[0] == name}
             if not own:
-                raise KeyError(f"no moments of {name}")
+                continue  # it never had a gradient
             optimizer.state[parameter] = {
                 key.rpartition("/")[2]: _laid_out_as(parameter, rest.pop(key)) for key in sorted(own)
             }

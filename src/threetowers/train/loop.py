@@ -22,6 +22,10 @@ from threetowers.train.guards import BadSamples, StopRequest, differing_keys
 from threetowers.train.log import RunLog
 from threetowers.train.optim import adamw, learning_rate, set_learning_rate
 
+WRITTEN = (
+    "model.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "evaluation.json",
+    "features.safetensors", "bad_samples.jsonl",
+)  # fmt: skip
 MAX_SKIPPED = 5  # non-finite steps in a row after which going on is pointless
 
 
@@ -120,13 +124,13 @@ def _loop(
             row |= clock.rates()
             log.metrics(step, row | bad.counts())
             bar.update(step, _summary(row), force=last)
-        if last or (config.eval_every_steps and step % config.eval_every_steps == 0):
-            log.metrics(step, validate(run))
-        if stop.requested or (step % config.checkpoint_every_steps == 0 and not last):
+        if stop.requested or last or step % config.checkpoint_every_steps == 0:
             state = {"torch_rng": bytes(torch.get_rng_state().tolist()).hex()}
             checkpoint.save(folder / "checkpoints", step, model, optimizer, state, config.keep_checkpoints)
-            if stop.requested:
+            if stop.requested and not last:
                 break
+        if last or (config.eval_every_steps and step % config.eval_every_steps == 0):
+            log.metrics(step, validate(run))
         clock.lap()
     return step
 
@@ -144,6 +148,8 @@ def validate(run: Prepared) -> dict[str, float]:
         workers=run.config.inputs.workers,
         autocast=run.autocast(),
     )
+    if not encoded.captions:
+        return {}
     ranks = ranks_from_features(*encoded.system("main"), encoded.text_image)
     return {f"val/{name}": value for name, value in recalls(ranks).items()}
 
@@ -165,7 +171,9 @@ def _claim(config: RunConfig, folder: Path, fresh: bool) -> checkpoint.Restored 
     """Makes the folder this run's: writes its config, or checks that what is there belongs to it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.toml"
-    if path.is_file() and not fresh:
+    # a first try that failed before its first checkpoint has nothing to protect
+    claimed = (folder / "model.json").is_file() or bool(checkpoint.checkpoints(folder / "checkpoints"))
+    if path.is_file() and claimed and not fresh:
         differing = differing_keys(path, config)
         if differing:
             raise CheckpointError(
@@ -173,10 +181,9 @@ def _claim(config: RunConfig, folder: Path, fresh: bool) -> checkpoint.Restored 
                 "or --fresh to replace it"
             )
         return checkpoint.find(folder / "checkpoints")
-    if fresh:
-        for name in ("model.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "evaluation.json"):
-            (folder / name).unlink(missing_ok=True)
-        checkpoint.discard(folder / "checkpoints")
+    for name in WRITTEN:
+        (folder / name).unlink(missing_ok=True)
+    checkpoint.discard(folder / "checkpoints")
     write_config(config, path)
     return None
 
