@@ -160,3 +160,13 @@ def test_missing_methods_are_not_tested_rather_than_guessed() -> None:
     runs = {key: value for key, value in figures(0.3, 0.35, 0.6).items() if key[0] != "lit"}
     rows = claims(runs, ["t"], True, True)
     assert held(rows, "C1") == [True, None]
+
+
+def test_runs_of_other_settings_in_the_same_folder_are_refused(
+    tiny_config: Config, small_world: Path, timm_tower: str, tmp_path: Path
+) -> None:
+    config = prepared(tiny_config, small_world, timm_tower)
+    options = CompareConfig(methods=("baseline",), lrs=(1e-3,))
+    compare(config, options, tmp_path)
+    with pytest.raises(CheckpointError, match=r"steps: 3 → 4"):
+        compare(replace(config, steps=4), options, tmp_path)

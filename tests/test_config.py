@@ -9,6 +9,7 @@ from threetowers.config import (
     ObjectiveConfig,
     OptimConfig,
     RunConfig,
+    check,
     config_hash,
     read_config,
     replace_nested,
@@ -107,3 +108,16 @@ def test_the_hash_depends_on_every_key() -> None:
     assert config_hash(RunConfig()) != config_hash(RunConfig(seed=1))
     assert config_hash(RunConfig()) != config_hash(RunConfig(optim=OptimConfig(eps=1e-7)))
     assert config_hash(RunConfig()) == config_hash(RunConfig())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"steps": 0}, {"batch_size": 0}, {"log_every_steps": 0}, {"keep_checkpoints": 0}, {"inputs": {"workers": -1}},
+     {"inputs": {"crop_ratio": [0.0, 1.0]}}, {"optim": {"lr": -1.0}}, {"objective": {"init_scale": 0.0}}],
+)  # fmt: skip
+def test_numbers_that_no_run_can_have_are_refused_by_key(values: dict) -> None:
+    key, value = next(iter(values.items()))
+    path = f"{key}.{next(iter(value))}" if isinstance(value, dict) else key
+    with pytest.raises(UsageError, match=path.replace(".", r"\.")):
+        check(replace_nested(RunConfig(), values))
+    check(RunConfig())

@@ -348,3 +348,22 @@ def test_both_towers_start_from_given_weights_and_what_does_not_fit_is_refused(
         prepare(tiny_config(pair=replace(pair, embed_dim=20)), tmp_path / "third")
     with pytest.raises(UsageError, match=r"pair\.weights"):
         prepare(tiny_config(method="lit-unlocked", pair=pair), tmp_path / "fourth")
+
+
+def test_a_first_try_that_failed_does_not_claim_its_folder(tiny_config: Config, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="batch_size"):
+        train(tiny_config(batch_size=5000), tmp_path / "run")
+    assert train(tiny_config(), tmp_path / "run").finished
+
+
+def test_evaluating_on_other_classes_leaves_the_runs_own_figures(tiny_config: Config, tmp_path: Path) -> None:
+    train(tiny_config(method="baseline"), tmp_path / "run")
+    evaluate_run(tmp_path / "run")
+    before = (tmp_path / "run" / "evaluation.json").read_bytes()
+    classes = tmp_path / "classes"
+    for name in ("red", "blue"):
+        (classes / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (40, 40), name).save(classes / name / f"{index}.png")
+    assert evaluate_run(tmp_path / "run", classes=str(classes)).zero_shot
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() == before
