@@ -53,19 +53,10 @@ class Objective:
         """Every view that a row needs, once, in the order of the rows."""
         return tuple(dict.fromkeys(view for row in self.rows for view in (row.a, row.b)))
 
-    def heads(self) -> tuple[str, ...]:
-        """The views that are heads."""
-        return tuple(view for view in self.views() if "@" in view)
-
 
 def tower_of(view: str) -> str:
     """`third@img` → `third`."""
     return view.partition("@")[0]
-
-
-def facing(view: str) -> str:
-    """`third@img` → `img`; empty for a view without a head."""
-    return view.partition("@")[2]
 
 
 def baseline(kind: Kind = "softmax") -> tuple[Row, ...]:

@@ -57,9 +57,6 @@ class FrozenTower:
         self.module.to(device)
         return self
 
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.module.parameters())
-
     def fingerprint(self) -> str:
         """Hex digest of the weights and the preprocessing: two towers that differ in either have different ones."""
         digest = hashlib.sha256(json.dumps(self.image.as_dict(), sort_keys=True).encode())
