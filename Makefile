@@ -27,7 +27,7 @@ test: $(STAMP) ## the test suite
 test-slow: $(STAMP) ## the tests marked slow
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m slow
 
-claims: $(STAMP) ## the paper's claims over three seeds; up to ninety minutes on two cores
+claims: $(STAMP) ## the paper's claims over three seeds; about an hour on two cores
 	$(RUN)/python benchmarks/claims.py
 
 bench: $(STAMP) ## samples per second of each method beside open_clip

@@ -60,22 +60,36 @@ class Job:
         return self.method, self.third
 
 
+Trials = dict[Key, dict[float, float]]
+"""The validation figure of each learning rate tried with the first seed."""
+
+
 def compare(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, Any] | None:
     """Runs the comparison in `out` and returns compare.json's contents; None when it was stopped on request.
 
     config: what the runs share; its third towers are compared one by one, by the names given to them. Raises
     UsageError for a comparison that cannot be run, and whatever training raises.
     """
+    trained = train_all(config, options, out)
+    if trained is None:
+        return None
+    result = _collect(config, options, named_thirds(config), *trained, out)
+    partial = out / ".compare.json.partial"
+    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    partial.replace(out / "compare.json")
+    return result
+
+
+def train_all(config: RunConfig, options: CompareConfig, out: Path) -> tuple[list[Job], Trials] | None:
+    """Trains and evaluates what of the comparison is not done yet; the jobs that count, and the trials behind them."""
     check(config)
     thirds = named_thirds(config)
     keys = _keys(options, thirds)
     print(describe_data(config), flush=True)
     for name, spec in thirds.items():
-        load_frozen(
-            spec, name
-        )  # a tower that cannot be loaded should say so before an hour of training, not after
+        load_frozen(spec, name)  # a tower that cannot be loaded should say so before an hour of training
     out.mkdir(parents=True, exist_ok=True)
-    trials: dict[Key, dict[float, float]] = {}
+    trials: Trials = {}
     chosen: dict[Key, float] = {}
     num_trainings = len(keys) * (len(options.lrs) + len(options.seeds) - 1)
     started, done = time.monotonic(), 0
@@ -102,11 +116,7 @@ def compare(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, A
                 if not _run(job, done, num_trainings, started):
                     return None
             jobs.append(job)
-    result = _collect(config, options, thirds, jobs, trials, out)
-    partial = out / ".compare.json.partial"
-    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(out / "compare.json")
-    return result
+    return jobs, trials
 
 
 def named_thirds(config: RunConfig) -> dict[str, str]:

@@ -17,10 +17,15 @@ TOWERS = {"matched": PretrainConfig(data="objects"), "mismatched": PretrainConfi
 
 def demo(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, Any] | None:
     """Pretrains both third towers in `out`, then compares; returns as `compare` does. What is done is kept."""
+    return compare(replace(config, third=make_towers(config, out)), options, out)
+
+
+def make_towers(config: RunConfig, out: Path) -> tuple[str, ...]:
+    """Pretrains the third towers that `out` does not hold yet; their entries for `RunConfig.third`."""
     thirds = []
     for name, tower in TOWERS.items():
         folder = out / "towers" / name
         accuracy = pretrain(replace(tower, device=config.device), folder)
         print(f"third tower {name}: trained on {tower.data}, held-out accuracy {accuracy:.1%}", flush=True)
         thirds.append(f"{name}=file:{folder}")
-    return compare(replace(config, third=tuple(thirds)), options, out)
+    return tuple(thirds)
