@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow claims bench check fix clean
+.PHONY: help demo test test-slow claims bench bench-scale check fix clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -30,8 +30,18 @@ test-slow: $(STAMP) ## the tests marked slow
 claims: $(STAMP) ## the paper's claims over three seeds; about an hour on two cores
 	$(RUN)/python benchmarks/claims.py
 
-bench: $(STAMP) ## samples per second of each method beside open_clip
-	$(RUN)/python benchmarks/methods.py --rounds 10
+bench: $(STAMP) ## methods, loss, decoding, stores and loading beside their peers; wants a quiet machine
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	mkdir -p runs/bench
+	$(RUN)/python benchmarks/methods.py --rounds 10 --out runs/bench/methods.json
+	$(RUN)/python benchmarks/loss.py --out runs/bench/loss.json
+	$(RUN)/python benchmarks/decode.py --out runs/bench/decode.json
+	$(RUN)/python benchmarks/store.py --out runs/bench/store.json
+	$(RUN)/python benchmarks/loader.py --out runs/bench/loader.json
+
+bench-scale: $(STAMP) ## start-up, memory and cost per sample from ten thousand to a million shard entries
+	mkdir -p runs/bench
+	$(RUN)/python benchmarks/scale.py --out runs/bench/scale.json
 
 check: $(STAMP) ## format, lint and types
 	$(RUN)/ruff format --check src tests benchmarks

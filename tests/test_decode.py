@@ -2,19 +2,19 @@
 
 import io
 import pickle
-import random
 import resource
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+import simplejpeg
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from threetowers.data.decode import REASONS, decode
-from threetowers.errors import BadSample
+from threetowers.data.decode import REASONS, Decoder, check_decoder, decode
+from threetowers.errors import BadSample, UsageError
 
 WIDTH, HEIGHT = 37, 21
 Y, X = np.mgrid[:HEIGHT, :WIDTH]
@@ -218,48 +218,108 @@ def test_bombs_take_no_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
-def mutated(data: bytes, generator: random.Random) -> bytes:
-    """Some bytes flipped, cut off, inserted or left out, half of the time in the header."""
-    out = bytearray(data)
-    for _ in range(generator.randint(1, 4)):
-        place = generator.randrange(len(out) if generator.random() < 0.5 else min(64, len(out)))
-        match generator.choice(["flip", "truncate", "insert", "delete"]):
-            case "flip":
-                out[place] = generator.randrange(256)
-            case "truncate" if generator.random() < 0.3:
-                del out[place + 1 :]
-            case "insert":
-                out[place:place] = generator.randbytes(generator.randint(1, 20))
-            case "delete" if len(out) > 30:
-                del out[place : place + generator.randint(1, 20)]
-    return bytes(out)
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with some noise, on which decoders and scales can differ."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
+        (width, height), Image.BICUBIC
+    )
+    return Image.fromarray(
+        np.clip(np.asarray(coarse) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
+    )
 
 
-def test_mutated_images_are_images_or_bad_samples() -> None:
+JPEGS = {
+    "plain": {"quality": 85},
+    "4:4:4": {"quality": 90, "subsampling": 0},
+    "4:2:2": {"quality": 60, "subsampling": 1},
+    "progressive": {"quality": 95, "progressive": True},
+    "rgb": {"quality": 90, "keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("size", [(64, 48), (61, 47), (17, 9)])
+def test_simplejpeg_gives_the_same_pixels(kind: str, size: tuple[int, int]) -> None:
+    for orientation in (1, 3, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(photo(*size), "JPEG", exif=exif, **JPEGS[kind])
+        other = np.asarray(decode(data, "id", decoder="simplejpeg"))
+        assert np.array_equal(other, pixels(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_simplejpeg_leaves_other_colours_to_pillow(mode: str) -> None:
+    data = encoded(photo(40, 30).convert(mode), "JPEG")
+    assert np.array_equal(np.asarray(decode(data, "id", decoder="simplejpeg")), pixels(data))
+
+
+def test_simplejpeg_refuses_what_pillow_refuses_and_no_more() -> None:
+    data = encoded(photo(40, 30), "JPEG")
+    for size in range(0, len(data), 7):
+        for decoder in ("pillow", "simplejpeg"):
+            with pytest.raises(BadSample):
+                decode(data[:size], "id", decoder=decoder)
+    stray = data[:-2] + bytes(9) + data[-2:]
+    with pytest.raises(ValueError, match="extraneous"):
+        simplejpeg.decode_jpeg(stray)
+    assert np.array_equal(np.asarray(decode(stray, "id", decoder="simplejpeg")), pixels(stray))
+    other = encoded(Image.fromarray(COLOUR), "PNG")
+    assert np.array_equal(np.asarray(decode(other, "id", decoder="simplejpeg")), COLOUR)
+
+
+def test_simplejpeg_takes_no_memory_for_a_size_that_was_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(photo(40, 30), "JPEG")
+    monkeypatch.setattr("simplejpeg.decode_jpeg_header", lambda _: (60_000, 60_000, "YCbCr", "420"))
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: pytest.fail("it was asked to decode"))
+    assert np.array_equal(np.asarray(decode(data, "id", decoder="simplejpeg")), pixels(data))
+
+
+def test_a_decoder_that_is_not_installed_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UsageError, match="pip install simplejpeg"):
+        decode(encoded(photo(9, 9), "JPEG"), "id", decoder="simplejpeg")
+    check_decoder("pillow")
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+@given(
+    size=st.tuples(st.integers(16, 300), st.integers(16, 300)),
+    factor=st.floats(0.1, 9),
+    orientation=st.sampled_from([1, 6]),
+)
+@settings(max_examples=40)
+def test_a_shrunk_jpeg_is_never_smaller_than_asked(
+    decoder: Decoder, size: tuple[int, int], factor: float, orientation: int
+) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    image = Image.fromarray(COLOUR)
-    alpha = image.convert("RGBA")
-    originals = [
-        encoded(image, "JPEG", exif=exif),
-        encoded(image, "JPEG", progressive=True),
-        encoded(image.convert("CMYK"), "JPEG"),
-        encoded(alpha, "PNG", exif=exif),
-        encoded(image.quantize(9), "PNG"),
-        encoded(alpha, "WEBP", exif=exif),
-        encoded(image, "WEBP"),
-        encoded(image, "GIF"),
-        encoded(image, "BMP"),
-    ]
-    generator = random.Random(0)
-    reasons = []
-    for i in range(2_000):
-        try:
-            assert decode(mutated(originals[i % len(originals)], generator), "id").mode == "RGB"
-        except BadSample as bad:
-            reasons.append(bad.reason)
-    assert set(reasons) <= set(REASONS)
-    assert len(reasons) > 500
+    exif[0x0112] = orientation
+    data = encoded(photo(*size), "JPEG", exif=exif)
+    upright = decode(data, "id").size
+    asked: list[tuple[int, int]] = []
+
+    def shrink(size: tuple[int, int]) -> float:
+        asked.append(size)
+        return factor
+
+    found = decode(data, "id", decoder=decoder, shrink=shrink)
+    assert asked == [upright], "the size is that of the upright image"
+    assert all(side / max(factor, 1) <= new <= side for side, new in zip(upright, found.size, strict=True))
+    if factor < 2:
+        assert np.array_equal(np.asarray(found), pixels(data)), "not one bit changes below the first scale"
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+def test_a_shrunk_jpeg_shows_the_same_picture(decoder: Decoder) -> None:
+    image = photo(640, 480)
+    data = encoded(image, "JPEG", quality=90)
+    small = decode(data, "id", decoder=decoder, shrink=lambda size: 2.1)
+    assert small.size == (320, 240)
+    whole = np.asarray(decode(data, "id").resize((112, 112), Image.BICUBIC)).astype(int)
+    assert np.abs(np.asarray(small.resize((112, 112), Image.BICUBIC)) - whole).mean() < 1
+    other = encoded(image, "PNG")
+    assert decode(other, "id", decoder=decoder, shrink=lambda size: 2.1).size == (640, 480)
 
 
 @given(

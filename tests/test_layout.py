@@ -21,11 +21,11 @@ RANKS = [
     {"config"},
     {"data", "objective"},
     {"towers"},
-    {"embeddings", "model"},
+    {"embeddings", "model", "store", "store_work"},
     {"prepare", "run"},
     {"evaluate"},
     {"train", "export"},
-    {"claims", "showcase", "compare", "demo", "recipes"},
+    {"claims", "showcase", "compare", "demo", "recipes", "validate", "doctor"},
     {"cli"},
 ]
 

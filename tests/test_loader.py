@@ -1,5 +1,6 @@
 """Batches are a function of positions alone, and what cannot be read is replaced and named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from threetowers.config import InputConfig
-from threetowers.data.loader import BatchReader, batches
+from threetowers.data.loader import BatchReader, augmented_views, batches
 from threetowers.data.order import Order
 from threetowers.data.sources import open_source
 from threetowers.data.tokenize import train_tokenizer
 from threetowers.data.transforms import ImageSpec, cropped_view, normalise, random_crop
-from threetowers.embeddings import Store, stored
 from threetowers.errors import DataError
-from threetowers.towers.frozen import load_frozen
 
 SPEC = ImageSpec(24, (0.5,) * 3, (0.5,) * 3)
 
@@ -115,39 +114,31 @@ def test_a_crop_of_everything_is_the_image_resized() -> None:
     assert np.array_equal(cropped_view(image, crop, SPEC), np.asarray(image).transpose(2, 0, 1))
 
 
-def test_stored_features_are_the_live_ones_to_storage_rounding(
-    photos: Path, timm_tower: str, tmp_path: Path
-) -> None:
-    """fp16 keeps 11 bits: relative difference at most 2⁻¹¹."""
-    from threetowers.data.decode import decode
-    from threetowers.data.transforms import fixed_view
-
-    tower, source = load_frozen(timm_tower), open_source(str(photos))
-    store = stored(tower, source, tmp_path, torch.device("cpu"), batch_size=13)
-    pixels = [fixed_view(decode(source.image(i), ""), tower.image) for i in range(len(source))]
-    live = tower(torch.from_numpy(np.stack(pixels)))
-    torch.testing.assert_close(
-        torch.from_numpy(store.features.astype(np.float32)), live, rtol=2**-10, atol=1e-5
-    )
-    assert store.usable.all()
-    (file,) = tmp_path.iterdir()
-    before = file.stat().st_mtime_ns
-    again = stored(tower, source, tmp_path, torch.device("cpu"))
-    assert np.array_equal(again.features, store.features) and file.stat().st_mtime_ns == before, (
-        "read, not made anew"
-    )
-    with torch.no_grad():
-        next(tower.module.parameters()).mul_(1.5)
-    stored(tower, source, tmp_path, torch.device("cpu"))
-    assert len(list(tmp_path.iterdir())) == 2, "other weights have a store of their own"
-
-
-def test_the_norm_of_a_store_counts_usable_rows_only() -> None:
-    features = np.array([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]], dtype=np.float16)
-    assert Store(features, np.array([True, False, True])).mean_square_norm() == pytest.approx(13.0)
-
-
 def test_pixels_are_normalised_per_channel() -> None:
     spec = ImageSpec(2, (0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
     pixels = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     assert normalise(pixels, spec)[0, :, 0, 0].tolist() == pytest.approx([1.8, 3.2, 5.6])
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+def test_draft_changes_large_jpegs_slightly_and_others_not_at_all(decoder: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, side in (("small", 30), ("large", 120)):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize((side, side), Image.Resampling.BICUBIC).save(tmp_path / f"{name}.jpg", quality=90)
+        (tmp_path / f"{name}.txt").write_text("a picture")
+    source = open_source(str(tmp_path))
+    plain = InputConfig(crop_scale=(0.9, 1.0))
+    draft = replace(plain, draft=True, decoder=decoder)  # type: ignore[arg-type]
+    for index in range(len(source)):
+        id = source.record(index).id
+        for seed in range(5):
+            whole, small = (
+                augmented_views(source, index, id, seed, inputs, {"img": SPEC})["img"].astype(int)
+                for inputs in (plain, draft)
+            )
+            if "small" in id:
+                assert np.array_equal(whole, small)
+            else:
+                assert not np.array_equal(whole, small)
+                assert np.abs(whole - small).mean() < 2

@@ -92,3 +92,21 @@ def test_a_foreign_tokenizer_with_markers_of_its_own(tmp_path: Path) -> None:
     wordpiece.save(str(tmp_path / "given" / "tokenizer.json"))
     with pytest.raises(UsageError, match="end token"):
         load_tokenizer(str(tmp_path / "given"), 8)
+
+
+@pytest.mark.parametrize("name", ["open_clip", "trained"])
+def test_what_is_cut_and_what_the_tower_sees(name: str) -> None:
+    if name == "open_clip":
+        tokenizer = load_tokenizer("open_clip", 8)
+        whole, cut = "a b c d e f", "a b c d e f g"
+    else:
+        tokenizer = train_tokenizer(["a b c d e f g h"] * 9, vocab_size=300, context_length=8)
+        whole, cut = "a b c d e f", "a b c d e f g"
+    assert tokenizer.is_cut([whole, cut, ""]) == [False, True, False]
+    tokens = tokenizer([whole, cut])
+    for row, length in zip(tokens, tokenizer.lengths(tokens), strict=True):
+        seen = tokenizer.decode(row[:length].tolist())
+        assert "a b c d e f" in seen
+        assert "g" not in seen
+        assert seen.startswith("<start")
+        assert seen.endswith(">")

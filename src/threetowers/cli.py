@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -113,12 +113,17 @@ def load_file(path: Path) -> RunConfig:
     return replace_nested(PRESETS[preset](), values)
 
 
+def _run_folder(name: str, arguments: _TrainArguments) -> Path:
+    given = arguments.out
+    return Path("runs") / f"{name}-{config_hash(arguments.run)}" if given == "none" else Path(given)
+
+
 def _train(words: list[str]) -> int:
     """train a model: threetowers train PRESET|FILE.toml --data PATH [--third timm:NAME] [--method 3t] …"""
     name, config, flags = _start(words, "train")
     arguments = _parse(_TrainArguments, flags, f"train {name}", _TrainArguments(run=config))
     config = arguments.run
-    out = Path("runs") / f"{name}-{config_hash(config)}" if arguments.out == "none" else Path(arguments.out)
+    out = _run_folder(name, arguments)
 
     from threetowers.evaluate.evaluation import evaluate_run
     from threetowers.objective.pairs import objective
@@ -241,6 +246,127 @@ def _export(words: list[str]) -> int:
     return 0
 
 
+def _validate(words: list[str]) -> int:
+    """check a run in seconds, train nothing: threetowers validate PRESET|FILE.toml [the flags of train]"""
+    name, config, flags = _start(words, "validate")
+    arguments = _parse(_TrainArguments, flags, f"validate {name}", _TrainArguments(run=config))
+    out = _run_folder(name, arguments)
+
+    from threetowers.validate import validate
+
+    for line in validate(arguments.run, out):
+        print(line, flush=True)
+    return 0
+
+
+def _doctor(words: list[str]) -> int:
+    """look at this machine: versions, devices, disk, memory, each with a remedy: threetowers doctor"""
+
+    def doctor(*, folder: Path = Path()) -> int:
+        """Exits with 1 when something is broken.
+
+        Args:
+            folder: Where runs will be; its disk is measured.
+        """
+        from threetowers.doctor import doctor, tally
+
+        checks = []
+        for check in doctor(folder):
+            print(check.text(), flush=True)
+            checks.append(check)
+        counts = tally(checks)
+        print("\n" + ", ".join(f"{count} {state}" for state, count in counts.items()))
+        return 1 if counts["fail"] else 0
+
+    return _parse(doctor, words, "doctor")
+
+
+def _towers(words: list[str]) -> int:
+    """see what can be a frozen third tower, or describe one: threetowers towers [WORD|timm:NAME|hf:ID …]"""
+
+    def towers(name: tyro.conf.Positional[str] = "", /) -> None:
+        """Downloads no weights of published towers.
+
+        Args:
+            name: A word to look for in the names, or a tower as --third takes it; without it, an overview.
+        """
+        from threetowers.towers.listing import towers
+
+        print(towers(name))
+
+    _parse(towers, words, "towers")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EmbedArguments:
+    """Compute a frozen tower's features of every sample once. Run again, it continues; give the folder to train
+    as --embeddings."""
+
+    tower: Annotated[str, tyro.conf.arg(help="timm:NAME, hf:…, open_clip:…, file:RUN, hf-text:…")]
+    data: Annotated[str, tyro.conf.arg(help="What train is given as --data, or another source.")]
+    out: Annotated[Path, tyro.conf.arg(help="Folder of the store.")]
+    views: Annotated[int, tyro.conf.arg(help="Random views of each image; 0 is one fixed view.")] = 0
+    crop_scale: Annotated[tuple[float, float], tyro.conf.arg(help="As inputs.crop_scale of the run.")] = (
+        0.9,
+        1.0,
+    )
+    crop_ratio: Annotated[tuple[float, float], tyro.conf.arg(help="As inputs.crop_ratio of the run.")] = (
+        0.75,
+        1.3333333,
+    )
+    flip: Annotated[bool, tyro.conf.arg(help="As inputs.flip of the run.")] = False
+    dtype: Annotated[Literal["fp16", "bf16"], tyro.conf.arg(help="Of what is stored.")] = "fp16"
+    part: Annotated[str, tyro.conf.arg(help="I/N: this process does every N-th chunk from the I-th.")] = "0/1"
+    precision: Annotated[Literal["fp32", "bf16"], tyro.conf.arg(help="As third_precision of the run.")] = (
+        "fp32"
+    )
+    features: Annotated[
+        Literal["pooled", "cls", "mean"], tyro.conf.arg(help="As third_features of the run.")
+    ] = "pooled"
+    image_column: Annotated[str, tyro.conf.arg(help="As inputs.image_column of the run.")] = "none"
+    caption_columns: Annotated[tuple[str, ...], tyro.conf.arg(help="As inputs.caption_columns.")] = ()
+    batch_size: Annotated[int, tyro.conf.arg(help="Views or captions that go through the tower at once.")] = (
+        256
+    )
+    workers: Annotated[int, tyro.conf.arg(help="Processes that decode; 0 decodes in this one.")] = 2
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or cuda:1.")] = "auto"
+
+
+def _embed(words: list[str]) -> int:
+    """store a frozen tower's features of a source: threetowers embed --tower SPEC --data PATH --out DIR [--part I/N]"""
+    arguments = _parse(_EmbedArguments, words, "embed")
+    index, slash, count = arguments.part.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UsageError(
+            f"--part: {arguments.part!r} is no part; write I/N with I from 0 to N-1, for example 0/4"
+        )
+    if arguments.batch_size < 1 or arguments.workers < 0 or arguments.views < 0:
+        raise UsageError("embed: --batch-size is at least 1, --workers and --views at least 0")
+
+    from threetowers.data.sources import open_source
+    from threetowers.embeddings import write_store
+    from threetowers.prepare import pick_device
+    from threetowers.store import Views
+    from threetowers.towers.frozen import load_frozen
+
+    device = pick_device(arguments.device)
+    views = Views(arguments.views, arguments.crop_scale, arguments.crop_ratio, arguments.flip)
+    source = open_source(
+        arguments.data, image_column=arguments.image_column, caption_columns=arguments.caption_columns
+    )
+    tower = load_frozen(arguments.tower, features=arguments.features, precision=arguments.precision)
+    store = write_store(
+        tower.to(device), source, arguments.out, device, views=views, dtype=arguments.dtype,
+        part=(int(index), int(count)), batch_size=arguments.batch_size, workers=arguments.workers,
+    )  # fmt: skip
+    if store is None:
+        print(f"part {arguments.part} is done; the store is made when the other parts are")
+    else:
+        print(f"{arguments.out}: {store.summary()}; use it as --embeddings {arguments.out}")
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "compare": _compare,
@@ -248,6 +374,10 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "pretrain": _pretrain,
     "export": _export,
+    "embed": _embed,
+    "towers": _towers,
+    "validate": _validate,
+    "doctor": _doctor,
 }
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def train_all(config: RunConfig, options: CompareConfig, out: Path) -> tuple[lis
     keys = _keys(options, thirds)
     print(describe_data(config), flush=True)
     for name, spec in thirds.items():
-        load_frozen(spec, name)  # a tower that cannot be loaded should say so before an hour of training
+        # a tower that cannot be loaded should say so before an hour of training
+        load_frozen(spec, name, features=config.third_features, precision=config.third_precision)
     out.mkdir(parents=True, exist_ok=True)
     trials: Trials = {}
     chosen: dict[Key, float] = {}

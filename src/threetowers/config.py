@@ -69,10 +69,17 @@ class InputConfig:
     """Mirror half of the images; leave off when captions say left and right."""
     third_view: Literal["fixed", "same"] = "fixed"
     """What a frozen tower sees: one fixed view, stored once, or the main tower's augmented view, computed live."""
+    stored_views: int = 0
+    """0: one fixed view is stored; K: K random views, of which each visit draws one and the main tower sees the same
+    region. LiT and evaluation take the fixed view."""
     mask_duplicates: bool = False
     """Do not count samples of the same image or the same caption as each other's negatives."""
     max_bad_share: float = 0.01
     """Share of unusable samples above which training refuses to start or stops."""
+    decoder: Literal["pillow", "simplejpeg"] = "pillow"
+    """What decodes the JPEGs of augmented views; simplejpeg gives the same pixels sooner, and must be installed."""
+    draft: bool = False
+    """Decode a JPEG that is larger than its crop needs at a reduced scale: faster, and pixels differ slightly."""
     workers: int = 2
     """Loader processes; 0 loads in the training process."""
 
@@ -128,10 +135,13 @@ class RunConfig:
     classes: str = "none"
     """Labelled images for zero-shot classification: class folders or CLIP_benchmark's layout; `shapes` is built in."""
     third: tuple[str, ...] = ()
-    """Frozen third towers: timm:NAME[@FILE], open_clip:…, file:RUN; several as NAME=SPEC; `none` for no tower."""
+    """Frozen third towers: timm:NAME[@FILE], hf:…, open_clip:…, file:RUN, hf-text:…; several as NAME=SPEC; `none`."""
     method: Method = "3t"
     steps: int = 1000
     batch_size: int = 256
+    micro_batch_size: int = 0
+    """Samples that go through the towers at once, for batches beyond memory; 0 is the whole batch. The loss is that
+    of the whole batch all the same; the towers' forward pass is done twice."""
     seed: int = 0
     log_every_steps: int = 20
     eval_every_steps: int = 0
@@ -142,8 +152,13 @@ class RunConfig:
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the towers; heads, logits and losses are always fp32."""
+    third_precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the frozen towers' weights and arithmetic; bf16 is faster where the device has it."""
+    third_features: Literal["pooled", "cls", "mean"] = "pooled"
+    """What a frozen tower gives: its own pooled features, its class token, or the mean over patches or words."""
     embeddings: str = "none"
-    """Folder in which frozen towers' embeddings are stored; `none` puts it beside the run folder."""
+    """A store that `threetowers embed` made, or the folder of several; what is missing there is made on first use.
+    `none` puts the folder beside the run folder."""
     pair: PairConfig = field(default_factory=PairConfig)
     inputs: InputConfig = field(default_factory=InputConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -217,11 +232,13 @@ def check(config: RunConfig) -> None:
     rules = {
         "steps": config.steps >= 1,
         "batch_size": config.batch_size >= 1,
+        "micro_batch_size": config.micro_batch_size >= 0,
         "log_every_steps": config.log_every_steps >= 1,
         "eval_every_steps": config.eval_every_steps >= 0,
         "checkpoint_every_steps": config.checkpoint_every_steps >= 1,
         "keep_checkpoints": config.keep_checkpoints >= 1,
         "inputs.workers": inputs.workers >= 0,
+        "inputs.stored_views": inputs.stored_views >= 0,
         "inputs.crop_scale": 0 < inputs.crop_scale[0] <= inputs.crop_scale[1] <= 1,
         "inputs.crop_ratio": 0 < inputs.crop_ratio[0] <= inputs.crop_ratio[1],
         "optim.lr": optim.lr > 0,
@@ -235,6 +252,11 @@ def check(config: RunConfig) -> None:
             for part in key.split("."):
                 value = getattr(value, part)
             raise UsageError(f"{key}: {value!r} is out of range")
+    if inputs.stored_views and inputs.third_view == "same":
+        raise UsageError(
+            f"inputs.stored_views: {inputs.stored_views} stored views and inputs.third_view = same (live) exclude each "
+            "other; leave one out"
+        )
 
 
 def replace_nested(config: T, values: dict[str, Any], where: str = "") -> T:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from threetowers.config import ObjectiveConfig, RunConfig
-from threetowers.data.loader import Batch
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.errors import UsageError
-from threetowers.objective import losses
+from threetowers.objective import losses, tiled
 from threetowers.objective.pairs import Objective, Row, objective, tower_of
-from threetowers.towers.frozen import FrozenTower, as_image_tower
+from threetowers.towers.frozen import Frozen, as_image_tower
+from threetowers.towers.frozen_text import FrozenTextTower
 from threetowers.towers.heads import head
 from threetowers.towers.pair import (
     build_image_tower,
@@ -121,7 +121,7 @@ class ThreeTowers(nn.Module):
         """Keeps every scale at most its maximum; called after each optimiser step."""
         self.log_scale.clamp_(max=self.max_log_scale)
 
-    def row_loss(self, index: int, feats: Mapping[str, Tensor], negatives: Tensor | None = None) -> Tensor:
+    def row_loss(self, index: int, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = ()) -> Tensor:
         """The loss of one row of the table, not weighted."""
         row: Row = self.objective.rows[index]
         if row.kind == "mse":
@@ -131,14 +131,17 @@ class ThreeTowers(nn.Module):
             return losses.cosine_loss(a, b)
         if row.kind == "sigmoid":
             assert self.bias is not None
-            return losses.sigmoid_loss(a, b, self.scale(index), self.bias[index], negatives)
-        return losses.softmax_loss(a, b, self.scale(index), negatives)
+            return tiled.sigmoid_loss(a, b, self.scale(index), self.bias[index], ids)
+        return tiled.softmax_loss(a, b, self.scale(index), ids)
 
     def loss(
-        self, feats: Mapping[str, Tensor], negatives: Tensor | None = None
+        self, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum over the rows, and each row's own loss by the row's name."""
-        rows = {row.name: self.row_loss(i, feats, negatives) for i, row in enumerate(self.objective.rows)}
+        """The weighted sum over the rows, and each row's own loss by the row's name.
+
+        ids: int64 [B] each; samples that share one are not each other's negatives.
+        """
+        rows = {row.name: self.row_loss(i, feats, ids) for i, row in enumerate(self.objective.rows)}
         total = sum(row.weight * rows[row.name] for row in self.objective.rows)
         assert isinstance(total, Tensor)
         return total, rows
@@ -151,10 +154,6 @@ class ThreeTowers(nn.Module):
             for row in self.objective.rows
             if row.contrastive
         }
-
-    def negatives(self, batch: Batch, mask_duplicates: bool) -> Tensor | None:
-        """Which pairs of the batch count as negatives, bool [B, B]; None when all others do."""
-        return losses.duplicate_mask(batch.image_ids, batch.caption_ids) if mask_duplicates else None
 
     @torch.no_grad()
     def set_third_norm(self, view: str, mean_square_norm: float) -> None:
@@ -171,7 +170,7 @@ class ThreeTowers(nn.Module):
 
 
 def build(
-    config: RunConfig, thirds: Mapping[str, FrozenTower], text_cfg: Mapping[str, Any]
+    config: RunConfig, thirds: Mapping[str, Frozen], text_cfg: Mapping[str, Any]
 ) -> tuple[ThreeTowers, Architecture]:
     """The model of a configuration, freshly initialised, and the architecture of its pair.
 
@@ -186,6 +185,11 @@ def build(
         image: nn.Module | None = build_image_tower(model_cfg, config.seed)
     else:
         (third,) = thirds.values()
+        if isinstance(third, FrozenTextTower):
+            raise UsageError(
+                f"method {config.method!r} takes its image tower from the third tower, and {third.spec!r} reads texts; "
+                "give it an image tower, or use it with method 3t"
+            )
         spec, projection = third.image, None
         if config.objective.lit_projection:
             projection = head(

@@ -14,15 +14,18 @@ from torch import Tensor
 from threetowers.allocator import keep_freed_memory
 from threetowers.config import RunConfig, check
 from threetowers.data import shapes
+from threetowers.data.loader import Batch
 from threetowers.data.sources import Source, Subset, check_problems, open_source, splits
 from threetowers.data.tables import describe
 from threetowers.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
-from threetowers.embeddings import Store, stored
+from threetowers.embeddings import given, stored
 from threetowers.errors import UsageError
 from threetowers.model import Architecture, ThreeTowers, build
 from threetowers.objective.pairs import objective
 from threetowers.progress import Progress
-from threetowers.towers.frozen import FrozenTower, load_frozen
+from threetowers.store import FIXED, Store, Views, fitted, is_store
+from threetowers.towers.frozen import Frozen, FrozenTower, load_frozen
+from threetowers.towers.frozen_text import FrozenTextTower
 from threetowers.towers.pair import model_config
 
 SHAPES_FOLDER = Path("data/shapes")
@@ -40,29 +43,79 @@ class Prepared:
     val: Source
     test: Source
     tokenizer: Tokenizer
-    thirds: dict[str, FrozenTower]
+    thirds: dict[str, Frozen]
     model: ThreeTowers
     architecture: Architecture
     store_folder: Path
-    _stores: dict[tuple[str, str], Store] = field(default_factory=dict)
+    named_store: Path | None = None
+    """The one store that the configuration names; it serves what it was made of."""
+    _stores: dict[tuple[str, str, Views], Store] = field(default_factory=dict)
+    _prints: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def stores(self, source: Source) -> dict[str, Store]:
-        """The stored features of a source for every frozen tower that a view of the model reads."""
-        for view in self.model.thirds:
-            key = (view, source.fingerprint)
+    def stores(self, source: Source, *, training: bool = False) -> dict[str, Store]:
+        """The stored features of a source for every frozen tower that the model reads, made on first use.
+
+        training: of the views that training takes, and none of the live towers. A tower of texts has no store of a
+        source without captions. Raises UsageError for a named store that does not fit the training data.
+        """
+        found, live = {}, self.live_thirds() if training else {}
+        for name in self.model.thirds:
+            texts = isinstance(self.thirds[name], FrozenTextTower)
+            if name in live or (texts and not _captioned(source)):
+                continue
+            key = (name, source.fingerprint, self._views() if training and not texts else FIXED)
             if key not in self._stores:
-                self._stores[key] = stored(self.thirds[view], source, self.store_folder, self.device)
-        return {view: self._stores[view, source.fingerprint] for view in self.model.thirds}
+                self._stores[key] = self._store(name, source, key[2], training)
+            found[name] = self._stores[key]
+        return found
+
+    def _store(self, name: str, source: Source, views: Views, training: bool) -> Store:
+        tower = self.thirds[name]
+        if name not in self._prints:
+            self._prints[name] = tower.fingerprints()
+        prints = self._prints[name]
+        if self.named_store is not None and training:
+            return given(self.named_store, tower, prints, source, views)
+        if self.named_store is not None:
+            store, _ = fitted(self.named_store, prints, source, views)
+            if store is not None:
+                return store
+        workers = self.config.inputs.workers
+        return stored(
+            tower, source, self.store_folder, self.device, views=views, prints=prints, workers=workers
+        )
+
+    def _views(self) -> Views:
+        """What training takes of each image: random views only where a main tower sees the same region."""
+        inputs = self.config.inputs
+        if not inputs.stored_views or not self.model.needs_pixels():
+            return FIXED
+        return Views(inputs.stored_views, inputs.crop_scale, inputs.crop_ratio, inputs.flip)
 
     def live(self) -> bool:
-        """Whether the frozen towers see the main tower's augmented view, batch by batch."""
-        return bool(self.model.thirds) and self.config.inputs.third_view == "same"
+        """Whether a frozen tower computes features while the model trains."""
+        return bool(self.live_thirds())
+
+    def live_thirds(self) -> dict[str, FrozenTower]:
+        """The frozen towers that see the main tower's augmented view, batch by batch."""
+        if self.config.inputs.third_view != "same":
+            return {}
+        towers = {name: self.thirds[name] for name in self.model.thirds}
+        return {name: tower for name, tower in towers.items() if isinstance(tower, FrozenTower)}
 
     def third_features(self, thirds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A batch's frozen features: as stored, or computed now from its pixels."""
-        if not self.live():
-            return dict(thirds)
-        return {view: self.thirds[view](pixels) for view, pixels in thirds.items()}
+        live = self.live_thirds()
+        return {name: live[name](values) if name in live else values for name, values in thirds.items()}
+
+    def features(self, batch: Batch) -> dict[str, Tensor]:
+        """The features fp32 by tower name of a batch that lies on the device."""
+        return self.model.features(
+            pixels=batch.pixels,
+            tokens=batch.tokens,
+            thirds=self.third_features(batch.thirds),
+            autocast=self.autocast(),
+        )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the main towers run."""
@@ -127,6 +180,10 @@ def _open_splits(
     )
 
 
+def _captioned(source: Source) -> bool:
+    return any(source.record(index).captions for index in range(len(source)))
+
+
 def describe_data(config: RunConfig) -> str:
     """What was found in the training data, its first rows, and the sizes of the three parts."""
     train, val, test = open_data(config)
@@ -166,8 +223,8 @@ def _captions(source: Source, most: int) -> Iterable[str]:
             yield caption
 
 
-def prepare(config: RunConfig, run: Path, *, saved_tokenizer: Path | None = None) -> Prepared:
-    """Opens, loads and builds what a configuration names; stores embed on first use.
+def assemble(config: RunConfig, run: Path, *, saved_tokenizer: Path | None = None) -> Prepared:
+    """Opens, loads and builds what a configuration names, and embeds nothing: the frozen features' norms stay 1.
 
     run: the run folder; embeddings are stored beside it unless the configuration says where.
     """
@@ -179,18 +236,26 @@ def prepare(config: RunConfig, run: Path, *, saved_tokenizer: Path | None = None
     train, val, test = open_data(config)
     tokenizer = make_tokenizer(config, train, saved_tokenizer)
     needed = {} if config.method == "baseline" else config.thirds()
-    thirds = {view: load_frozen(spec, view).to(device) for view, spec in needed.items()}
+    options = {"features": config.third_features, "precision": config.third_precision}
+    thirds = {view: load_frozen(spec, view, **options).to(device) for view, spec in needed.items()}
     model, architecture = build(config, thirds, tokenizer.text_cfg())
-    folder = run.parent / "embeddings" if config.embeddings == "none" else Path(config.embeddings)
-    prepared = Prepared(
-        config, device, train, val, test, tokenizer, thirds, model.to(device), architecture, folder
-    )
-    if prepared.live():
+    named = None if config.embeddings == "none" else Path(config.embeddings)
+    folder = run.parent / "embeddings" if named is None or is_store(named) else named
+    assert table == model.objective
+    return Prepared(
+        config, device, train, val, test, tokenizer, thirds, model.to(device), architecture, folder,
+        named if named is not None and is_store(named) else None,
+    )  # fmt: skip
+
+
+def prepare(config: RunConfig, run: Path, *, saved_tokenizer: Path | None = None) -> Prepared:
+    """A configuration assembled, with the frozen features stored that training needs."""
+    prepared = assemble(config, run, saved_tokenizer=saved_tokenizer)
+    model, train = prepared.model, prepared.train
+    stores = prepared.stores(train, training=True)
+    if prepared.live_thirds():
         sample = Subset(train, array("q", range(min(len(train), NORM_SAMPLES))), f"the first of {train.name}")
-        stores = prepared.stores(sample)
-    else:
-        stores = prepared.stores(train)
+        stores = prepared.stores(sample) | stores
     for view, store in stores.items():
         model.set_third_norm(view, store.mean_square_norm())
-    assert table == model.objective
     return prepared

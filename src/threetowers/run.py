@@ -28,7 +28,7 @@ from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import BadSample, CheckpointError, DataError
 from threetowers.model import Architecture, ThreeTowers
 from threetowers.objective.losses import unit
-from threetowers.towers.frozen import FrozenTower, as_image_tower
+from threetowers.towers.frozen import Frozen, as_image_tower
 from threetowers.towers.pair import (
     build_image_tower,
     build_text_tower,
@@ -103,7 +103,7 @@ def _open(image: ImageLike) -> Image.Image:
 
 
 def main_pair(
-    model: ThreeTowers, architecture: Architecture, thirds: Mapping[str, FrozenTower]
+    model: ThreeTowers, architecture: Architecture, thirds: Mapping[str, Frozen]
 ) -> tuple[nn.Module, Architecture]:
     """The image tower that a trained model stands for, and the architecture of the pair with it.
 
@@ -126,7 +126,7 @@ def save_run(
     model: ThreeTowers,
     architecture: Architecture,
     tokenizer: Tokenizer,
-    thirds: Mapping[str, FrozenTower],
+    thirds: Mapping[str, Frozen],
 ) -> None:
     """Writes what `load_run` needs; model.json last, since its presence says that the run is finished."""
     image, architecture = main_pair(model, architecture, thirds)

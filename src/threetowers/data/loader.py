@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from threetowers.config import InputConfig
-from threetowers.data.decode import decode
+from threetowers.data.decode import check_decoder, decode
 from threetowers.data.order import Order, hash64
 from threetowers.data.sources import Source
 from threetowers.data.tokenize import Tokenizer
-from threetowers.data.transforms import ImageSpec, cropped_view, random_crop
+from threetowers.data.transforms import Crop, ImageSpec, cropped_view, random_crop
 from threetowers.errors import BadSample, DataError
 
 MAX_ATTEMPTS = 100
@@ -22,13 +22,34 @@ T = TypeVar("T")
 
 
 class Features(Protocol):
-    """Precomputed features of a source's images, by index."""
+    """Stored features of a source, by sample: of its images, in `num_views` random views or one fixed, or its texts."""
+
+    usable: np.ndarray
 
     @property
-    def features(self) -> np.ndarray: ...
+    def side(self) -> Literal["image", "text"]: ...
 
     @property
-    def usable(self) -> np.ndarray: ...
+    def num_views(self) -> int: ...
+
+    def rows(self, samples: np.ndarray, which: np.ndarray) -> Tensor:
+        """float32 [B, P]; which: the stored view of an image, or the caption of a text."""
+        ...
+
+    def crop(self, sample: int, view: int) -> Crop:
+        """The region of a stored view."""
+        ...
+
+
+class _Sample(NamedTuple):
+    """What is read of one sample: the caption drawn and its place, the stored view drawn, pixels by view."""
+
+    at: int
+    id: str
+    text: str
+    caption: int
+    view: int
+    pixels: dict[str, np.ndarray]
 
 
 @dataclass
@@ -50,6 +71,17 @@ class Batch:
     bad: list[BadSample] = field(default_factory=list)
     """Samples that could not be used and were replaced in this batch."""
 
+    def part(self, start: int, stop: int) -> "Batch":
+        """Some consecutive samples of the batch."""
+        return Batch(
+            index=self.index[start:stop],
+            tokens=self.tokens[start:stop],
+            pixels=None if self.pixels is None else self.pixels[start:stop],
+            thirds={view: value[start:stop] for view, value in self.thirds.items()},
+            image_ids=self.image_ids[start:stop],
+            caption_ids=self.caption_ids[start:stop],
+        )
+
     def to(self, device: torch.device) -> "Batch":
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
@@ -69,7 +101,8 @@ class BatchReader:
     """Makes the batch of a range of positions; the same range gives the same batch in any process.
 
     image: what the main image tower takes, None when no row needs it. live: the specs of the frozen towers that see
-    the main tower's augmented view. stores: the features of those that see one fixed view.
+    the main tower's augmented view. stores: the features of the others. Where random views are stored, one is drawn
+    at each visit and the main tower sees its region.
     """
 
     def __init__(
@@ -84,31 +117,38 @@ class BatchReader:
         stores: Mapping[str, Features] | None = None,
     ) -> None:
         self.source, self.order, self.tokenizer, self.inputs = source, order, tokenizer, inputs
+        check_decoder(inputs.decoder)
         self.image, self.live, self.stores = image, dict(live or {}), dict(stores or {})
+        self._viewed = next((store for store in self.stores.values() if store.num_views), None)
 
     def __getitem__(self, positions: range) -> Batch:
         bad: list[BadSample] = []
         samples = [self._sample(position, bad) for position in positions]
-        texts = [caption for _, caption, _, _ in samples]
+        texts = [sample.text for sample in samples]
         tokens = self.tokenizer(texts)
-        index = torch.tensor([index for index, _, _, _ in samples])
-        views = {name: torch.from_numpy(np.stack([v[name] for *_, v in samples])) for name in samples[0][3]}
+        index = np.array([sample.at for sample in samples])
+        drawn = {"text": np.array([s.caption for s in samples]), "image": np.array([s.view for s in samples])}
+        views = {
+            name: torch.from_numpy(np.stack([sample.pixels[name] for sample in samples]))
+            for name in samples[0].pixels
+        }
         return Batch(
-            index=index,
+            index=torch.from_numpy(index),
             tokens=tokens[:, : int(self.tokenizer.lengths(tokens).max())],
             pixels=views.pop("img", None),
-            thirds=views | {view: _rows(store, index) for view, store in self.stores.items()},
-            image_ids=_as_ids([id for _, _, id, _ in samples]),
+            thirds=views
+            | {name: store.rows(index, drawn[store.side]) for name, store in self.stores.items()},
+            image_ids=_as_ids([sample.id for sample in samples]),
             caption_ids=_as_ids(texts),
             bad=bad,
         )
 
-    def _sample(self, position: int, bad: list[BadSample]) -> tuple[int, str, str, dict[str, np.ndarray]]:
-        """Index, caption, id and pixels by view of the sample at a position, or of its replacement."""
+    def _sample(self, position: int, bad: list[BadSample]) -> _Sample:
+        """The sample at a position, or its replacement."""
         epoch = self.order.epoch(position)
         return usable_sample(self.order, position, self.source, bad, lambda index: self._read(index, epoch))
 
-    def _read(self, index: int, epoch: int) -> tuple[int, str, str, dict[str, np.ndarray]]:
+    def _read(self, index: int, epoch: int) -> _Sample:
         record = self.source.record(index)
         if not record.captions:
             raise BadSample(record.id, "no caption")
@@ -116,14 +156,13 @@ class BatchReader:
             if not store.usable[index]:
                 raise BadSample(record.id, "damaged image", "it could not be embedded")
         seed = hash64(self.order.seed, epoch, record.id)
-        caption = record.captions[hash64(seed, "caption") % len(record.captions)]
+        caption, view, crop = hash64(seed, "caption") % len(record.captions), 0, None
+        if self._viewed is not None:
+            view = hash64(seed, "view") % self._viewed.num_views
+            crop = self._viewed.crop(index, view)
         specs = ({"img": self.image} if self.image else {}) | self.live
-        return (
-            index,
-            caption,
-            record.id,
-            augmented_views(self.source, index, record.id, seed, self.inputs, specs),
-        )
+        pixels = augmented_views(self.source, index, record.id, seed, self.inputs, specs, crop)
+        return _Sample(index, record.image_id or record.id, record.captions[caption], caption, view, pixels)
 
 
 def usable_sample(
@@ -144,21 +183,32 @@ def usable_sample(
 
 
 def augmented_views(
-    source: Source, index: int, id: str, seed: int, inputs: InputConfig, specs: Mapping[str, ImageSpec]
+    source: Source,
+    index: int,
+    id: str,
+    seed: int,
+    inputs: InputConfig,
+    specs: Mapping[str, ImageSpec],
+    given: Crop | None = None,
 ) -> dict[str, np.ndarray]:
     """The same random region of an image for every tower, each in its own size: uint8 [3, H, W] by view.
 
-    Raises BadSample when the image cannot be read.
+    given: the region, when it is not to be drawn. Raises BadSample when the image cannot be read.
     """
     if not specs:
         return {}
-    image = decode(source.image(index), id)
-    crop = random_crop(hash64(seed, "crop"), image.size, inputs.crop_scale, inputs.crop_ratio, inputs.flip)
-    return {view: cropped_view(image, crop, spec) for view, spec in specs.items()}
 
+    def crop(size: tuple[int, int]) -> Crop:
+        return given or random_crop(
+            hash64(seed, "crop"), size, inputs.crop_scale, inputs.crop_ratio, inputs.flip
+        )
 
-def _rows(store: Features, index: Tensor) -> Tensor:
-    return torch.from_numpy(store.features[index.numpy()].astype(np.float32))
+    def shrink(size: tuple[int, int]) -> float:
+        return crop(size).shrink(size, max(spec.size for spec in specs.values()))
+
+    image = decode(source.image(index), id, decoder=inputs.decoder, shrink=shrink if inputs.draft else None)
+    box = crop(image.size)
+    return {view: cropped_view(image, box, spec) for view, spec in specs.items()}
 
 
 def _as_ids(texts: list[str]) -> Tensor:

@@ -2,6 +2,10 @@
 
 Nothing here keeps state, so a run that continues at position p, on any number of workers or processes, sees what
 the uninterrupted run would have seen. All random choices about a sample come from `hash64` of what identifies them.
+
+Up to GROUP_SAMPLES samples an epoch is one permutation. Above that it permutes blocks of BLOCK_SAMPLES neighbours and
+shuffles the samples of GROUP_BLOCKS permuted blocks at a time: reads stay within a few stretches of the disk, and
+what is held in memory does not grow with the data.
 """
 
 import hashlib
@@ -11,6 +15,10 @@ from functools import lru_cache
 import numpy as np
 
 from threetowers.errors import UsageError
+
+BLOCK_SAMPLES = 4_096
+GROUP_BLOCKS = 16
+GROUP_SAMPLES = BLOCK_SAMPLES * GROUP_BLOCKS
 
 
 def hash64(*parts: int | str) -> int:
@@ -29,10 +37,40 @@ def _digest(parts: tuple[int | str, ...], size: int) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 
+def _shuffled(num: int, *key: int | str) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=hash64(*key))).permutation(num)
+
+
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    generator = np.random.Generator(np.random.Philox(key=hash64("order", seed, epoch)))
-    return generator.permutation(num_samples)
+def _blocks(seed: int, epoch: int, num_samples: int) -> tuple[np.ndarray, int]:
+    """The epoch's order of blocks, and the group that the last, shorter block falls into."""
+    blocks = _shuffled(-(-num_samples // BLOCK_SAMPLES), "order", seed, epoch)
+    return blocks, int(blocks.argmax()) // GROUP_BLOCKS
+
+
+@lru_cache(maxsize=2)  # a batch may lie across two groups
+def _group(seed: int, epoch: int, num_samples: int, group: int) -> np.ndarray:
+    """The indices of a group's samples in the order in which they come; int64 [at most GROUP_SAMPLES]."""
+    if num_samples <= GROUP_SAMPLES:
+        return _shuffled(num_samples, "order", seed, epoch)
+    blocks = _blocks(seed, epoch, num_samples)[0][group * GROUP_BLOCKS : (group + 1) * GROUP_BLOCKS]
+    samples = (blocks[:, None] * BLOCK_SAMPLES + np.arange(BLOCK_SAMPLES)).ravel()
+    samples = samples[samples < num_samples]
+    shuffled: np.ndarray = samples[_shuffled(len(samples), "order", seed, epoch, group)]
+    return shuffled
+
+
+def _place(seed: int, epoch: int, num_samples: int, offset: int) -> tuple[int, int]:
+    """The group that holds an epoch's offset, and the place in it.
+
+    Groups are full but for the last and for the one with the shorter block, behind which all start earlier.
+    """
+    if num_samples <= GROUP_SAMPLES:
+        return 0, offset
+    missing = -num_samples % BLOCK_SAMPLES
+    short = _blocks(seed, epoch, num_samples)[1]
+    behind = offset >= (short + 1) * GROUP_SAMPLES - missing
+    return divmod(offset + missing if behind else offset, GROUP_SAMPLES)
 
 
 class Order:
@@ -56,7 +94,8 @@ class Order:
     def index(self, position: int) -> int:
         """Index in the source of the sample at this position, counted from the start of the run."""
         epoch, offset = divmod(position, self.epoch_samples)
-        return int(_permutation(self.seed, epoch, self.num_samples)[offset])
+        group, place = _place(self.seed, epoch, self.num_samples, offset)
+        return int(_group(self.seed, epoch, self.num_samples, group)[place])
 
     def replacement(self, position: int, attempt: int) -> int:
         """Index of the sample that stands in for an unusable one, so that nothing after it shifts."""

@@ -12,19 +12,25 @@ import json
 import os
 import re
 import tarfile
-from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import overload
 
-from threetowers.data.sources import Record, Texts, clean_captions, decode_text
-from threetowers.data.tar import MAX_TEXT_BYTES, walk
+import numpy as np
+
+from threetowers.data.columns import Columns
+from threetowers.data.groups import IMAGE_ENDINGS as IMAGE_ENDINGS
+from threetowers.data.groups import key_and_ending
+from threetowers.data.index import Shard
+from threetowers.data.indexing import find_shards, open_index
+from threetowers.data.remote import is_address, shown, text_beside
+from threetowers.data.sources import Record, clean_captions
+from threetowers.data.tar import OpenFile
 from threetowers.errors import BadSample, DataError, UsageError
-
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-"""Endings taken for images: lower case, without the dot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +74,7 @@ def _shard_bytes(path: Path, samples: Sequence[ShardSample]) -> bytes:
         for sample in samples:
             if sample.key == previous:
                 raise DataError(f"{path}: the key {sample.key!r} is given twice")
-            if (
-                not sample.key
-                or _key_and_ending(f"{sample.key}.x") != (sample.key, "x")
-                or "\0" in sample.key
-            ):
+            if not sample.key or key_and_ending(f"{sample.key}.x") != (sample.key, "x") or "\0" in sample.key:
                 raise DataError(f"{path}: the key {sample.key!r} is empty, hidden or has a dot")
             if sample.extension not in IMAGE_ENDINGS:
                 raise DataError(
@@ -107,97 +109,98 @@ def _stats_path(shard: Path) -> Path:
     return shard.with_name(f"{shard.stem}_stats.json")
 
 
-class _Descriptor:
-    """An open file that closes when its last user lets go; `pread` keeps no position, so forks may share it."""
-
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-
 @lru_cache(maxsize=256)  # fewer than any system's limit of open files
-def _descriptor(path: str, size: int, mtime_ns: int) -> _Descriptor:
-    """The shard's file, opened on first use in each process; size and time tell its versions apart."""
-    descriptor = _Descriptor(path)
-    if os.fstat(descriptor.number).st_size != size:
-        raise OSError("the shard has changed since it was indexed")
-    return descriptor
+def _near(shard: Shard) -> OpenFile:
+    return shard.opened()
+
+
+@lru_cache(maxsize=32)  # what is open is not evicted, so that this much must fit into the cache
+def _far(shard: Shard) -> OpenFile:
+    return shard.opened()
+
+
+class _Problems(Sequence[BadSample]):
+    """The problems of an index, made when they are looked at."""
+
+    def __init__(self, index: Columns) -> None:
+        self._index = index
+
+    def __len__(self) -> int:
+        return self._index.length("problems_ends") // 3
+
+    @overload
+    def __getitem__(self, index: int) -> BadSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[BadSample]: ...
+    def __getitem__(self, index: int | slice) -> BadSample | list[BadSample]:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        id, reason, detail = (self._index.text("problems", 3 * places + part) for part in range(3))
+        return BadSample(id, reason, detail)
 
 
 @dataclass(eq=False)
 class ShardSource:
     """The samples of tar shards in the shards' order; implements Source. Made by `open_shards`.
 
-    shards: path, size in bytes and modification time of each. Only this index and the captions are held and
-    pickled; a sample's id is `shard/key`.
+    The index is a mapped file: a copy in another process maps it again. A sample's id is `stem/key`.
     """
 
     name: str
     layout: str
-    class_names: Sequence[str] = ()
-    templates: Sequence[str] = ()
-    fingerprint: str = ""
+    class_names: Sequence[str]
+    templates: Sequence[str]
+    shards: Sequence[Shard]
+    index: Columns
+    fingerprint: str = field(init=False)
     problems: Sequence[BadSample] = field(init=False)
-    shards: list[tuple[str, int, int]] = field(default_factory=list)
-    _problems: list[BadSample] = field(default_factory=list)
-    _ids: Texts = field(default_factory=Texts)
-    _captions: Texts = field(default_factory=Texts)
-    _labels: "array[int]" = field(default_factory=lambda: array("q"))
-    _shard: "array[int]" = field(default_factory=lambda: array("l"))
-    _offsets: "array[int]" = field(default_factory=lambda: array("q"))
-    _sizes: "array[int]" = field(default_factory=lambda: array("q"))
 
     def __post_init__(self) -> None:
-        self.problems = self._problems
+        digest = hashlib.sha256(repr((self.class_names, self.templates)).encode())
+        digest.update(self.index.array("digests").tobytes())
+        self.fingerprint = digest.hexdigest()
+        self.problems = _Problems(self.index)
+        self._ends = np.cumsum(self.index.array("counts")).tolist()
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return self.index.length("labels")
+
+    def _shard(self, index: int) -> Shard:
+        return self.shards[bisect_right(self._ends, index)]
+
+    def _id(self, index: int) -> str:
+        return f"{self._shard(index).stem}/{self.index.text('keys', index)}"
 
     def record(self, index: int) -> Record:
-        captions, label = self._captions[index], self._labels[index]
+        index = range(len(self))[index]
+        captions, label = self.index.text("captions", index), self.index.number("labels", index)
         return Record(
-            self._ids[index], tuple(captions.split("\n")) if captions else (), label if label >= 0 else None
+            self._id(index), tuple(captions.split("\n")) if captions else (), label if label >= 0 else None
         )
 
     def image(self, index: int) -> bytes:
-        shard, size = self.shards[self._shard[index]], self._sizes[index]
+        index = range(len(self))[index]
+        shard = self._shard(index)
+        offset, size = self.index.number("offsets", index), self.index.number("sizes", index)
+        if not (offset >= 0 and 0 < size <= shard.size - offset):
+            detail = f"its index points to {size} bytes at {offset} of {shard.size}"
+            raise BadSample(self._id(index), "unreadable", f"{shown(shard.place)}: {detail}")
         try:
-            descriptor = _descriptor(
-                *shard
-            )  # held while reading: another thread may push it out of the cache
-            data = os.pread(descriptor.number, size, self._offsets[index])
+            # held while reading: another thread may push it out of the cache
+            file = _far(shard) if is_address(shard.place) else _near(shard)
+            data = os.pread(file.number, size, offset)
         except OSError as error:
-            raise BadSample(self._ids[index], "unreadable", f"{shard[0]}: {error}") from error
+            raise BadSample(self._id(index), "unreadable", f"{shown(shard.place)}: {error}") from error
         if len(data) != size:
-            raise BadSample(self._ids[index], "unreadable", f"{shard[0]}: {len(data)} of {size} bytes")
+            raise BadSample(
+                self._id(index), "unreadable", f"{shown(shard.place)}: {len(data)} of {size} bytes"
+            )
         return data
 
-    def _add(self, id: str, group: "_Group") -> None:
-        """Takes one sample of the last shard, or says in `problems` why not; some problems leave it usable."""
-        captions, reason = _captions(group.texts)
-        label, members = -1, ", ".join(group.members)
-        findings = [reason] if reason else []
-        if "cls" in group.texts:
-            label = _label(group.texts["cls"], len(self.class_names))
-            findings += ["bad label"] if label < 0 else []
-        if group.repeated:
-            findings.append("member given twice")
-        usable = group.size > 0 and (bool(captions) or label >= 0)
-        if group.size <= 0:
-            findings.append("empty file" if group.size == 0 else "no image")
-        elif not usable and not findings:
-            findings.append("empty caption" if group.texts else "no caption")
-        self._problems += [BadSample(id, finding, f"has {members}") for finding in findings]
-        if usable:
-            self._ids.append(id)
-            self._captions.append("\n".join(captions))
-            self._labels.append(label)
-            self._shard.append(len(self.shards) - 1)
-            self._offsets.append(group.offset)
-            self._sizes.append(group.size)
+    def split_draws(self, seed: int) -> np.ndarray | None:
+        """`hash64("split", seed, id)` of every sample, uint64 [n], for the seed for which it is stored: 0."""
+        return self.index.array("draws") if seed == 0 else None
 
 
 def names_shards(path: str) -> bool:
@@ -218,55 +221,79 @@ def open_shards(path: str) -> ShardSource:
     Raises DataError when a shard is missing, cut short or damaged, or holds another number of images than its
     `_stats.json` states; the message names the shard, what was expected and what was found.
     """
-    paths = _expand(path)
-    stems = [shard.stem for shard in paths]
-    if len(set(stems)) < len(stems):  # joined folders number their shards alike
-        common = os.path.commonpath([shard.parent.resolve() for shard in paths])
-        stems = [shard.resolve().with_suffix("").relative_to(common).as_posix() for shard in paths]
-    folder = Path(path) if Path(path).is_dir() else paths[0].parent
-    source = ShardSource(
-        name=paths[0].stem if len(paths) == 1 else folder.resolve().name,
-        layout=f"{len(paths)} tar shard{'s' if len(paths) > 1 else ''}",
-        class_names=_lines_beside(folder, "classnames.txt"),
-        templates=[
-            template.replace("{c}", "{}")
-            for template in _lines_beside(folder, "zeroshot_classification_templates.txt")
-        ],
+    places = _expand(path)
+    stems = _stems(places)
+    folder = (
+        path
+        if Path(path).is_dir()
+        else places[0].rpartition("/")[0]
+        if is_address(places[0])
+        else str(Path(places[0]).parent)
     )
-    digest = hashlib.sha256(repr((source.class_names, source.templates)).encode())
-    for shard, stem in zip(paths, stems, strict=True):
-        try:
-            digest.update(_read_shard(source, shard, stem))
-        except OSError as error:
-            raise DataError(f"{shard}: it cannot be read: {error.strerror or error}") from error
-    source.fingerprint = digest.hexdigest()
-    return source
+    class_names = _lines_beside(places[0], folder, "classnames.txt")
+    templates = [
+        template.replace("{c}", "{}")
+        for template in _lines_beside(places[0], folder, "zeroshot_classification_templates.txt")
+    ]
+    name = Path(stems[0]).name if len(places) == 1 else _folder_name(folder)
+    title = f"indexing {name}"
+    shards = find_shards(list(zip(places, stems, strict=True)), len(class_names), title)
+    return ShardSource(
+        name=name,
+        layout=f"{len(places)} tar shard{'s' if len(places) > 1 else ''}",
+        class_names=class_names,
+        templates=templates,
+        shards=shards,
+        index=open_index(shards, len(class_names), title),
+    )
 
 
-def _expand(path: str) -> list[Path]:
-    """The shards that a path names, each checked to be there once."""
-    paths: list[Path] = []
+def _folder_name(folder: str) -> str:
+    return shown(folder).rpartition("/")[2] if is_address(folder) else Path(folder).resolve().name
+
+
+def _stems(places: Sequence[str]) -> list[str]:
+    """What the ids of each shard's samples begin with: its name, and as much of its folders as tells it apart."""
+    names = [place.partition("?")[0] if is_address(place) else place for place in places]
+    stems = [Path(name).stem for name in names]
+    if len(set(stems)) < len(stems):  # joined folders number their shards alike
+        whole = [name if is_address(name) else os.path.realpath(name) for name in names]
+        far = any(is_address(name) for name in names)
+        common = "" if far else os.path.commonpath([Path(name).parent for name in whole])
+        stems = [name.removesuffix(".tar")[len(common) :].lstrip("/") for name in whole]
+    return stems
+
+
+def _expand(path: str) -> list[str]:
+    """The shards that a path names, each once, and the local ones checked to be there."""
+    places: list[str] = []
     for part in path.split("::"):
-        if part.startswith("pipe:") or "://" in part:
-            raise UsageError(
-                f"{part}: only files are read, no commands and no addresses; fetch the shards first"
-            )
-        if Path(part).is_dir():
+        if part.startswith("pipe:"):
+            raise UsageError(f"{part}: only files and addresses of files are read, no commands")
+        if is_address(part):
+            if not part.partition("?")[0].endswith(".tar"):
+                raise UsageError(
+                    f"{shown(part)}: name the shards, for example {shown(part)}/{{00000..00011}}.tar"
+                )
+            places += _expand_braces(part)
+        elif Path(part).is_dir():
             found = _shards_in(Path(part))
             if not found:
                 raise DataError(f"{part}: there is no .tar in this folder")
-            paths += found
+            places += map(str, found)
         else:
-            paths += [Path(name) for name in _expand_braces(part)]
-    missing = [str(shard) for shard in paths if not shard.is_file()]
+            places += [str(Path(place)) for place in _expand_braces(part)]
+    missing = [place for place in places if not (is_address(place) or Path(place).is_file())]
     if missing:
         raise DataError(
-            f"{path}: expected {len(paths)} shards, found {len(paths) - len(missing)}; "
+            f"{path}: expected {len(places)} shards, found {len(places) - len(missing)}; "
             f"missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
         )
-    if len({shard.resolve() for shard in paths}) < len(paths):
+    if len(
+        {place.partition("?")[0] if is_address(place) else os.path.realpath(place) for place in places}
+    ) < len(places):
         raise UsageError(f"{path}: a shard is named twice")
-    return paths
+    return places
 
 
 def _expand_braces(path: str) -> list[str]:
@@ -283,104 +310,13 @@ def _expand_braces(path: str) -> list[str]:
     return [path[: brace.start()] + name + end for name in names for end in ends]
 
 
-def _lines_beside(folder: Path, name: str) -> list[str]:
+def _lines_beside(shard: str, folder: str, name: str) -> list[str]:
     """The lines of CLIP_benchmark's file in the folder or its parent; none when there is no such file."""
-    for file in (folder / name, folder.resolve().parent / name):
-        if file.is_file():
-            lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            return [line.strip() for line in lines if line.strip()]
-    return []
-
-
-@dataclass(slots=True)
-class _Group:
-    """What a shard holds under one key; size -1: no image."""
-
-    offset: int = 0
-    size: int = -1
-    texts: dict[str, bytes] = field(default_factory=dict)
-    members: list[str] = field(default_factory=list)
-    repeated: bool = False
-
-
-def _read_shard(source: ShardSource, path: Path, stem: str) -> bytes:
-    """Adds the shard's samples; returns a digest of its name, size, headers and texts."""
-    file = _Descriptor(str(path))
-    status = os.fstat(file.number)
-    digest = hashlib.sha256(f"{stem} {status.st_size}".encode())
-    groups: dict[str, _Group] = {}
-    for member in walk(path, file.number, status.st_size, digest.update):
-        key, ending = _key_and_ending(member.name)
-        if not key:
-            continue  # a hidden file, as macOS puts one beside each file
-        group = groups.setdefault(key, _Group())
-        group.members.append(ending if member.size >= 0 else f"{ending} (a link)")
-        if member.size < 0:
-            continue
-        if ending in IMAGE_ENDINGS:
-            if group.size < 0:
-                group.offset, group.size = member.offset, member.size
-            else:
-                group.repeated = True
-        elif ending in ("txt", "json", "cls"):
-            group.repeated |= ending in group.texts
-            text = os.pread(file.number, min(member.size, MAX_TEXT_BYTES), member.offset)
-            group.texts.setdefault(ending, text)
-            digest.update(text)
-    _check_stats(path, sum(group.size >= 0 for group in groups.values()))
-    source.shards.append((str(path), status.st_size, status.st_mtime_ns))
-    for key, group in groups.items():
-        source._add(f"{stem}/{key}", group)
-    return digest.digest()
-
-
-def _check_stats(shard: Path, found: int) -> None:
-    path = _stats_path(shard)
-    if not path.is_file():
-        return
-    try:
-        expected = json.loads(path.read_bytes())["successes"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is damaged; write the shard again, or delete this file") from error
-    if expected != found:
-        raise DataError(
-            f"{shard}: expected {expected} images by {path.name}, found {found}. Fetch the shard again, "
-            f"or delete {path.name} if samples were left out on purpose"
-        )
-
-
-def _captions(texts: dict[str, bytes]) -> tuple[tuple[str, ...], str]:
-    """The captions of one sample, and a reason when something is wrong with the files that hold them."""
-    candidates: list[list[str]] = []
-    reason = ""
-    if "json" in texts:
-        try:
-            document = json.loads(decode_text(texts["json"]))
-        except (ValueError, RecursionError):
-            document, reason = None, "damaged json"
-        if isinstance(document, dict):
-            for key in ("captions", "caption", "text"):
-                value = document.get(key)
-                values = value if isinstance(value, list) else [value]
-                candidates.append([text for text in values if isinstance(text, str)])
-    if "txt" in texts:
-        candidates.append(decode_text(texts["txt"]).split("\n"))
-    for candidate in candidates:
-        captions, damaged = clean_captions(candidate)
-        if captions:
-            return captions, "caption is not UTF-8" if damaged else reason
-    return (), reason
-
-
-def _label(data: bytes, num_classes: int) -> int:
-    """The class index, or -1 when it is none of the classes."""
-    digits = data.strip()
-    label = int(digits) if digits.isdigit() and len(digits) < 10 else -1
-    return label if label < (num_classes or label + 1) else -1
-
-
-def _key_and_ending(name: str) -> tuple[str, str]:
-    """webdataset's rule: ("a/0001", "jpg") for `./a/0001.JPG`; the key is empty for folders and hidden files."""
-    folder, slash, file = name.removeprefix("./").rpartition("/")
-    stem, _, ending = file.partition(".")
-    return (folder + slash + stem if stem else ""), ending.lower()
+    lines: list[str] = []
+    if is_address(shard):
+        lines = text_beside(shard, name).splitlines()
+    else:
+        files = (Path(folder) / name, Path(folder).resolve().parent / name)
+        file = next((file for file in files if file.is_file()), None)
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file else []
+    return [line.strip() for line in lines if line.strip()]

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
+
+import numpy as np
 
 from threetowers.data.order import hash64
 from threetowers.errors import BadSample, DataError, UsageError
@@ -25,11 +27,13 @@ class Record:
     id: unique and stable inside the source: the key in a shard, the path in a table.
     captions: one or more texts for the image; empty in a purely labelled set.
     label: index into the source's `class_names`, or None.
+    image_id: what samples of the same image share, when a source repeats images; else the id says it.
     """
 
     id: str
     captions: tuple[str, ...]
     label: int | None = None
+    image_id: str = ""
 
 
 class Source(Protocol):
@@ -40,6 +44,11 @@ class Source(Protocol):
     class_names: Sequence[str]
     templates: Sequence[str]
     fingerprint: str
+
+    @property
+    def layout(self) -> str:
+        """What was recognised, for people."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -52,9 +61,19 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Drawn(Protocol):
+    """A source that stores what `split` draws for its samples, so that millions need not be hashed one by one."""
+
+    def split_draws(self, seed: int) -> np.ndarray | None:
+        """`hash64("split", seed, id)` of every sample, uint64 [n]; None when it is not stored for this seed."""
+        ...
+
+
 SOURCE_REASONS = (
     "no image", "empty file", "missing file", "unreadable", "no path", "wrong number of fields", "damaged json",
     "no caption", "empty caption", "caption is not UTF-8", "bad label", "no class", "member given twice",
+    "unknown image", "id given twice",
 )  # fmt: skip
 """Every reason that a source's problems and its `image` give; `caption is not UTF-8`, `bad label`, `damaged json`
 and `member given twice` can leave the sample usable."""
@@ -127,6 +146,10 @@ class Subset:
         digest = hashlib.sha256(self.source.fingerprint.encode() + self.indices.tobytes())
         self.fingerprint = digest.hexdigest()
 
+    @property
+    def layout(self) -> str:
+        return self.source.layout
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -140,7 +163,7 @@ class Subset:
 def split(
     source: Source, *, val_fraction: float, test_fraction: float, seed: int = 0
 ) -> tuple[Source, Source, Source]:
-    """Training, validation and test part, each sample's part drawn by a hash of (seed, id).
+    """Training, validation and test part, each sample's part drawn by a hash of (seed, id of its image).
 
     A sample stays in its part when rows are added, removed or reordered; part sizes are therefore near the
     fractions, not exact. Raises UsageError for fractions that leave nothing to train on.
@@ -150,18 +173,26 @@ def split(
             f"val_fraction {val_fraction} and test_fraction {test_fraction} must be 0 or more and sum to less than 1"
         )
 
-    def part(id: str) -> int:
-        draw = hash64("split", seed, id) / 2**64
+    def part(draw: float) -> int:
         return 2 if draw < test_fraction else 1 if draw < test_fraction + val_fraction else 0
 
+    draws = source.split_draws(seed) if isinstance(source, Drawn) else None
     indices = tuple(array("q") for _ in range(3))
-    for index in range(len(source)):
-        indices[part(source.record(index).id)].append(index)
+    if draws is None:
+        for index in range(len(source)):
+            record = source.record(index)
+            indices[part(hash64("split", seed, record.image_id or record.id) / 2**64)].append(index)
+    else:
+        for start in range(0, len(draws), 1 << 18):
+            shares = draws[start : start + (1 << 18)] / 2.0**64  # rounded as Python rounds
+            parts = np.where(shares < test_fraction, 2, np.where(shares < test_fraction + val_fraction, 1, 0))
+            for number, chosen in enumerate(indices):
+                chosen.frombytes((np.flatnonzero(parts == number) + start).astype(np.int64).tobytes())
     problems: tuple[list[BadSample], ...] = ([], [], [])
     for problem in source.problems:
-        problems[part(problem.id)].append(problem)
+        problems[part(hash64("split", seed, problem.id) / 2**64)].append(problem)
     train, val, test = (
-        Subset(source, indices[i], f"{source.name}/{label}", problems[i])
+        Subset(source, indices[i], f"{source.name.removesuffix('/train')}/{label}", problems[i])
         for i, label in enumerate(("train", "val", "test"))
     )
     return train, val, test
@@ -173,26 +204,35 @@ def splits(
 ) -> tuple[Source, Source, Source]:  # fmt: skip
     """Training, validation and test part of what a path holds.
 
-    A folder with `train/` takes `val/` (or `valid/`, `validation/`) and `test/` beside it as they are; a part that
-    is not there, like everything of any other path, is split off by `split`. Raises DataError and UsageError.
+    Parts that come with the data are taken as they are: the folders `train/`, `val/` (or `valid/`, `validation/`)
+    and `test/`, a Karpathy file's, a saved `DatasetDict`'s; one that is not there, like everything of any other path,
+    is split off by `split`. The parts of a mix are split one by one. Raises DataError and UsageError.
     """
+    from threetowers.data.mix import mixed_splits, names_mix
 
-    def opened(part: Path) -> Source:
-        return open_source(str(part), image_column=image_column, caption_columns=caption_columns)
-
-    folder = Path(path)
-    if not _has_split_folders(folder):
+    columns = (image_column, caption_columns)
+    if names_mix(path):
+        _refuse_columns(path, columns)
+        return mixed_splits(path, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
+    given = _given_parts(path, columns)
+    if not given:
         whole = open_source(path, image_column=image_column, caption_columns=caption_columns)
         return split(whole, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
-    val = next((folder / name for name in _VAL_FOLDERS if (folder / name).is_dir()), None)
-    test = folder / "test" if (folder / "test").is_dir() else None
-    train, val_part, test_part = split(
-        opened(folder / "train"),
-        val_fraction=0.0 if val else val_fraction,
-        test_fraction=0.0 if test else test_fraction,
-        seed=seed,
-    )
-    parts = train, opened(val) if val else val_part, opened(test) if test else test_part
+    for label, part in given.items():
+        if not len(part):
+            raise DataError(f"{path}: no sample of its part {label} can be used. {_counts(part.problems)}")
+    if "train" not in given:
+        raise DataError(f"{path}: it has the parts {', '.join(given)}, but none to train on")
+    if len(given) == 3:
+        train, val, test = given["train"], given["val"], given["test"]
+    else:
+        train, val, test = split(
+            given["train"],
+            val_fraction=0.0 if "val" in given else val_fraction,
+            test_fraction=0.0 if "test" in given else test_fraction,
+            seed=seed,
+        )
+    parts = train, given.get("val", val), given.get("test", test)
     for part in parts:
         if list(part.class_names) != list(train.class_names):
             raise DataError(
@@ -200,6 +240,28 @@ def splits(
                 f"({len(part.class_names)} and {len(train.class_names)}); give every part the same class folders"
             )
     return parts
+
+
+def _given_parts(path: str, columns: tuple[str, tuple[str, ...]]) -> dict[str, Source]:
+    """The parts (train, val, test) that come with the data, by name; empty when it is one whole."""
+    from threetowers.data.annotations import names_annotations, open_parts
+    from threetowers.data.hf_datasets import names_dataset, open_dataset_parts
+
+    place = Path(path)
+    if names_dataset(path):
+        return dict(open_dataset_parts(path, *columns))
+    if names_annotations(place):
+        _refuse_columns(path, columns)
+        return dict(open_parts(place))
+    if not _has_split_folders(place):
+        return {}
+    val = next((name for name in _VAL_FOLDERS if (place / name).is_dir()), "val")
+    folders = {"train": place / "train", "val": place / val, "test": place / "test"}
+    return {
+        label: open_source(str(folder), image_column=columns[0], caption_columns=columns[1])
+        for label, folder in folders.items()
+        if folder.is_dir()
+    }
 
 
 _VAL_FOLDERS = ("val", "valid", "validation")
@@ -213,15 +275,21 @@ def _has_split_folders(folder: Path) -> bool:
 
 
 def open_source(path: str, *, image_column: str = "none", caption_columns: tuple[str, ...] = ()) -> Source:
-    """The source that a path means: tar shards, a table with an image column, or a folder of images.
+    """The source that a path means: tar shards, a table or annotation file, a folder of images, or a mix of these.
 
         open_source("cc3m/{00000..00331}.tar")     # shards; also a folder of them, one, or several joined by ::
         open_source("flickr/captions.csv")         # csv, tsv, jsonl or parquet
         open_source("photos")                      # images with .txt beside them, or one subfolder per class
+        open_source("captions_train2017.json")     # COCO or Karpathy JSON; also Flickr's token file
+        open_source("hfds:saved")                  # what Hugging Face `datasets` wrote with save_to_disk
+        open_source("mix.toml")                    # several of these, see `mix`
 
     image_column, caption_columns: for tables; detected when `none` and empty.
     Raises DataError when nothing is there or nothing in it can be used, UsageError for a column that is not there.
     """
+    from threetowers.data.annotations import names_annotations, open_annotations
+    from threetowers.data.hf_datasets import names_dataset, open_dataset
+    from threetowers.data.mix import names_mix, open_mix
     from threetowers.data.rows import TABLE_ENDINGS
     from threetowers.data.shards import names_shards, open_shards
     from threetowers.data.tables import open_folder, open_table
@@ -231,6 +299,12 @@ def open_source(path: str, *, image_column: str = "none", caption_columns: tuple
     source: Source
     if names_shards(path):
         source = _without_columns(path, columns, open_shards(path))
+    elif names_dataset(path):
+        source = open_dataset(path, *columns)
+    elif names_mix(path):
+        source = _without_columns(path, columns, open_mix(path))
+    elif names_annotations(place):
+        source = _without_columns(path, columns, open_annotations(place))
     elif place.is_dir():
         if _has_split_folders(place):
             raise DataError(f"{path} holds separate parts; name one of them, for example {place / 'train'}")
@@ -249,11 +323,15 @@ def open_source(path: str, *, image_column: str = "none", caption_columns: tuple
 
 
 def _without_columns(path: str, columns: tuple[str, tuple[str, ...]], source: Source) -> Source:
+    _refuse_columns(path, columns)
+    return source
+
+
+def _refuse_columns(path: str, columns: tuple[str, tuple[str, ...]]) -> None:
     if columns != ("none", ()):
         raise UsageError(
             f"{path} is no table, so image_column and caption_columns mean nothing; leave them out"
         )
-    return source
 
 
 def check_problems(source: Source, *, limit: float = 0.01) -> None:

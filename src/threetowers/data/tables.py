@@ -5,23 +5,21 @@ import itertools
 import json
 import os
 import re
-import stat
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from threetowers.config import did_you_mean
+from threetowers.data.places import find_file, image_folder
 from threetowers.data.rows import TABLE_ENDINGS, Row, is_image_name, read_rows
-from threetowers.data.shards import ShardSource
 from threetowers.data.sources import (
     MISSING_CAPTIONS,
     Record,
     Source,
-    Subset,
     Texts,
     clean_captions,
     decode_text,
@@ -38,7 +36,7 @@ _NUM_SNIFFED = 100  # rows that columns are recognised by
 
 @dataclass(eq=False)
 class FileSource:
-    """Images in files below `folder`, sorted as found; implements Source. Made by `open_table`, `open_folder`.
+    """Images in files below `folder`, sorted as found; implements Source.
 
     layout: what was recognised, for people. A sample's id is its path relative to the folder, in NFC.
     """
@@ -69,8 +67,12 @@ class FileSource:
             label if label >= 0 else None,
         )
 
+    def path(self, index: int) -> Path:
+        """Where the sample's image lies."""
+        return Path(self.folder, self._paths[index])
+
     def image(self, index: int) -> bytes:
-        path = Path(self.folder, self._paths[index])
+        path = self.path(index)
         try:
             return path.read_bytes()
         except OSError as error:
@@ -100,8 +102,9 @@ def _id(path: str) -> str:
 def open_table(
     path: str | Path, image_column: str = "none", caption_columns: tuple[str, ...] = ()
 ) -> FileSource:
-    """The samples of a CSV (any delimiter), TSV, JSONL or parquet table; image paths are relative to its folder.
+    """The samples of a CSV (any delimiter), TSV, JSONL or parquet table.
 
+    Image paths are relative to its folder, or to a folder of images beside it when none is found there.
     Columns are recognised by name, else by content, when they are `none` and empty. Rows with the same image are
     one sample with several captions, as are several caption columns, lists in JSONL and JSON lists in a cell.
     Raises UsageError for a column that is not there or cannot be recognised, DataError when nothing can be read.
@@ -120,10 +123,10 @@ def open_table(
             name=path.stem,
             layout=f"table {path.name}, images in column `{image_column}`, "
             f"captions in {', '.join(f'`{column}`' for column in caption_columns)}",
-            folder=str(path.parent),
+            folder=str(_folder(path, head, image_column)),
             _problems=problems,
         )
-        merged = _merge(source, path.name, itertools.chain(head, rows), image_column, caption_columns)
+        merged = merge_rows(source, path.name, itertools.chain(head, rows), image_column, caption_columns)
         return source._fill(
             (file, size, captions, -1) for file, (size, captions) in merged.items() if captions
         )
@@ -131,7 +134,15 @@ def open_table(
         raise DataError(f"{path}: it cannot be read as {path.suffix or 'a table'}: {error}") from error
 
 
-def _merge(
+def _folder(table: Path, head: list[Row], image_column: str) -> Path:
+    names = [cell for _, row in head if isinstance(cell := row.get(image_column), str) and cell.strip()]
+    if not names or any(find_file(str(table.parent), name.strip()) for name in names):
+        return table.parent
+    folder, found = image_folder(table, names)
+    return folder if found else table.parent
+
+
+def merge_rows(
     source: FileSource, table: str, rows: Iterator[Row], image_column: str, caption_columns: tuple[str, ...]
 ) -> dict[str, tuple[int, str]]:
     """Size and captions by file; every row that adds nothing is put on the source's list of problems."""
@@ -143,7 +154,7 @@ def _merge(
             source._problem(where, "no path", f"column `{image_column}` is empty")
             continue
         if cell not in spelled:
-            found = _find(source.folder, cell.strip())
+            found = find_file(source.folder, cell.strip())
             spelled[cell] = found[0] if found else ""
             if found:
                 files.setdefault(found[0], (found[1], ""))
@@ -153,7 +164,7 @@ def _merge(
         if not file:
             continue
         captions, damaged = clean_captions(
-            text for column in caption_columns for text in _texts(row.get(column))
+            text for column in caption_columns for text in cell_texts(row.get(column))
         )
         if damaged:
             source._problem(file, "caption is not UTF-8", where)
@@ -165,38 +176,17 @@ def _merge(
     return files
 
 
-def _find(folder: str, path: str) -> tuple[str, int] | None:
-    """The path as it is spelled on the disk, and the file's size; None when there is no such file.
-
-    Tried as given, in both Unicode normal forms (macOS writes umlauts decomposed) and with Windows' separators.
-    """
-    plain = os.path.normpath(path)
-    forms = (
-        plain,
-        *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")),
-        plain.replace("\\", "/"),
-    )
-    for form in dict.fromkeys(forms):
-        try:
-            status = os.stat(os.path.join(folder, form))  # noqa: PTH116, PTH118 - a Path costs more than the call
-        except (OSError, ValueError):
-            continue
-        if stat.S_ISREG(status.st_mode):
-            return form, status.st_size
-    return None
-
-
-def _texts(cell: Any) -> list[str]:
+def cell_texts(cell: Any) -> list[str]:
     """The texts in a cell: one, a list of them, a JSON list written as text, or none."""
     if isinstance(cell, str):
         if cell.startswith('["') and cell.endswith('"]'):
             try:
-                return _texts(json.loads(cell))
+                return cell_texts(json.loads(cell))
             except (ValueError, RecursionError):
                 pass  # a caption that only looks like a list
         return [cell]
     if isinstance(cell, list):
-        return [text for item in cell if not isinstance(item, list) for text in _texts(item)]
+        return [text for item in cell if not isinstance(item, list) for text in cell_texts(item)]
     return [] if cell is None or isinstance(cell, dict) else [str(cell)]
 
 
@@ -219,7 +209,8 @@ def _columns(
         if found is None:
             raise UsageError(f"{path}: no column holds paths of images. Name it as image_column. {listed}")
         image_column = found
-    caption_columns = caption_columns or _caption_columns(cells, image_column)
+    others = {name: cells[name] for name in names if name != image_column}
+    caption_columns = caption_columns or known_captions(list(others)) or longest_texts(others)
     if not caption_columns:
         raise UsageError(f"{path}: no column holds captions. Name it as caption_columns. {listed}")
     return image_column, caption_columns
@@ -234,25 +225,39 @@ def _path_column(folder: Path, cells: dict[str, list[Any]]) -> str | None:
         )
         return sum(hits) / max(len(cells[name]), 1)
 
-    known = sorted((_PATH_NAMES.index(_plain(name)), name) for name in cells if _plain(name) in _PATH_NAMES)
-    for _, name in known:
+    known = _known_paths(cells)
+    for name in known:
         if share(name) > 0:
             return name
     best = max(cells, key=share)
     if share(best) > 0.5:
         return best
-    return known[0][1] if known else None
+    return known[0] if known else None
 
 
-def _caption_columns(cells: dict[str, list[Any]], image_column: str) -> tuple[str, ...]:
-    """All columns of the first known family (`caption_0`, `caption_1`, …), else the one with the longest texts."""
-    others = [name for name in cells if name != image_column]
+def _known_paths(names: Iterable[str]) -> list[str]:
+    found = sorted((_PATH_NAMES.index(_plain(name)), name) for name in names if _plain(name) in _PATH_NAMES)
+    return [name for _, name in found]
+
+
+def known_path(names: Iterable[str]) -> str | None:
+    """The column that is known by its name to hold images; None when none is."""
+    return next(iter(_known_paths(names)), None)
+
+
+def known_captions(names: Sequence[str]) -> tuple[str, ...]:
+    """All columns of the first known family of captions: `caption_0`, `caption_1`, …; empty when there is none."""
     for family in _CAPTION_NAMES:
-        found = [name for name in others if re.fullmatch(rf"{family}s?(_?\d+)?", _plain(name))]
+        found = [name for name in names if re.fullmatch(rf"{family}s?(_?\d+)?", _plain(name))]
         if found:
             return tuple(found)
-    lengths = {name: sum(len(text) for cell in cells[name] for text in _texts(cell)) for name in others}
-    texts = [name for name in others if any(isinstance(cell, str | list) for cell in cells[name])]
+    return ()
+
+
+def longest_texts(cells: dict[str, list[Any]]) -> tuple[str, ...]:
+    """The column with the longest texts, as a tuple of one; empty when none has any."""
+    lengths = {name: sum(len(text) for cell in cells[name] for text in cell_texts(cell)) for name in cells}
+    texts = [name for name in cells if any(isinstance(cell, str | list) for cell in cells[name])]
     best = max(texts, key=lengths.__getitem__, default=None)
     return (best,) if best is not None and lengths[best] else ()
 
@@ -262,7 +267,7 @@ def _plain(name: str) -> str:
 
 
 def _is_file(folder: Path, text: str) -> bool:
-    return 0 < len(text.strip()) < 4096 and _find(str(folder), text.strip()) is not None
+    return 0 < len(text.strip()) < 4096 and find_file(str(folder), text.strip()) is not None
 
 
 # Folders
@@ -356,15 +361,11 @@ def describe(source: Source) -> str:
     5 samples, 1 problem (missing file: 1)
       a.jpg → a red square
     """
-    whole = source
-    while isinstance(whole, Subset):
-        whole = whole.source
-    layout = whole.layout if isinstance(whole, FileSource | ShardSource) else "built-in"
     counts = Counter(problem.reason for problem in source.problems)
     reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
     classes = f", {len(source.class_names)} classes" if source.class_names else ""
     lines = [
-        f"{source.name}: {layout}",
+        f"{source.name}: {source.layout}",
         f"{len(source)} samples{classes}, {len(source.problems)} problems"
         + (f" ({reasons})" if reasons else ""),
     ]

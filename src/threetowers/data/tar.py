@@ -13,6 +13,17 @@ _BLOCK = 512
 _ZERO_BLOCK = bytes(_BLOCK)
 
 
+class OpenFile:
+    """An open file that closes when its last user lets go; `pread` keeps no position, so forks may share it."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 class Member(NamedTuple):
     """A file in a tar: its path there, and where its content lies; size -1: a link or device, without content."""
 
@@ -26,7 +37,7 @@ _PAX_KEYS = frozenset((*tarfile.PAX_FIELDS, "atime", "charset", "comment", "ctim
 _COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
 
 
-def walk(path: Path, file: int, file_size: int, digest: Callable[[bytes], None]) -> Iterator[Member]:
+def walk(path: Path | str, file: int, file_size: int, digest: Callable[[bytes], None]) -> Iterator[Member]:
     """The files of a tar, with every header, extent and the end checked; `digest` is fed with the headers.
 
     tarfile ends without an error at the first header that it cannot read, so that a damaged shard comes back short,
@@ -70,11 +81,11 @@ def walk(path: Path, file: int, file_size: int, digest: Callable[[bytes], None])
     _check_end(path, file, offset, file_size, f"found {count} files in {file_size} bytes")
 
 
-def _damaged(path: Path, what: str) -> DataError:
+def _damaged(path: Path | str, what: str) -> DataError:
     return DataError(f"{path}: {what}. Fetch or write this shard again")
 
 
-def _check_end(path: Path, file: int, offset: int, file_size: int, found: str) -> None:
+def _check_end(path: Path | str, file: int, offset: int, file_size: int, found: str) -> None:
     """Two zero blocks end a tar, filled up to a record. Anything else behind the last file means that files are lost:
     more zeros are what a download leaves that reserved its space and did not finish."""
     length = 0

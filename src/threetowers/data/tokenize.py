@@ -39,6 +39,14 @@ class Tokenizer(Protocol):
         """Number of ids up to and including the end token, int64 [B]."""
         ...
 
+    def is_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Whether each caption has more ids than the context length and loses its end."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that ids stand for, special tokens included: what the text tower sees."""
+        ...
+
     def text_cfg(self) -> dict[str, Any]:
         """The keys of open_clip's text_cfg that this vocabulary decides."""
         ...
@@ -59,6 +67,13 @@ class OpenClipTokenizer:
 
     def lengths(self, tokens: Tensor) -> Tensor:
         return tokens.argmax(dim=1) + 1  # the end token is the highest id
+
+    def is_cut(self, texts: Sequence[str]) -> list[bool]:
+        most = self._tokenize.context_length - 2  # start and end are not among the ids of `encode`
+        return [len(self._tokenize.encode(text)) > most for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenize.decode(list(ids)).strip()  # type: ignore[no-any-return]
 
     def text_cfg(self) -> dict[str, Any]:
         return {"vocab_size": self._tokenize.vocab_size}
@@ -93,6 +108,12 @@ class FileTokenizer:
 
     def lengths(self, tokens: Tensor) -> Tensor:
         return (tokens == self.end_id).int().argmax(dim=1) + 1
+
+    def is_cut(self, texts: Sequence[str]) -> list[bool]:
+        return [bool(e.overflowing) for e in self._tokenizer.encode_batch([clean(text) for text in texts])]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def text_cfg(self) -> dict[str, Any]:
         return {

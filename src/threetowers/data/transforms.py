@@ -23,7 +23,8 @@ class ImageSpec:
     """How an image tower wants its input.
 
     size: side of the square input in pixels. resize: `shortest` scales the shorter side to resize_size and takes
-    the centre, `squash` scales both sides to it. mean, std: per channel, for pixels in [0, 1].
+    the centre, `squash` scales both sides to it. centre: which way an odd margin falls, `round` as in torchvision,
+    `floor` as in transformers. mean, std: per channel, for pixels in [0, 1].
     """
 
     size: int
@@ -32,6 +33,7 @@ class ImageSpec:
     interpolation: Interpolation = "bicubic"
     resize: Literal["shortest", "squash"] = "shortest"
     resize_size: int = 0
+    centre: Literal["round", "floor"] = "round"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,8 +63,9 @@ def fixed_view(image: Image.Image, spec: ImageSpec) -> np.ndarray:
         resized = (target, new_long) if width <= height else (new_long, target)
     if resized != image.size:
         image = image.resize(resized, _filter(spec))
-    left = round((resized[0] - spec.size) / 2.0)
-    top = round((resized[1] - spec.size) / 2.0)
+    middle = round if spec.centre == "round" else math.floor
+    left = middle((resized[0] - spec.size) / 2.0)
+    top = middle((resized[1] - spec.size) / 2.0)
     if (left, top) != (0, 0) or resized != (spec.size, spec.size):
         image = image.crop((left, top, left + spec.size, top + spec.size))
     return _to_array(image)
@@ -74,6 +77,11 @@ class Crop:
 
     box: tuple[float, float, float, float]
     flip: bool
+
+    def shrink(self, size: tuple[int, int], target: int) -> float:
+        """How many times smaller an image of `size` (width, height) may be and still cover target × target pixels."""
+        left, top, right, bottom = self.box
+        return min((right - left) * size[0], (bottom - top) * size[1]) / target
 
 
 def random_crop(

@@ -14,10 +14,11 @@ from threetowers.data.decode import decode
 from threetowers.data.sources import Source
 from threetowers.data.tokenize import Tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view
-from threetowers.embeddings import Store
 from threetowers.errors import BadSample, DataError
 from threetowers.model import ThreeTowers
 from threetowers.objective.losses import unit
+from threetowers.objective.pairs import tower_of
+from threetowers.store import Store
 
 
 @dataclass
@@ -34,17 +35,26 @@ class Encoded:
     """int64 [N], index of each image in the source."""
     captions: list[str]
     bad: list[BadSample] = field(default_factory=list)
+    text_thirds: frozenset[str] = frozenset()
+    """The third towers that read the captions."""
 
     def system(self, name: str) -> tuple[Tensor, Tensor]:
         """Image and text vectors of a two-tower system: `main`, or the name of a third tower seen through the heads."""
         if name == "main":
             return self.views["img"], self.views["txt"]
+        if name in self.text_thirds:
+            return self.views[f"img@{name}"], self.views[f"{name}@img"]
         return self.views[f"{name}@txt"], self.views[f"txt@{name}"]
 
     def systems(self) -> list[str]:
-        """`main`, and each third tower that has a head facing the text tower and one facing back."""
-        sides = [view.removesuffix("@txt") for view in self.views if view.endswith("@txt")]
-        return ["main", *(name for name in sides if f"txt@{name}" in self.views)]
+        """`main`, and each third tower that has heads towards the main tower of the other side, and one facing back."""
+        thirds = dict.fromkeys(tower_of(view) for view in self.views if "@" in view)
+        found = ["main"]
+        for name in thirds:
+            other = "img" if name in self.text_thirds else "txt"
+            if {f"{name}@{other}", f"{other}@{name}"} <= self.views.keys():
+                found.append(name)
+        return found
 
 
 class _FixedViews:
@@ -89,18 +99,27 @@ def encode(
     )
     captions: list[str] = []
     text_image: list[int] = []
+    places: list[int] = []
     for row, i in enumerate(index.tolist()):
         own = source.record(i).captions
         captions += own
         text_image += [row] * len(own)
+        places += range(len(own))
     text_feats = _encode_texts(model, captions, tokenizer, device, batch_size=batch_size, autocast=autocast)
-    image_views = {"img", *(view for view in model.heads if not view.startswith("txt"))}
-    text_views = {"txt", *(view for view in model.heads if view.startswith("txt"))}
+    text_stores = {name: store for name, store in stores.items() if store.side == "text"}
+    if captions:
+        samples = index.numpy()[text_image]
+        rows = {name: store.rows(samples, np.array(places)) for name, store in text_stores.items()}
+        text_feats |= model.features(thirds={name: value.to(device) for name, value in rows.items()})
+    # a head belongs to the side whose features its tower gave
+    image_views = {"img", *(view for view in model.heads if tower_of(view) in image_feats)}
+    text_views = {"txt", *(view for view in model.heads if tower_of(view) in text_feats)}
     views = {view: model.view(view, image_feats).cpu() for view in sorted(image_views)}
     if captions:
         views |= {view: model.view(view, text_feats).cpu() for view in sorted(text_views)}
     model.train(training)
-    return Encoded(views, torch.tensor(text_image, dtype=torch.long), index, captions, bad)
+    rows_of = torch.tensor(text_image, dtype=torch.long)
+    return Encoded(views, rows_of, index, captions, bad, frozenset(text_stores))
 
 
 def _encode_images(
@@ -115,6 +134,7 @@ def _encode_images(
 ) -> tuple[Tensor, dict[str, Tensor], list[BadSample]]:
     """Indices of the usable images, their tower features, and the unusable ones."""
     usable = np.ones(len(source), dtype=bool)
+    stores = {name: store for name, store in stores.items() if store.side == "image"}
     for store in stores.values():
         usable &= store.usable
     bad = [BadSample(source.record(int(i)).id, "damaged image") for i in np.flatnonzero(~usable)]
@@ -136,10 +156,7 @@ def _encode_images(
                 parts.append(model.features(pixels=pixels.to(device), autocast=autocast)["img"])
     if not kept:
         raise DataError(f"{source.name}: not one of its {len(source)} images can be read")
-    thirds = {
-        view: torch.from_numpy(store.features[kept].astype(np.float32)).to(device)
-        for view, store in stores.items()
-    }
+    thirds = {view: store.rows(np.array(kept)).to(device) for view, store in stores.items()}
     feats = model.features(thirds=thirds)
     if parts:
         feats["img"] = torch.cat(parts)

@@ -7,24 +7,24 @@ A frozen tower is not a submodule of anything: it stays in eval mode whatever it
 checkpoint or export meets it. It brings its own preprocessing.
 """
 
-import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import open_clip
-import timm
 import torch
 from open_clip.model import _build_vision_tower
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from threetowers.config import did_you_mean
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.errors import CheckpointError, UsageError
+from threetowers.towers.frozen_hf import load_hf
+from threetowers.towers.frozen_open_clip import load_open_clip
+from threetowers.towers.frozen_text import FrozenTextTower, LoadedText, load_hf_text, load_open_clip_text
+from threetowers.towers.frozen_timm import TimmTrunk, load_timm, pool_name
+from threetowers.towers.loaded import Loaded, digest_of, feature_name, freeze, pooled_only, weights_digest
 from threetowers.towers.pair import load_strictly, read_safetensors
 
 
@@ -34,6 +34,7 @@ class FrozenTower:
 
     view: its name in rows, heads and metrics. spec: as the user wrote it. width: P of its features.
     image: its own preprocessing. vision_cfg: open_clip's description of the same network, None when there is none.
+    features: which of its outputs is meant, pooled, cls or mean. precision: of its weights and its arithmetic.
     """
 
     view: str
@@ -42,57 +43,85 @@ class FrozenTower:
     width: int
     image: ImageSpec
     vision_cfg: dict[str, Any] | None = field(repr=False)
+    features: str = "pooled"
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        self.module.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        freeze(self.module, self.precision)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Features float32 [B, P] of uint8 pixels [B, 3, size, size]; eval mode and no gradient, always."""
         if self.module.training:
             self.module.eval()
-        return self.module(normalise(pixels, self.image)).float()  # type: ignore[no-any-return]
+        images = normalise(pixels, self.image)
+        if self.precision == "bf16":
+            images = images.bfloat16()
+        return self.module(images).float()  # type: ignore[no-any-return]
 
     def to(self, device: torch.device) -> "FrozenTower":
         self.module.to(device)
         return self
 
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of the weights and the preprocessing, and the choice of features: what the numbers depend on."""
+        return {
+            "weights": weights_digest(self.module),
+            "preprocessing": digest_of(self.image.as_dict()),
+            "features": feature_name(self.features, self.precision),
+        }
+
     def fingerprint(self) -> str:
-        """Hex digest of the weights and the preprocessing: two towers that differ in either have different ones."""
-        digest = hashlib.sha256(json.dumps(self.image.as_dict(), sort_keys=True).encode())
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        """One hex digest of all fingerprints."""
+        return digest_of(self.fingerprints())
 
 
-def load_frozen(spec: str, view: str = "third") -> FrozenTower:
-    """The tower that a name means: timm:NAME[@FILE], timm:local-dir:DIR, open_clip:NAME@TAG|FILE, file:RUN.
+Frozen = FrozenTower | FrozenTextTower
+FEATURES, PRECISIONS = ("pooled", "cls", "mean"), ("fp32", "bf16")
+KINDS = (
+    "timm:NAME, timm:NAME@FILE, timm:local-dir:DIR, hf:DIR_OR_ID, open_clip:NAME@TAG, open_clip:local-dir:DIR or "
+    "file:RUN for images; hf-text:DIR_OR_ID, open_clip-text:NAME@TAG or open_clip-text:local-dir:DIR for texts"
+)
 
-    Without @ the published weights are meant, never random ones. Raises UsageError for a name that means nothing
-    and CheckpointError for weights that are missing, damaged or do not fit.
+
+def load_frozen(
+    spec: str, view: str = "third", *, features: str = "pooled", precision: str = "fp32"
+) -> Frozen:
+    """The tower that a name means; KINDS lists the names.
+
+    Without @ the published weights are meant, never random ones. features: pooled, cls or mean. precision: fp32 or
+    bf16. Raises UsageError for a name that means nothing or features that a network has not, and CheckpointError
+    for weights that are missing, damaged or do not fit.
     """
+    for key, value, known in (("features", features, FEATURES), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise UsageError(f"third_{key}: {value!r} is not one of {', '.join(known)}")
     prefix, colon, name = spec.partition(":")
-    loaders: dict[str, Callable[[str], tuple[nn.Module, int, ImageSpec, dict[str, Any] | None]]] = {
-        "timm": _load_timm,
-        "open_clip": _load_open_clip,
-        "file": _load_file,
-    }
-    if not colon or prefix not in loaders:
-        raise UsageError(
-            f"third: {spec!r} names no tower. Write timm:NAME, timm:NAME@FILE, timm:local-dir:DIR, "
-            "open_clip:NAME@TAG, open_clip:local-dir:DIR or file:RUN"
-        )
-    module, width, image, vision_cfg = loaders[prefix](name)
-    return FrozenTower(view, spec, module, width, image, vision_cfg)
+    if colon and prefix in TEXT_LOADERS:
+        module, width, tokenizer = TEXT_LOADERS[prefix](name, features)
+        return FrozenTextTower(view, spec, module, width, tokenizer, features, precision)
+    if not colon or prefix not in IMAGE_LOADERS:
+        raise UsageError(f"third: {spec!r} names no tower. Write {KINDS}")
+    image_module, width, image, vision_cfg = IMAGE_LOADERS[prefix](name, features)
+    return FrozenTower(view, spec, image_module, width, image, vision_cfg, features, precision)
 
 
-def as_image_tower(tower: FrozenTower, projection: Tensor | None) -> tuple[nn.Module, dict[str, Any]]:
+def as_image_tower(tower: Frozen, projection: Tensor | None) -> tuple[nn.Module, dict[str, Any]]:
     """The frozen tower's network as an open_clip image tower, and the vision_cfg that rebuilds it.
 
     projection: bias-free map [D, P] of the tower's features onto the pair's space; None keeps the width P.
     Raises UsageError when open_clip's format cannot describe the network.
     """
+    if isinstance(tower, FrozenTextTower):
+        raise UsageError(
+            f"third: {tower.spec!r} reads texts and cannot become an image tower (lit, lit-unlocked). It can serve as "
+            "third tower of 3t"
+        )
+    if tower.features != "pooled" or tower.precision != "fp32":
+        raise UsageError(
+            f"third: as image tower {tower.spec!r} is used as its library builds it; lit and lit-unlocked need "
+            "third_features = pooled and third_precision = fp32"
+        )
     if tower.vision_cfg is None:
         raise UsageError(
             f"third: {tower.spec!r} cannot become the image tower of an open_clip model: its network was built with "
@@ -106,7 +135,7 @@ def as_image_tower(tower: FrozenTower, projection: Tensor | None) -> tuple[nn.Mo
         if projection is not None:
             state["head.proj.weight"] = projection
         else:
-            config["timm_pool"] = _pool(
+            config["timm_pool"] = pool_name(
                 tower.module.trunk
             )  # without a projection open_clip has no default for it
     elif projection is not None:
@@ -128,152 +157,15 @@ def _projection_key(state: dict[str, Tensor], spec: str) -> str:
     )
 
 
-class TimmTrunk(nn.Module):
-    """A timm network without classifier: images in, pooled features out."""
-
-    def __init__(self, trunk: nn.Module) -> None:
-        super().__init__()
-        self.trunk = trunk
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.trunk(images)  # type: ignore[no-any-return]
-
-
-def _load_timm(name: str) -> tuple[nn.Module, int, ImageSpec, dict[str, Any] | None]:
-    local = name.startswith("local-dir:")
-    name, at, file = (name, "", "") if local else name.partition("@")
-    if local:
-        folder = Path(name.removeprefix("local-dir:"))
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"timm:{name}: {folder} holds no config.json in timm's format")
-        file = str(folder / "model.safetensors")
-        if not Path(file).is_file():
-            raise CheckpointError(
-                f"timm:{name}: no model.safetensors in {folder}; save it with safe_serialization"
-            )
-    elif not timm.is_model(name):
-        raise UsageError(f"third: timm has no model {name!r}" + _near_timm(name))
-    try:
-        # with its classifier, so that timm checks the published weights key by key before the classifier goes
-        trunk = timm.create_model(name, pretrained=not (local or at))
-    except (
-        Exception
-    ) as error:  # any network, hub or format failure of a foreign loader ends here with its reason
-        raise CheckpointError(
-            f"timm:{name}: the weights could not be loaded ({_first_line(error)}). "
-            "Offline, give them as timm:NAME@FILE or timm:local-dir:DIR"
-        ) from error
-    classifier = trunk.pretrained_cfg.get("classifier", ())
-    trunk.reset_classifier(0)
-    if file:
-        names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-        drop = tuple(f"{prefix}." for prefix in names)
-        state = {key: value for key, value in read_safetensors(file).items() if not key.startswith(drop)}
-        load_strictly(trunk, state, file)
-    spec = _timm_image_spec(trunk, name)
-    width = getattr(trunk, "head_hidden_size", None) or trunk.num_features  # some heads widen what they pool
-    vision_cfg = None
-    if width == trunk.num_features and (
-        not local or _as_timm_builds_it(trunk)
-    ):  # open_clip counts on num_features
-        vision_cfg = {
-            "timm_model_name": trunk.pretrained_cfg["architecture"],
-            "timm_pool": "",
-            "image_size": spec.size,
-        }
-    return TimmTrunk(trunk), width, spec, vision_cfg
-
-
-def _as_timm_builds_it(trunk: Any) -> bool:
-    """Whether the architecture's name alone rebuilds this network; open_clip's format has no place for arguments."""
-    with torch.random.fork_rng(devices=[]):
-        named = timm.create_model(trunk.pretrained_cfg["architecture"], num_classes=0)
-
-    def shapes(module: nn.Module) -> dict[str, torch.Size]:
-        return {key: value.shape for key, value in module.state_dict().items()}
-
-    return repr(named) == repr(trunk) and shapes(named) == shapes(trunk) and _pool(named) == _pool(trunk)
-
-
-def _pool(trunk: Any) -> str:
-    """The name of a timm network's pooling, wherever its family keeps it; empty when it keeps none."""
-    for owner in (trunk, getattr(trunk, "head", None)):
-        pool = getattr(owner, "global_pool", None)
-        name = getattr(pool, "pool_type", pool)
-        if isinstance(name, str):
-            return name
-    return ""
-
-
-def _timm_image_spec(trunk: nn.Module, name: str) -> ImageSpec:
-    config = timm.data.resolve_model_data_config(trunk)
-    _, height, width = config["input_size"]
-    if height != width or config["crop_mode"] not in ("center", "squash"):
-        raise UsageError(
-            f"third: timm:{name} wants {height}×{width} pixels with crop mode {config['crop_mode']!r}; "
-            "only square inputs with crop mode center or squash are supported"
-        )
-    return ImageSpec(
-        size=height,
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
-        resize="squash" if config["crop_mode"] == "squash" else "shortest",
-        resize_size=math.floor(height / config["crop_pct"]),
-    )
-
-
-def _load_open_clip(name: str) -> tuple[nn.Module, int, ImageSpec, dict[str, Any] | None]:
-    local = name.startswith("local-dir:")
-    model_name, _, tag = (name, "", "") if local else name.partition("@")
-    if local:
-        folder = Path(name.removeprefix("local-dir:"))
-        if not (folder / "open_clip_config.json").is_file() or not list(folder.glob("*.safetensors")):
-            raise CheckpointError(
-                f"open_clip:{name}: {folder} holds no open_clip_config.json with safetensors weights"
-            )
-        model_config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
-    else:
-        model_config = open_clip.get_model_config(model_name)
-        if model_config is None:
-            raise UsageError(
-                f"third: open_clip has no model {model_name!r}{did_you_mean(model_name, open_clip.list_models())}"
-            )
-        if not tag:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
-            raise UsageError(
-                f"third: say which weights, open_clip:{model_name}@TAG or @FILE. Published tags: {tags}"
-            )
-    try:
-        model = open_clip.create_model(model_name, pretrained=tag or None, require_pretrained=not local)
-    except (
-        Exception
-    ) as error:  # any network, hub or format failure of a foreign loader ends here with its reason
-        raise CheckpointError(
-            f"open_clip:{name}: the weights could not be loaded ({_first_line(error)})"
-        ) from error
-    cfg = open_clip.get_model_preprocess_cfg(model)
-    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
-    spec = ImageSpec(
-        size=size,
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
-        interpolation=cfg["interpolation"],
-        resize="squash" if cfg["resize_mode"] == "squash" else "shortest",
-    )
-    # open_clip keeps QuickGELU as a key of the whole model, which a pair with another text tower cannot take over
-    vision_cfg = None if model_config.get("quick_gelu") else dict(model_config["vision_cfg"])
-    return model.visual, model_config["embed_dim"], spec, vision_cfg
-
-
-def _load_file(name: str) -> tuple[nn.Module, int, ImageSpec, dict[str, Any] | None]:
+def _load_file(name: str, features: str) -> Loaded:
     folder = Path(name)
     if (folder / "config.json").is_file():  # what `threetowers pretrain` writes is timm's own format
-        return _load_timm(f"local-dir:{folder}")
+        return load_timm(f"local-dir:{folder}", features)
     if not (folder / "model.json").is_file():
         raise CheckpointError(
             f"file:{name}: neither a pretrained classifier (config.json) nor a finished run (model.json) is there"
         )
+    pooled_only(f"file:{name}", features)
     described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     model_config = described["model_cfg"]
     quick_gelu = bool(model_config.get("quick_gelu", False))
@@ -287,14 +179,13 @@ def _load_file(name: str) -> tuple[nn.Module, int, ImageSpec, dict[str, Any] | N
     return image, model_config["embed_dim"], ImageSpec.from_dict(described["image"]), vision_cfg
 
 
-def _near_timm(name: str) -> str:
-    clause = did_you_mean(name, timm.list_models())
-    return (
-        clause
-        if clause.startswith(";")
-        else ". `python -c 'import timm; print(timm.list_models())'` lists them"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+IMAGE_LOADERS: dict[str, Callable[[str, str], Loaded]] = {
+    "timm": load_timm,
+    "hf": load_hf,
+    "open_clip": load_open_clip,
+    "file": _load_file,
+}
+TEXT_LOADERS: dict[str, Callable[[str, str], LoadedText]] = {
+    "hf-text": load_hf_text,
+    "open_clip-text": load_open_clip_text,
+}

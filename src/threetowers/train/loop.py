@@ -18,6 +18,7 @@ from threetowers.prepare import Prepared, prepare
 from threetowers.progress import Progress, duration
 from threetowers.run import save_run
 from threetowers.train import checkpoint
+from threetowers.train.accumulate import accumulate, masked_ids
 from threetowers.train.guards import BadSamples, StopRequest, differing_keys
 from threetowers.train.log import RunLog
 from threetowers.train.optim import adamw, learning_rate, set_learning_rate
@@ -94,19 +95,17 @@ def _loop(
     for batch in batches(_reader(run), start, config.steps, pin_memory=run.device.type == "cuda"):
         clock.data_ready()
         bad.add(batch.bad, seen=len(batch.index))
-        batch = batch.to(run.device)
         lr = learning_rate(step, config.steps, config.optim)
         set_learning_rate(optimizer, lr)
 
-        feats = model.features(
-            pixels=batch.pixels,
-            tokens=batch.tokens,
-            thirds=run.third_features(batch.thirds),
-            autocast=run.autocast(),
-        )
-        loss, rows = model.loss(feats, model.negatives(batch, config.inputs.mask_duplicates))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if 0 < config.micro_batch_size < len(batch.index):
+            loss, rows, feats = accumulate(run, batch)
+        else:
+            batch = batch.to(run.device)
+            feats = run.features(batch)
+            loss, rows = model.loss(feats, masked_ids(run, batch))
+            loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm or float("inf"))
         if torch.isfinite(norm):  # waits for the device
             optimizer.step()
@@ -155,15 +154,14 @@ def validate(run: Prepared) -> dict[str, float]:
 
 
 def _reader(run: Prepared) -> BatchReader:
-    live = run.live()
     return BatchReader(
         run.train,
         Order(run.config.seed, len(run.train), run.config.batch_size),
         run.tokenizer,
         run.config.inputs,
         image=run.model.spec if run.model.needs_pixels() else None,
-        live={view: run.thirds[view].image for view in run.model.thirds} if live else {},
-        stores={} if live else run.stores(run.train),
+        live={name: tower.image for name, tower in run.live_thirds().items()},
+        stores=run.stores(run.train, training=True),
     )
 
 

@@ -1,0 +1,60 @@
+"""Where an image lies that a table or an annotation file names: its spelling on the disk, and the folder meant."""
+
+import os
+import stat
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+_IMAGE_FOLDERS = (
+    "images", "Images", "train2017", "val2017", "train2014", "val2014",
+    "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset",
+)  # fmt: skip
+_NUM_TRIED = 100  # names that a folder is recognised by
+
+
+def find_file(folder: str, path: str) -> tuple[str, int] | None:
+    """The path as it is spelled on the disk, and the file's size; None when there is no such file.
+
+    Tried as given, in both Unicode normal forms (macOS writes umlauts decomposed) and with Windows' separators.
+    """
+    plain = os.path.normpath(path)
+    forms = (
+        plain,
+        *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")),
+        plain.replace("\\", "/"),
+    )
+    for form in dict.fromkeys(forms):
+        try:
+            status = os.stat(os.path.join(folder, form))  # noqa: PTH116, PTH118 - a Path costs more than the call
+        except (OSError, ValueError):
+            continue
+        if stat.S_ISREG(status.st_mode):
+            return form, status.st_size
+    return None
+
+
+def image_folders(file: Path) -> list[Path]:
+    """The folders that a file's image names may be relative to: its own, the one above, and usual ones in both.
+
+    A usual folder whose name stands in the file's own, as in `captions_val2017.json`, comes before the others.
+    """
+    homes = (file.parent, file.parent / "..")
+    named = sorted(_IMAGE_FOLDERS, key=lambda name: name not in file.name)
+    within = [home / name for home in homes for name in named]
+    within += [home / "images" / name for home in homes for name in named]
+    return [*homes, *(folder for folder in within if folder.is_dir())]
+
+
+def image_folder(file: Path, names: Sequence[str]) -> tuple[Path, int]:
+    """The folder that most of the names are found in, the first of equals, and how many of those tried were found.
+
+    One folder for all, since equal names in two folders may be different pictures.
+    """
+    tried = names[:: max(len(names) // _NUM_TRIED, 1)]
+    hits = {
+        folder: sum(find_file(str(folder), name.strip()) is not None for name in tried)
+        for folder in image_folders(file)
+    }
+    best = max(hits, key=hits.__getitem__)
+    return best, hits[best]

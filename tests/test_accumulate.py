@@ -1,0 +1,111 @@
+"""A batch in micro-batches is the batch: gradients, random states, and whole runs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from threetowers.config import InputConfig, ObjectiveConfig, PairConfig, RunConfig
+from threetowers.data.loader import Batch, BatchReader
+from threetowers.prepare import Prepared, prepare
+from threetowers.towers.pair import read_safetensors
+from threetowers.train import loop
+from threetowers.train.accumulate import accumulate, masked_ids
+from threetowers.train.loop import train
+
+Config = Callable[..., RunConfig]
+
+PATCH_DROPOUT = PairConfig(
+    embed_dim=24,
+    vision={
+        "layers": 2,
+        "width": 32,
+        "head_width": 16,
+        "patch_size": 8,
+        "image_size": 32,
+        "patch_dropout": 0.5,
+    },
+    text={"context_length": 16, "width": 32, "heads": 2, "layers": 1},
+    tokenizer="trained",
+    vocab_size=300,
+)
+
+
+def prepared(config: RunConfig, folder: Path) -> tuple[Prepared, Batch]:
+    run = prepare(config, folder)
+    reader: BatchReader = loop._reader(run)
+    run.model.train()
+    return run, reader[range(config.batch_size)]
+
+
+def gradients(run: Prepared) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+    run.model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # some biases have no gradient but rounding: what counts is what is small beside the largest
+        error = (found[name] - gradient).norm() / gradient.norm().clamp_min(1e-3)
+        assert float(error) <= bound, f"{name}: {float(error):.1e}"
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 15])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("3t", {}),
+        ("3t", {"objective": ObjectiveConfig(kind="sigmoid", scale="per-row")}),
+        ("3t-regression", {}),
+        ("lit", {}),
+        ("lit-unlocked", {}),
+        ("baseline", {"inputs": InputConfig(workers=0, mask_duplicates=True)}),
+    ],
+)
+def test_micro_batches_give_the_gradients_of_the_whole_batch(
+    size: int, method: str, options: dict, tiny_config: Config, tmp_path: Path
+) -> None:
+    run, batch = prepared(tiny_config(method=method, micro_batch_size=size, **options), tmp_path / "run")
+    loss, rows = run.model.loss(run.features(batch), masked_ids(run, batch))
+    loss.backward()  # type: ignore[no-untyped-call]
+    expected = gradients(run)
+    total, accumulated_rows, feats = accumulate(run, batch)
+    assert float(total) == pytest.approx(float(loss), rel=1e-6)
+    assert accumulated_rows.keys() == rows.keys()
+    assert all(len(value) == len(batch.index) for value in feats.values())
+    assert_same_gradients(gradients(run), expected, 2e-6)
+
+
+def test_dropped_patches_are_the_same_in_both_passes(tiny_config: Config, tmp_path: Path) -> None:
+    """Against one graph over the same micro-batches under the same random states."""
+    config = tiny_config(pair=PATCH_DROPOUT, micro_batch_size=6)
+    run, batch = prepared(config, tmp_path / "run")
+    torch.manual_seed(3)
+    parts = [run.features(batch.part(start, start + 6)) for start in range(0, 16, 6)]
+    loss, _ = run.model.loss({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    loss.backward()  # type: ignore[no-untyped-call]
+    expected, after = gradients(run), torch.get_rng_state()
+    torch.manual_seed(3)
+    total, _, _ = accumulate(run, batch)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert float(total) == pytest.approx(float(loss), rel=1e-6)
+    found = gradients(run)
+    assert_same_gradients(found, expected, 2e-6)
+    torch.manual_seed(4)
+    accumulate(run, batch)
+    assert not torch.allclose(gradients(run)["img.conv1.weight"], expected["img.conv1.weight"], rtol=1e-2)
+
+
+def test_a_run_in_micro_batches_is_the_run(tiny_config: Config, tmp_path: Path) -> None:
+    config = tiny_config()
+    train(config, tmp_path / "whole")
+    train(replace(config, micro_batch_size=5), tmp_path / "parts")
+    whole, parts = (read_safetensors(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-4, atol=2e-5)
