@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from test_store import text_tower
 from threetowers import compare as compare_module
+from threetowers import prepare as prepare_module
 from threetowers.claims import Measured, claims
 from threetowers.compare import compare
 from threetowers.config import CompareConfig, RunConfig
@@ -170,3 +172,24 @@ def test_runs_of_other_settings_in_the_same_folder_are_refused(
     compare(config, options, tmp_path)
     with pytest.raises(CheckpointError, match=r"steps: 3 → 4"):
         compare(replace(config, steps=4), options, tmp_path)
+
+
+def test_a_third_tower_of_texts_is_compared_by_its_own_sides_and_refused_for_lit(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "load_frozen", text_tower)
+    monkeypatch.setattr(compare_module, "load_frozen", text_tower)
+    config = tiny_config(third=("words=hf-text:tiny",), steps=3, embeddings="none")
+    with pytest.raises(UsageError, match=r"lit take their image tower .* reads texts"):
+        compare(config, replace(OPTIONS, seeds=(0,), lrs=(1e-3,)), tmp_path)
+    options = replace(OPTIONS, methods=("baseline", "3t"), seeds=(0,), lrs=(1e-3,))
+    result = compare(config, options, tmp_path)
+    assert result is not None
+    (row,) = result["combination"]
+    folder = tmp_path / "runs" / "3t-words-seed0-lr0.001"
+    stored = json.loads((folder / "evaluation.json").read_text())["combination"]["third"]
+    assert row["ends"] == {"main": stored["ends"][0], "third": stored["ends"][1]}
+    assert (
+        next(c for c in result["claims"] if c["id"] == "C4")["figures"]["ends equal the two systems"]
+        == "True"
+    )

@@ -29,6 +29,7 @@ from threetowers.progress import duration
 from threetowers.run import load_run
 from threetowers.showcase import identical_without_third, inference_rate, showcase
 from threetowers.towers.frozen import load_frozen
+from threetowers.towers.frozen_text import FrozenTextTower
 from threetowers.towers.pair import read_safetensors
 from threetowers.train.guards import differing_keys
 from threetowers.train.loop import train
@@ -87,8 +88,14 @@ def train_all(config: RunConfig, options: CompareConfig, out: Path) -> tuple[lis
     keys = _keys(options, thirds)
     print(describe_data(config), flush=True)
     for name, spec in thirds.items():
-        # a tower that cannot be loaded should say so before an hour of training
-        load_frozen(spec, name, features=config.third_features, precision=config.third_precision)
+        # a tower that cannot be used should say so before an hour of training
+        tower = load_frozen(spec, name, features=config.third_features, precision=config.third_precision)
+        lit = [method for method in options.methods if method.startswith("lit")]
+        if lit and isinstance(tower, FrozenTextTower):
+            raise UsageError(
+                f"compare: {' and '.join(lit)} take their image tower from the third tower, and {spec!r} reads texts; "
+                "leave them out: --methods baseline 3t"
+            )
     out.mkdir(parents=True, exist_ok=True)
     trials: Trials = {}
     chosen: dict[Key, float] = {}
@@ -267,11 +274,18 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def _third_reads(job: Job) -> str:
+    described = json.loads((job.folder / "model.json").read_text(encoding="utf-8"))
+    return str(described["thirds"][0]["reads"])
+
+
 def _systems(tensors: dict[str, Tensor], part: str, names: tuple[str, str]) -> System:
     return System(tensors[f"{part}/{names[0]}"], tensors[f"{part}/{names[1]}"])
 
 
-MAIN, SIDE = ("img", "txt"), ("third@txt", "txt@third")
+MAIN = ("img", "txt")
+SIDES = {"images": ("third@txt", "txt@third"), "texts": ("img@third", "third@img")}
+"""The image and text views of the third tower read through the heads, by what the tower reads."""
 
 
 def _combinations(
@@ -280,10 +294,12 @@ def _combinations(
     """The sweep over α of every 3T run, with the score average of baseline and LiT of the same seed as control."""
     rows, sweeps = [], {}
     for job in jobs:
-        own = features[job.key, job.seed]
-        if job.method != "3t" or not {f"val/{SIDE[0]}", f"test/{SIDE[0]}"} <= own.keys():
+        if job.method != "3t":
             continue
-        swept = {"combination": _sweep(own, MAIN, own, SIDE)}
+        own, side = features[job.key, job.seed], SIDES[_third_reads(job)]
+        if not {f"{part}/{view}" for part in ("val", "test") for view in side} <= own.keys():
+            continue
+        swept = {"combination": _sweep(own, MAIN, own, side)}
         base, lit = features.get((("baseline", ""), job.seed)), features.get((("lit", job.third), job.seed))
         if base is not None and lit is not None:
             swept["control"] = _sweep(base, MAIN, lit, MAIN)

@@ -29,6 +29,7 @@ from threetowers.errors import BadSample, CheckpointError, DataError
 from threetowers.model import Architecture, ThreeTowers
 from threetowers.objective.losses import unit
 from threetowers.towers.frozen import Frozen, as_image_tower
+from threetowers.towers.frozen_text import FrozenTextTower
 from threetowers.towers.pair import (
     build_image_tower,
     build_text_tower,
@@ -143,7 +144,8 @@ def save_run(
         "image": architecture.image.as_dict(),
         "tokenizer": "open_clip" if config.pair.tokenizer == "open_clip" else "tokenizer.json",
         "thirds": [
-            {"view": view, "spec": tower.spec, "width": tower.width, "fingerprint": tower.fingerprint()}
+            {"view": view, "spec": tower.spec, "width": tower.width, "fingerprint": tower.fingerprint(),
+             "reads": "texts" if isinstance(tower, FrozenTextTower) else "images"}
             for view, tower in thirds.items()
             if view in model.thirds
         ],
