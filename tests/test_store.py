@@ -121,7 +121,7 @@ def test_stored_random_views_are_the_live_views_of_the_stored_crops(
         for view in range(3):
             crop = store.crop(index, view)
             flips.append(crop.flip)
-            live = tower(torch.from_numpy(cropped_view(image, crop, tower.image).copy())[None])
+            live = tower(torch.from_numpy(cropped_view(np.asarray(image), crop, tower.image).copy())[None])
             row = store.rows(np.array([index]), np.array([view]))
             torch.testing.assert_close(row, live, rtol=2**-10, atol=1e-5)
     assert len({store.crop(i, k).box for i in range(96) for k in range(3)}) == 288 and {*flips} == {
@@ -145,7 +145,7 @@ def test_batches_show_the_main_tower_the_region_whose_features_they_hold(
         for row, index in enumerate(batch.index.tolist()):
             image = decode(run.train.image(index), "")
             shown = [
-                np.array_equal(cropped_view(image, store.crop(index, k), spec), batch.pixels[row])
+                np.array_equal(cropped_view(np.asarray(image), store.crop(index, k), spec), batch.pixels[row])
                 for k in range(4)
             ]
             assert sum(shown) == 1

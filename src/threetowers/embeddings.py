@@ -239,7 +239,8 @@ class _Pictures:
                 continue
             drawn = stored_crops(self.views, id, image.size)
             crops.append(drawn)
-            pixels.append(np.stack([cropped_view(image, as_crop(row), self.spec) for row in drawn]))
+            whole = np.asarray(image)
+            pixels.append(np.stack([cropped_view(whole, as_crop(row), self.spec) for row in drawn]))
         stacked = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, dtype=torch.uint8)
         boxes = np.stack(crops) if crops else np.empty((0, self.views.num, 5), np.float32)
         return task, _Read(kept, stacked, boxes, bad)

@@ -76,13 +76,38 @@ def decode(
     Raises BadSample(id, reason, detail) with a reason out of `REASONS`, and UsageError for a decoder that is not
     installed, and nothing else.
     """
+    decoded = _decode(data, id, max_pixels, decoder, shrink)
+    return decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded)
+
+
+def decode_array(
+    data: bytes,
+    id: str,
+    *,
+    decoder: Decoder = "pillow",
+    shrink: Callable[[tuple[int, int]], float] | None = None,
+) -> np.ndarray:
+    """The pixels uint8 [H, W, 3] of what `decode` gives, perhaps read-only; raises as it does."""
+    return np.asarray(_decode(data, id, MAX_PIXELS, decoder, shrink))
+
+
+def _decode(
+    data: bytes,
+    id: str,
+    max_pixels: int,
+    decoder: Decoder,
+    shrink: Callable[[tuple[int, int]], float] | None,
+) -> Image.Image | np.ndarray:
     if not data:
         raise BadSample(id, "empty file")
     try:
         image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
         _check_shape(id, *image.size, max_pixels)
         if image.format == "JPEG" and (shrink is not None or decoder != "pillow"):
-            image = _load_jpeg(image, data, decoder, shrink)
+            pixels = _load_jpeg(image, data, decoder, shrink)
+            if pixels is not None:
+                upright = _UPRIGHT.get(_orientation(image))
+                return pixels if upright is None else Image.fromarray(pixels).transpose(upright)
         image.load()
         orientation = _orientation(image)
         image = _to_rgb(image)
@@ -107,8 +132,8 @@ def check_decoder(decoder: Decoder) -> None:
 
 def _load_jpeg(
     image: Image.Image, data: bytes, decoder: Decoder, shrink: Callable[[tuple[int, int]], float] | None
-) -> Image.Image:
-    """A JPEG whose header was read, decoded or set to be decoded as `decode` was asked; keeps its EXIF block."""
+) -> np.ndarray | None:
+    """A JPEG's pixels [H, W, 3] as they lie in the file; None when Pillow is to decode, at the scale set here."""
     width, height = image.size
     factor = 1.0
     if shrink is not None:
@@ -118,12 +143,10 @@ def _load_jpeg(
     if decoder == "simplejpeg" and image.mode == "RGB":
         pixels = _simplejpeg(data, image.size, least)
         if pixels is not None:
-            decoded = Image.fromarray(pixels)
-            decoded.info = {key: image.info[key] for key in ("exif",) if key in image.info}
-            return decoded
+            return pixels
     if factor > 1:
         image.draft(None, least)  # type: ignore[arg-type]  # None keeps the mode
-    return image
+    return None
 
 
 def _simplejpeg(data: bytes, size: tuple[int, int], least: tuple[int, int]) -> np.ndarray | None:

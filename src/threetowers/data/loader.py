@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from threetowers.config import InputConfig
-from threetowers.data.decode import check_decoder, decode
+from threetowers.data.decode import check_decoder, decode_array
 from threetowers.data.order import Order, hash64
 from threetowers.data.sources import Source
 from threetowers.data.tokenize import Tokenizer
@@ -206,8 +206,10 @@ def augmented_views(
     def shrink(size: tuple[int, int]) -> float:
         return crop(size).shrink(size, max(spec.size for spec in specs.values()))
 
-    image = decode(source.image(index), id, decoder=inputs.decoder, shrink=shrink if inputs.draft else None)
-    box = crop(image.size)
+    image = decode_array(
+        source.image(index), id, decoder=inputs.decoder, shrink=shrink if inputs.draft else None
+    )
+    box = crop((image.shape[1], image.shape[0]))
     return {view: cropped_view(image, box, spec) for view, spec in specs.items()}
 
 
