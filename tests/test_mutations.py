@@ -21,7 +21,7 @@ from threetowers.errors import BadSample, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:RuntimeWarning")
 BLOCK = 512
-COUNTS = [1_000, pytest.param(20_000, marks=pytest.mark.slow)]
+COUNTS = [1_000, pytest.param(100_000, marks=pytest.mark.slow)]
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:
@@ -221,13 +221,15 @@ def test_mutated_tars_give_every_intact_sample_or_an_error(
             continue
         found = contents(source)
         named = {problem.id for problem in source.problems}
-        for (begin, end), (id, content) in zip(extents, expected.items(), strict=True):
-            if is_intact(origin, begin, end):
-                assert found.get(id) == content or id in named, (
-                    f"{index}: {kind}: {id} was lost without a word"
-                )
+        lost = [
+            id
+            for (begin, end), (id, content) in zip(extents, expected.items(), strict=True)
+            if is_intact(origin, begin, end) and found.get(id) != content and id not in named
+        ]
+        # a header forged with its checksum may swallow the members behind it
+        assert not lost or kind == "header", f"{index}: {kind}: {lost} were lost without a word"
         missing = len(expected) - len(found)
-        if missing > 0 and not source.problems:
+        if lost or (missing > 0 and not source.problems):
             # whole blocks changed so that what is left is a sound tar of fewer members: only the count can tell
             assert kind in ("header", "splice", "zeros"), (
                 f"{index}: {kind}: {missing} are missing without a word"
