@@ -12,7 +12,6 @@ from threetowers.config import InputConfig, ObjectiveConfig, PairConfig, RunConf
 from threetowers.data.loader import Batch, BatchReader
 from threetowers.prepare import Prepared, prepare
 from threetowers.towers.pair import read_safetensors
-from threetowers.train import loop
 from threetowers.train.accumulate import accumulate, masked_ids
 from threetowers.train.loop import train
 
@@ -36,7 +35,7 @@ PATCH_DROPOUT = PairConfig(
 
 def prepared(config: RunConfig, folder: Path) -> tuple[Prepared, Batch]:
     run = prepare(config, folder)
-    reader: BatchReader = loop._reader(run)
+    reader: BatchReader = run.reader()
     run.model.train()
     return run, reader[range(config.batch_size)]
 

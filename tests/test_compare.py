@@ -45,16 +45,16 @@ def test_a_comparison_trains_all_continues_and_repeats_nothing(
     trained: list[str] = []
     real = compare_module.train
 
-    def counted(job_config: RunConfig, folder: Path) -> Any:
+    def counted(job_config: RunConfig, folder: Path, **options: Any) -> Any:
         if len(trained) == 3:
             raise KeyboardInterrupt
         trained.append(folder.name)
-        return real(job_config, folder)
+        return real(job_config, folder, **options)
 
     monkeypatch.setattr(compare_module, "train", counted)
     with pytest.raises(KeyboardInterrupt):
         compare(config, OPTIONS, tmp_path)
-    monkeypatch.setattr(compare_module, "train", lambda c, f: (trained.append(f.name), real(c, f))[1])
+    monkeypatch.setattr(compare_module, "train", lambda c, f, **o: (trained.append(f.name), real(c, f))[1])
     result = compare(config, OPTIONS, tmp_path)
     assert result is not None
     assert len(trained) == len(set(trained)) == 3 * (2 + 1), (
@@ -180,7 +180,7 @@ def test_a_third_tower_of_texts_is_compared_by_its_own_sides_and_refused_for_lit
     monkeypatch.setattr(prepare_module, "load_frozen", text_tower)
     monkeypatch.setattr(compare_module, "load_frozen", text_tower)
     config = tiny_config(third=("words=hf-text:tiny",), steps=3, embeddings="none")
-    with pytest.raises(UsageError, match=r"lit take their image tower .* reads texts"):
+    with pytest.raises(UsageError, match=r"image tower of lit .* reads texts"):
         compare(config, replace(OPTIONS, seeds=(0,), lrs=(1e-3,)), tmp_path)
     options = replace(OPTIONS, methods=("baseline", "3t"), seeds=(0,), lrs=(1e-3,))
     result = compare(config, options, tmp_path)

@@ -627,7 +627,7 @@ def test_every_bad_row_is_named(images: Path) -> None:
     assert "`caption_0`, `caption_1`" in text
     assert "2 samples, 8 problems (" in text
     assert "empty caption: 2" in text
-    with pytest.raises(DataError, match=r"8 of 10 .*1.0%(?s:.*)\n  a.png: empty caption \(t.csv:4\)\n"):
+    with pytest.raises(DataError, match=r"8 of 10 .* = 0\.01 (?s:.*)\n  a.png: empty caption \(t.csv:4\)\n"):
         check_problems(source)
     check_problems(source, limit=0.8)
 

@@ -32,7 +32,6 @@ from threetowers.prepare import prepare
 from threetowers.store import FIXED, Contents, Store, Views, layout, open_store
 from threetowers.towers.frozen import FrozenTower, load_frozen
 from threetowers.towers.frozen_text import FrozenTextTower
-from threetowers.train.loop import _reader
 
 CPU = torch.device("cpu")
 VIEWS = Views(3, (0.3, 0.8), (0.8, 1.2), True)
@@ -136,7 +135,7 @@ def test_batches_show_the_main_tower_the_region_whose_features_they_hold(
     config = tiny_config()
     inputs = replace(config.inputs, stored_views=4, crop_scale=(0.3, 0.9), flip=True)
     run = prepare(replace(config, inputs=inputs), tmp_path / "run")
-    reader, spec = _reader(run), run.model.spec
+    reader, spec = run.reader(), run.model.spec
     store = run.stores(run.train, training=True)["third"]
     drawn: dict[int, set[int]] = {}
     for step in range(12):
@@ -407,7 +406,7 @@ def test_a_text_side_third_tower_trains_and_combines_with_captions(
     config = tiny_config(third=("hf-text:tiny",), steps=4)
     assert train(config, tmp_path / "run").finished
     run = prepare(config, tmp_path / "run")
-    batch = _reader(run)[range(16)]
+    batch = run.reader()[range(16)]
     tower = text_tower()
     for row, (index, tokens) in enumerate(zip(batch.index.tolist(), batch.tokens, strict=True)):
         captions = run.train.record(index).captions

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from threetowers.run import load_run
 from threetowers.towers.pair import read_safetensors
 from threetowers.train import checkpoint, loop
 from threetowers.train.loop import train
+from threetowers.train.saver import Saver
 
 Config = Callable[..., RunConfig]
 
@@ -110,13 +112,14 @@ def test_a_run_stopped_between_checkpoints_continues_to_the_same_bits(
 ) -> None:
     config = tiny_config(steps=9, checkpoint_every_steps=4)
     train(config, tmp_path / "whole")
-    save = checkpoint.save
+    save = Saver.save
 
-    def save_and_die(*arguments: object) -> None:
-        save(*arguments)  # type: ignore[arg-type]
-        raise KeyboardInterrupt
+    def save_and_die(self: Saver, step: int, *arguments: Any, **options: Any) -> None:
+        save(self, step, *arguments, **options)
+        if step:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    monkeypatch.setattr(Saver, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "torn")
     monkeypatch.undo()
@@ -167,7 +170,8 @@ def test_sigterm_saves_and_exits_with_75(tiny_config: Config, tmp_path: Path) ->
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "continues" in output
-    assert len(list((tmp_path / "r" / "checkpoints").glob("step-*"))) == 1
+    begun, stopped = sorted(path.name for path in (tmp_path / "r" / "checkpoints").glob("step-*"))
+    assert begun == "step-00000000" < stopped
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_name_and_never_silently_replaced_by_a_fresh_start(

@@ -3,6 +3,7 @@
 Nothing heavy is imported before a verb is known, so that --help is immediate.
 """
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,12 @@ from threetowers.config import (
     CompareConfig,
     PretrainConfig,
     RunConfig,
+    apply_values,
     config_hash,
     did_you_mean,
-    read_config,
     read_toml,
-    replace_nested,
 )
-from threetowers.errors import ThreeTowersError, UsageError
+from threetowers.errors import ThreeTowersError, UsageError, of_system
 from threetowers.recipes import PRESETS
 
 T = TypeVar("T")
@@ -31,6 +31,10 @@ STOPPED = 75  # stopped on request; the same command continues
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `threetowers`; exits with 0 or the code of what went wrong, without a traceback of a mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        for name in ("SIGTERM", "SIGUSR1"):  # as an interrupt from the keyboard, until training knows better
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.default_int_handler)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         sys.exit(0)
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"threetowers: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        print(f"threetowers: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        print(f"threetowers: {of_system(error)}", file=sys.stderr)
         sys.exit(3)
     except KeyboardInterrupt:
         print("threetowers: interrupted; the same command continues", file=sys.stderr)
@@ -85,6 +89,9 @@ class _TrainArguments:
 
     out: Annotated[str, tyro.conf.arg(help="Run folder; default runs/PRESET-CONFIGHASH.")] = "none"
     fresh: Annotated[bool, tyro.conf.arg(help="Replace the run that is in the folder.")] = False
+    max_minutes: Annotated[
+        float, tyro.conf.arg(help="Save and stop after this long, to continue later; 0 never.")
+    ] = 0.0
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
@@ -107,10 +114,10 @@ def load_file(path: Path) -> RunConfig:
     values = read_toml(path)
     preset = values.pop("preset", None)
     if preset is None:
-        return read_config(path)
+        return apply_values(RunConfig(), values, path)
     if preset not in PRESETS:
         raise UsageError(f"{path}: preset: {preset!r} is no preset{did_you_mean(str(preset), PRESETS)}")
-    return replace_nested(PRESETS[preset](), values)
+    return apply_values(PRESETS[preset](), values, path)
 
 
 def _run_folder(name: str, arguments: _TrainArguments) -> Path:
@@ -127,12 +134,13 @@ def _train(words: list[str]) -> int:
 
     from threetowers.evaluate.evaluation import evaluate_run
     from threetowers.objective.pairs import objective
-    from threetowers.prepare import describe_data
+    from threetowers.prepare import check_settings, describe_data
     from threetowers.train.loop import train
 
-    objective(config)  # a mistake in the method is said before any data is read
+    check_settings(config)  # a mistake in the settings is said before any data is read
+    objective(config)
     print(describe_data(config), flush=True)
-    result = train(config, out, fresh=arguments.fresh)
+    result = train(config, out, fresh=arguments.fresh, max_minutes=arguments.max_minutes)
     if not result.finished:
         print(f"stopped at step {result.step}; the same command continues. Run folder: {out}")
         return STOPPED
@@ -147,6 +155,9 @@ class _CompareArguments:
     """Train and evaluate several methods on equal terms, and write report.html. Run again, it continues."""
 
     out: Annotated[str, tyro.conf.arg(help="Folder of the comparison.")] = "runs/compare"
+    max_minutes: Annotated[
+        float, tyro.conf.arg(help="Save and stop after this long, to continue later; 0 never.")
+    ] = 0.0
     options: Annotated[CompareConfig, tyro.conf.arg(name="")] = field(default_factory=CompareConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
 
@@ -158,7 +169,8 @@ def _compare(words: list[str]) -> int:
 
     from threetowers.compare import compare
 
-    return _report(compare(arguments.run, arguments.options, Path(arguments.out)), Path(arguments.out))
+    out = Path(arguments.out)
+    return _report(compare(arguments.run, arguments.options, out, max_minutes=arguments.max_minutes), out)
 
 
 def _demo(words: list[str]) -> int:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from threetowers.claims import Key, Measured, claims
-from threetowers.config import CompareConfig, RunConfig, check
+from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.evaluate.combine import Pair, Sweep, sweep
 from threetowers.evaluate.evaluation import evaluate_run, sweep_figures
 from threetowers.evaluate.retrieval import Ranks, System, ranks_from_features
 from threetowers.evaluate.statistics import bootstrap_interval, t_interval
 from threetowers.objective.pairs import objective
-from threetowers.prepare import describe_data, open_data
+from threetowers.prepare import captioned, check_settings, describe_data, open_data
 from threetowers.progress import duration
 from threetowers.run import load_run
 from threetowers.showcase import identical_without_third, inference_rate, showcase
@@ -65,13 +65,15 @@ Trials = dict[Key, dict[float, float]]
 """The validation figure of each learning rate tried with the first seed."""
 
 
-def compare(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, Any] | None:
+def compare(
+    config: RunConfig, options: CompareConfig, out: Path, *, max_minutes: float = 0.0
+) -> dict[str, Any] | None:
     """Runs the comparison in `out` and returns compare.json's contents; None when it was stopped on request.
 
     config: what the runs share; its third towers are compared one by one, by the names given to them. Raises
     UsageError for a comparison that cannot be run, and whatever training raises.
     """
-    trained = train_all(config, options, out)
+    trained = train_all(config, options, out, max_minutes=max_minutes)
     if trained is None:
         return None
     result = _collect(config, options, named_thirds(config), *trained, out)
@@ -81,39 +83,41 @@ def compare(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, A
     return result
 
 
-def train_all(config: RunConfig, options: CompareConfig, out: Path) -> tuple[list[Job], Trials] | None:
+def train_all(
+    config: RunConfig, options: CompareConfig, out: Path, *, max_minutes: float = 0.0
+) -> tuple[list[Job], Trials] | None:
     """Trains and evaluates what of the comparison is not done yet; the jobs that count, and the trials behind them."""
-    check(config)
+    check_settings(config)
     thirds = named_thirds(config)
     keys = _keys(options, thirds)
     print(describe_data(config), flush=True)
+    if len(options.lrs) > 1 and not captioned(open_data(config)[1]):
+        raise UsageError(
+            "compare: there is no validation data to choose a learning rate on. Give --inputs.val-fraction above 0, "
+            "or one value for --lrs"
+        )
     for name, spec in thirds.items():
         # a tower that cannot be used should say so before an hour of training
         tower = load_frozen(spec, name, features=config.third_features, precision=config.third_precision)
         lit = [method for method in options.methods if method.startswith("lit")]
         if lit and isinstance(tower, FrozenTextTower):
             raise UsageError(
-                f"compare: {' and '.join(lit)} take their image tower from the third tower, and {spec!r} reads texts; "
-                "leave them out: --methods baseline 3t"
+                f"compare: the image tower of {' and '.join(lit)} is the third tower, and {spec!r} reads texts. Leave "
+                "out what cannot use it: --methods baseline 3t"
             )
     out.mkdir(parents=True, exist_ok=True)
     trials: Trials = {}
     chosen: dict[Key, float] = {}
     num_trainings = len(keys) * (len(options.lrs) + len(options.seeds) - 1)
-    started, done = time.monotonic(), 0
+    pace, done = _Pace(num_trainings, max_minutes), 0
     for key in keys:
         trials[key] = {}
         for lr in options.lrs:
             done += 1
             job = _job(config, thirds, key, options.seeds[0], lr, out)
-            if not _run(job, done, num_trainings, started):
+            if not _run(job, done, pace):
                 return None
             trials[key][lr] = _evaluation(job)["val"].get(PRIMARY, 0.0)
-        if len(options.lrs) > 1 and not any(trials[key].values()):
-            raise UsageError(
-                "compare: there is no validation data to choose a learning rate on. Give --inputs.val-fraction, "
-                "or one value for --lrs"
-            )
         chosen[key] = max(options.lrs, key=lambda lr: trials[key][lr])
     jobs = []
     for key in keys:
@@ -121,7 +125,7 @@ def train_all(config: RunConfig, options: CompareConfig, out: Path) -> tuple[lis
             job = _job(config, thirds, key, seed, chosen[key], out)
             if seed != options.seeds[0]:
                 done += 1
-                if not _run(job, done, num_trainings, started):
+                if not _run(job, done, pace):
                     return None
             jobs.append(job)
     return jobs, trials
@@ -161,7 +165,22 @@ def _job(config: RunConfig, thirds: dict[str, str], key: Key, seed: int, lr: flo
     return Job(method, third, seed, lr, own, out / "runs" / name)
 
 
-def _run(job: Job, done: int, total: int, started: float) -> bool:
+class _Pace:
+    """How many trainings there are, when the first began, and how many minutes are left; 0 minutes are no limit."""
+
+    def __init__(self, total: int, max_minutes: float) -> None:
+        self.total, self._limit, self._started = total, 60 * max_minutes, time.monotonic()
+
+    def so_far(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    def minutes_left(self) -> float:
+        """For `train`: 0 when there is no limit, and never 0 when there is one."""
+        return max(self._limit - self.so_far(), 1e-3) / 60 if self._limit else 0.0
+
+
+def _run(job: Job, done: int, pace: _Pace) -> bool:
     """Trains and evaluates a job unless that is done; False when it was stopped on request."""
     if (job.folder / "evaluation.json").is_file():
         differing = differing_keys(job.folder / "config.toml", job.config)
@@ -169,16 +188,16 @@ def _run(job: Job, done: int, total: int, started: float) -> bool:
             raise CheckpointError(
                 f"{job.folder} holds a run with other settings ({', '.join(differing)}). Give another --out"
             )
-    else:
-        print(
-            f"[{done}/{total}] {_label(job.key)}, seed {job.seed}, lr {job.lr:g} "
-            f"({duration(time.monotonic() - started)} so far)",
-            flush=True,
-        )
-        if not train(job.config, job.folder).finished:
-            return False
+        return True
+    print(
+        f"[{done}/{pace.total}] {_label(job.key)}, seed {job.seed}, lr {job.lr:g} "
+        f"({duration(pace.so_far())} so far)",
+        flush=True,
+    )
+    trained = train(job.config, job.folder, max_minutes=pace.minutes_left())
+    if trained.finished:
         print("  " + evaluate_run(job.folder).text().replace("\n", "\n  "), flush=True)
-    return True
+    return not trained.stopped
 
 
 def _label(key: Key) -> str:

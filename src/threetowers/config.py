@@ -146,8 +146,14 @@ class RunConfig:
     log_every_steps: int = 20
     eval_every_steps: int = 0
     """Validate each time this many steps are done; 0 only at the end."""
+    keep_best: str = "none"
+    """A validation metric such as val/mean_r@1: the finished run holds the weights of the step where it was highest."""
+    patience: int = 0
+    """End the run after this many validations in a row without a better keep_best; 0 never does."""
     checkpoint_every_steps: int = 500
     keep_checkpoints: int = 2
+    background_saves: bool = True
+    """Write checkpoints in a thread, from a copy of the weights and moments in host memory."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -229,29 +235,41 @@ class CompareConfig:
 def check(config: RunConfig) -> None:
     """Raises UsageError for a number that no run can have, by its key."""
     inputs, optim, objective = config.inputs, config.optim, config.objective
+    (low, high), (flat, tall) = inputs.crop_scale, inputs.crop_ratio
+    one, zero, above = "1 or more", "0 or more", "above 0"
     rules = {
-        "steps": config.steps >= 1,
-        "batch_size": config.batch_size >= 1,
-        "micro_batch_size": config.micro_batch_size >= 0,
-        "log_every_steps": config.log_every_steps >= 1,
-        "eval_every_steps": config.eval_every_steps >= 0,
-        "checkpoint_every_steps": config.checkpoint_every_steps >= 1,
-        "keep_checkpoints": config.keep_checkpoints >= 1,
-        "inputs.workers": inputs.workers >= 0,
-        "inputs.stored_views": inputs.stored_views >= 0,
-        "inputs.crop_scale": 0 < inputs.crop_scale[0] <= inputs.crop_scale[1] <= 1,
-        "inputs.crop_ratio": 0 < inputs.crop_ratio[0] <= inputs.crop_ratio[1],
-        "optim.lr": optim.lr > 0,
-        "optim.betas": all(0 <= beta < 1 for beta in optim.betas),
-        "optim.warmup_steps": optim.warmup_steps >= 0,
-        "objective.init_scale": 0 < objective.init_scale <= objective.max_scale,
+        "steps": (config.steps >= 1, one),
+        "batch_size": (config.batch_size >= 1, one),
+        "micro_batch_size": (config.micro_batch_size >= 0, zero),
+        "log_every_steps": (config.log_every_steps >= 1, one),
+        "eval_every_steps": (config.eval_every_steps >= 0, zero),
+        "checkpoint_every_steps": (config.checkpoint_every_steps >= 1, one),
+        "keep_checkpoints": (config.keep_checkpoints >= 1, one),
+        "patience": (config.patience >= 0, zero),
+        "inputs.workers": (inputs.workers >= 0, zero),
+        "inputs.stored_views": (inputs.stored_views >= 0, zero),
+        "inputs.max_bad_share": (0 <= inputs.max_bad_share <= 1, "from 0 to 1"),
+        "inputs.crop_scale": (0 < low <= high <= 1, "two shares above 0, the smaller first, up to 1"),
+        "inputs.crop_ratio": (0 < flat <= tall, "two numbers above 0, the smaller first"),
+        "optim.lr": (optim.lr > 0, above),
+        "optim.weight_decay": (optim.weight_decay >= 0, zero),
+        "optim.betas": (all(0 <= beta < 1 for beta in optim.betas), "from 0 to below 1"),
+        "optim.warmup_steps": (optim.warmup_steps >= 0, zero),
+        "optim.clip_norm": (optim.clip_norm >= 0, zero),
+        "objective.init_scale": (0 < objective.init_scale <= objective.max_scale, "above 0, up to max_scale"),
     }
-    for key, fits in rules.items():
+    for key, (fits, allowed) in rules.items():
         if not fits:
             value: Any = config
             for part in key.split("."):
                 value = getattr(value, part)
-            raise UsageError(f"{key}: {value!r} is out of range")
+            raise UsageError(f"{key}: {value!r} is out of range; it must be {allowed}")
+    if config.patience and config.keep_best == "none":
+        raise UsageError("patience: name the metric in keep_best, for example --keep-best val/mean_r@1")
+    if config.keep_best != "none" and not config.eval_every_steps:
+        raise UsageError(
+            f"keep_best: {config.keep_best} needs validations to choose from; give --eval-every-steps"
+        )
     if inputs.stored_views and inputs.third_view == "same":
         raise UsageError(
             f"inputs.stored_views: {inputs.stored_views} stored views and inputs.third_view = same (live) exclude each "
@@ -340,7 +358,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def read_config(path: str | Path, base: RunConfig | None = None) -> RunConfig:
     """The run that a TOML file describes, on top of `base` (default: the dataclasses' own defaults)."""
-    return replace_nested(base or RunConfig(), read_toml(path))
+    return apply_values(base or RunConfig(), read_toml(path), path)
+
+
+def apply_values(config: T, values: dict[str, Any], path: str | Path) -> T:
+    """`replace_nested` with the values of a file, which its errors name."""
+    try:
+        return replace_nested(config, values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def as_plain(config: Any) -> dict[str, Any]:

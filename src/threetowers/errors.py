@@ -1,5 +1,7 @@
 """The errors a user can meet; each carries the exit code of the command that raised it."""
 
+import errno
+
 
 class ThreeTowersError(Exception):
     """Base of every error that is the user's to mend: says what is wrong, where, and what to do."""
@@ -42,3 +44,21 @@ class BadSample(Exception):  # noqa: N818 - a finding about one sample, not a fa
 
     def __str__(self) -> str:
         return f"{self.id}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+REMEDIES = {
+    errno.EEXIST: "A folder is needed here; give another --out",
+    errno.ENOTDIR: "A folder is needed here; give another --out",
+    errno.EACCES: "Give a path that you may read and write",
+    errno.EROFS: "Give an --out that can be written",
+    errno.ENOSPC: "Make room and give the same command again",
+    errno.EDQUOT: "Make room in your quota and give the same command again",
+    errno.EFBIG: "Files may not be this large here (see `ulimit -f`); give another --out",
+}
+
+
+def of_system(error: OSError) -> str:
+    """What the operating system refused, in a line: the file, the reason, and what to do where that is known."""
+    said = f"{error.filename or 'files'}: {error.strerror or error}"
+    remedy = REMEDIES.get(error.errno or 0)
+    return f"{said}. {remedy}" if remedy else said

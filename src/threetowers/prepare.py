@@ -14,7 +14,9 @@ from torch import Tensor
 from threetowers.allocator import keep_freed_memory
 from threetowers.config import RunConfig, check
 from threetowers.data import shapes
-from threetowers.data.loader import Batch
+from threetowers.data.decode import check_decoder
+from threetowers.data.loader import Batch, BatchReader
+from threetowers.data.order import Order
 from threetowers.data.sources import Source, Subset, check_problems, open_source, splits
 from threetowers.data.tables import describe
 from threetowers.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
@@ -61,7 +63,7 @@ class Prepared:
         found, live = {}, self.live_thirds() if training else {}
         for name in self.model.thirds:
             texts = isinstance(self.thirds[name], FrozenTextTower)
-            if name in live or (texts and not _captioned(source)):
+            if name in live or (texts and not captioned(source)):
                 continue
             key = (name, source.fingerprint, self._views() if training and not texts else FIXED)
             if key not in self._stores:
@@ -117,6 +119,18 @@ class Prepared:
             autocast=self.autocast(),
         )
 
+    def reader(self) -> BatchReader:
+        """What makes the batches of training; raises UsageError when there is less data than one batch."""
+        return BatchReader(
+            self.train,
+            Order(self.config.seed, len(self.train), self.config.batch_size),
+            self.tokenizer,
+            self.config.inputs,
+            image=self.model.spec if self.model.needs_pixels() else None,
+            live={name: tower.image for name, tower in self.live_thirds().items()},
+            stores=self.stores(self.train, training=True),
+        )
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the main towers run."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -138,6 +152,14 @@ def pick_device(name: str) -> torch.device:
             f"device: {name!r} was asked for, but torch finds {found} CUDA devices; give --device cpu"
         )
     return device
+
+
+def check_settings(config: RunConfig) -> None:
+    """Raises UsageError for settings that no data could make right; reads nothing and builds nothing."""
+    check(config)
+    check_decoder(config.inputs.decoder)
+    pick_device(config.device)
+    model_config(config.pair)
 
 
 def world(folder: Path = SHAPES_FOLDER) -> Path:
@@ -180,7 +202,8 @@ def _open_splits(
     )
 
 
-def _captioned(source: Source) -> bool:
+def captioned(source: Source) -> bool:
+    """Whether any sample of the source has captions."""
     return any(source.record(index).captions for index in range(len(source)))
 
 
@@ -228,7 +251,7 @@ def assemble(config: RunConfig, run: Path, *, saved_tokenizer: Path | None = Non
 
     run: the run folder; embeddings are stored beside it unless the configuration says where.
     """
-    check(config)
+    check_settings(config)
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()

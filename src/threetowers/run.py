@@ -33,6 +33,7 @@ from threetowers.towers.frozen_text import FrozenTextTower
 from threetowers.towers.pair import (
     build_image_tower,
     build_text_tower,
+    disk_errors,
     encode_text,
     load_strictly,
     read_safetensors,
@@ -135,7 +136,8 @@ def save_run(
     state |= {key: value for key, value in model.state_dict().items() if not key.startswith("img.")}
     state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     partial = folder / ".model.safetensors.partial"
-    save_file(state, partial)
+    with disk_errors(partial):
+        save_file(state, partial)
     tokenizer.save(folder)
     described = {
         "schema": SCHEMA,

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,19 +80,16 @@ class Work:
             free, size = shutil.disk_usage(self.folder.parent).free, self.layout.size
             if free < size:
                 raise DataError(
-                    f"{self.folder.parent}: the embeddings take {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-                    "give a folder on a larger disk"
+                    f"{self.folder.parent}: the embeddings take {size / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are "
+                    "free; give a folder on a larger disk"
                 )
         (self.folder / "chunks").mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
+        with _opened(self.path, os.O_RDWR | os.O_CREAT) as file:
             os.ftruncate(file, self.layout.size)
             os.pwrite(file, self.layout.header, 0)
             if first is not None:
                 os.pwrite(file, first.tobytes(), self.layout.slots["first"].offset)
             os.fsync(file)
-        finally:
-            os.close(file)
         _write_whole(plan, json.dumps(mine))
 
     def write(
@@ -105,15 +102,12 @@ class Work:
         """Puts a chunk's arrays at their rows of the file, and marks it when they are on the disk."""
         if self.marker(number).is_file():
             return  # another process did the same chunk
-        file = os.open(self.path, os.O_WRONLY)
-        try:
+        with _opened(self.path, os.O_WRONLY) as file:
             for key, array in arrays.items():
                 slot = self.layout.slots[key]
                 row = slot.size // max(slot.shape[0], 1)
                 _write_at(file, np.ascontiguousarray(array).tobytes(), slot.offset + starts[key] * row)
             os.fsync(file)
-        finally:
-            os.close(file)
         lines = [{"id": each.id, "reason": each.reason, "detail": each.detail} for each in bad]
         _write_whole(self.marker(number), json.dumps(lines, ensure_ascii=False))
 
@@ -126,6 +120,18 @@ class Work:
             FileNotFoundError
         ):  # another process has finished that, and this work is gone
             (self.folder / _WIDE_FILE).touch()
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """The file's descriptor; what fails on it names the path, which calls on a descriptor do not."""
+    file = os.open(path, flags, 0o644)
+    try:
+        yield file
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(file)
 
 
 def _write_at(file: int, data: bytes, offset: int) -> None:

@@ -16,15 +16,15 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from threetowers.config import RunConfig, check, replace_nested
-from threetowers.data.decode import check_decoder, decode
+from threetowers.config import RunConfig, replace_nested
+from threetowers.data.decode import decode
 from threetowers.data.loader import Batch, BatchReader
 from threetowers.data.order import Order, hash64
 from threetowers.data.sources import Source
 from threetowers.data.transforms import fixed_view
 from threetowers.errors import BadSample, CheckpointError, DataError, NonFiniteError, UsageError
 from threetowers.objective.pairs import objective
-from threetowers.prepare import Prepared, assemble, describe_data, open_data
+from threetowers.prepare import Prepared, assemble, check_settings, describe_data, open_data
 from threetowers.progress import duration
 from threetowers.towers.frozen import FrozenTower
 from threetowers.train.accumulate import accumulate, masked_ids
@@ -43,8 +43,7 @@ def validate(config: RunConfig, folder: Path) -> Iterator[str]:
 
     Raises what training would raise: UsageError, DataError, CheckpointError, NonFiniteError.
     """
-    check(config)
-    check_decoder(config.inputs.decoder)
+    check_settings(config)
     objective(config)
     if (folder / "config.toml").is_file() and differing_keys(folder / "config.toml", config):
         yield f"note: {folder} holds a run with other settings; train asks for another --out, or for --fresh"

@@ -1,5 +1,9 @@
 """Positions to batches: reading, decoding, augmenting, tokenising, and replacing what cannot be used."""
 
+import math
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -15,9 +19,11 @@ from threetowers.data.order import Order, hash64
 from threetowers.data.sources import Source
 from threetowers.data.tokenize import Tokenizer
 from threetowers.data.transforms import Crop, ImageSpec, cropped_view, random_crop
-from threetowers.errors import BadSample, DataError
+from threetowers.errors import BadSample, DataError, ThreeTowersError
 
 MAX_ATTEMPTS = 100
+MAX_DEATHS = 3  # of workers in a row, before a batch comes
+STALL_SECONDS = 30.0
 T = TypeVar("T")
 
 
@@ -218,13 +224,47 @@ def _as_ids(texts: list[str]) -> Tensor:
 
 
 def batches(
-    reader: BatchReader, first_step: int, last_step: int, *, pin_memory: bool = False
+    reader: BatchReader,
+    first_step: int,
+    last_step: int,
+    *,
+    pin_memory: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Iterator[Batch]:
-    """The batches of the steps, read ahead by the configured number of worker processes."""
+    """The batches of the steps, read ahead by the configured number of worker processes.
+
+    A worker that dies is started again at the first batch that has not come. say: told of that, and of a batch that is
+    long in coming. Raises what reading raises, and DataError when workers keep dying.
+    """
+    step, deaths = first_step, 0
+    while step < last_step:
+        loader = _loader(reader, step, last_step, pin_memory)
+        try:
+            with _StallWatch(say) as watch:
+                iterator = iter(loader)
+                _keep_worker_deaths_to_the_queue()
+                for item in watch.items(iterator):
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+                    step, deaths = step + 1, 0
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            deaths += 1
+            if deaths == MAX_DEATHS:
+                raise DataError(
+                    f"{reader.source.name}: loader workers died {deaths} times in a row before the batch of step "
+                    f"{step}: {error}. Usually memory is short: give fewer --inputs.workers, or 0 for none"
+                ) from None
+            say(f"a loader worker died ({error}); starting again at the batch of step {step}")
+
+
+def _loader(reader: BatchReader, first_step: int, last_step: int, pin_memory: bool) -> DataLoader[Any]:
     workers = reader.inputs.workers
     settings: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
-    loader: DataLoader[Batch] = DataLoader(
-        reader,  # type: ignore[arg-type]
+    return DataLoader(
+        _Returning(reader),  # type: ignore[arg-type]
         sampler=list(reader.order.batches(first_step, last_step)),
         batch_size=None,
         num_workers=workers,
@@ -232,4 +272,64 @@ def batches(
         pin_memory=pin_memory,
         **settings,
     )
-    yield from loader
+
+
+class _Returning:
+    """Hands errors that are the user's to mend to the training process as they are, without a worker's traceback."""
+
+    def __init__(self, reader: BatchReader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, positions: range) -> Batch | ThreeTowersError:
+        try:
+            return self._reader[positions]
+        except ThreeTowersError as error:
+            return error
+
+
+class _StallWatch:
+    """Says so each time an iterator has kept its reader waiting for another STALL_SECONDS."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._since = math.inf
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "_StallWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def items(self, iterator: Iterator[T]) -> Iterator[T]:
+        """What the iterator gives."""
+        while True:
+            self._since = time.monotonic()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._since = math.inf
+            yield item
+
+    def _watch(self) -> None:
+        said = 0.0
+        while not self._done.wait(STALL_SECONDS / 4):
+            waited = time.monotonic() - self._since
+            said = min(said, max(waited, 0.0))
+            if waited >= said + STALL_SECONDS:
+                said = waited
+                self._say(
+                    f"no batch for {waited:.0f} s: the disk, the network or the decoding of images is slow or stuck"
+                )
+
+
+def _keep_worker_deaths_to_the_queue() -> None:
+    """Takes away torch's SIGCHLD handler, which raises wherever the training step is; its queue finds a death too."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

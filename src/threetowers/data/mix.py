@@ -14,9 +14,10 @@ import hashlib
 import math
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from threetowers.config import did_you_mean, read_toml
 from threetowers.data.hf_datasets import PREFIX, DatasetSource
@@ -26,6 +27,7 @@ from threetowers.data.tables import FileSource
 from threetowers.errors import BadSample, DataError, UsageError
 
 MAX_WEIGHT = 1000.0
+T = TypeVar("T")
 _KEYS = ("path", "weight", "image_column", "caption_columns")
 
 
@@ -104,10 +106,7 @@ def open_mix(path: str) -> MixedSource:
     Raises UsageError for a key or value that cannot be meant, and what `open_source` raises for a part.
     """
     entries = read_mix(path)
-    sources = [
-        open_source(entry.path, image_column=entry.image_column, caption_columns=entry.caption_columns)
-        for entry in entries
-    ]
+    sources = [_opened(open_source, path, number, entry) for number, entry in enumerate(entries, 1)]
     return _mixed(path, "", sources, entries, _prefixes([source.name for source in sources]), None)
 
 
@@ -120,13 +119,8 @@ def mixed_splits(
     them; it is known by its file, or by its bytes in a Hugging Face dataset. Raises what `open_mix` and `splits` raise.
     """
     entries = read_mix(path)
-    parted = [
-        splits(
-            entry.path, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed,
-            image_column=entry.image_column, caption_columns=entry.caption_columns,
-        )
-        for entry in entries
-    ]  # fmt: skip
+    shares = {"val_fraction": val_fraction, "test_fraction": test_fraction, "seed": seed}
+    parted = [_opened(splits, path, number, entry, **shares) for number, entry in enumerate(entries, 1)]
     held_out = {
         key for _, *others in parted for part in others for i in range(len(part)) if (key := _image(part, i))
     }
@@ -140,6 +134,16 @@ def mixed_splits(
         _mixed(path, "/val", [val for _, val, _ in parted], entries, prefixes, None),
         _mixed(path, "/test", [test for _, _, test in parted], entries, prefixes, None),
     )
+
+
+def _opened(opener: Callable[..., T], file: str, number: int, entry: Part, **options: float) -> T:
+    """What the opener makes of a part; its errors say which part of which file they are about."""
+    try:
+        return opener(
+            entry.path, image_column=entry.image_column, caption_columns=entry.caption_columns, **options
+        )
+    except (DataError, UsageError) as error:
+        raise type(error)(f"{file}: source {number}: {error}") from None
 
 
 def _mixed(

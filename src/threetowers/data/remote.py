@@ -167,7 +167,9 @@ def _read(address: str, read: Callable[[BinaryIO, int | None], T]) -> T:
     try:
         import fsspec
     except ImportError as error:
-        raise UsageError(f"{shown(address)}: pip install 'threetowers[remote]' to read addresses") from error
+        raise UsageError(
+            f"{shown(address)}: reading an address needs fsspec; pip install 'threetowers[remote]'"
+        ) from error
     try:
         system, path = fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:  # no such protocol, or one whose own package is missing

@@ -22,7 +22,9 @@ def read_rows(path: Path, problems: list[BadSample]) -> Iterator[Row]:
         return _jsonl_rows(path, problems)
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         return _csv_rows(path, problems)
-    raise DataError(f"{path}: a table ends in {', '.join(TABLE_ENDINGS)}, and shards in .tar")
+    raise DataError(
+        f"{path}: a table ends in {', '.join(TABLE_ENDINGS)}, and shards in .tar; save it as one of these"
+    )
 
 
 def _csv_rows(path: Path, problems: list[BadSample]) -> Iterator[Row]:

@@ -170,7 +170,8 @@ def split(
     """
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
         raise UsageError(
-            f"val_fraction {val_fraction} and test_fraction {test_fraction} must be 0 or more and sum to less than 1"
+            f"inputs.val_fraction = {val_fraction:g} and inputs.test_fraction = {test_fraction:g} must be 0 or more "
+            "and sum to less than 1, so that something is left to train on"
         )
 
     def part(draw: float) -> int:
@@ -317,7 +318,8 @@ def open_source(path: str, *, image_column: str = "none", caption_columns: tuple
         raise DataError(f"{path}: there is no such file or folder{_siblings(place)}")
     if not len(source):
         raise DataError(
-            f"{path}: no sample in it can be used. {_counts(source.problems)}{_examples(source.problems)}"
+            f"{path}: no sample in it can be used ({source.layout}). "
+            f"{_counts(source.problems)}{_examples(source.problems)}"
         )
     return source
 
@@ -339,14 +341,16 @@ def check_problems(source: Source, *, limit: float = 0.01) -> None:
     total = len(source) + len(source.problems)
     if total and len(source.problems) > limit * total:
         raise DataError(
-            f"{source.name}: {len(source.problems)} of {total} samples have problems, more than the {limit:.1%} "
-            f"that is let pass. {_counts(source.problems)}{_examples(source.problems)}"
+            f"{source.name}: {len(source.problems)} of {total} samples have problems, more than inputs.max_bad_share = "
+            f"{limit:g} allows; mend them, leave them out, or raise it. "
+            f"{_counts(source.problems)}{_examples(source.problems)}"
         )
 
 
 def _counts(problems: Sequence[BadSample]) -> str:
     counts = Counter(problem.reason for problem in problems)
-    return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common()) or "It is empty."
+    listed = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
+    return listed or "There is no image in it."
 
 
 def _examples(problems: Sequence[BadSample]) -> str:

@@ -115,9 +115,8 @@ def open_table(
         rows = read_rows(path, problems)
         head = list(itertools.islice(rows, _NUM_SNIFFED))
         if not head:
-            raise DataError(
-                f"{path}: there is no row in it that can be read. {'; '.join(map(str, problems[:5]))}"
-            )
+            found = "; ".join(map(str, problems[:5])) or "It is empty, or holds a header alone"
+            raise DataError(f"{path}: there is no row in it that can be read. {found}")
         image_column, caption_columns = _columns(path, head, image_column, caption_columns)
         source = FileSource(
             name=path.stem,

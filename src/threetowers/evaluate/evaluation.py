@@ -18,6 +18,7 @@ from threetowers.evaluate.retrieval import System, ranks_from_features, recalls
 from threetowers.evaluate.zero_shot import accuracy, class_embeddings, label_ranks, per_class_accuracy
 from threetowers.prepare import Prepared, open_classes, prepare
 from threetowers.run import read_description, restore_trained
+from threetowers.towers.pair import disk_errors
 
 SCHEMA = 1
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -139,7 +140,8 @@ def save_features(path: Path, encoded: dict[str, Encoded], class_ranks: Tensor |
         tensors |= {f"{part}/{view}": value.contiguous() for view, value in each.views.items()}
         tensors |= {f"{part}/text_image": each.text_image, f"{part}/index": each.index}
     partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial)
+    with disk_errors(partial):
+        save_file(tensors, partial)
     partial.replace(path)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from threetowers.run import load_run
-from threetowers.towers.pair import assemble
+from threetowers.towers.pair import assemble, disk_errors
 
 
 def export_open_clip(run: str | Path, out: str | Path) -> Path:
@@ -25,7 +25,9 @@ def export_open_clip(run: str | Path, out: str | Path) -> Path:
     architecture = finished.architecture
     pair = assemble(architecture.model_cfg, finished.img, finished.txt, finished.scale)
     state = {name: tensor.contiguous().clone() for name, tensor in pair.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
+    weights = folder / "open_clip_model.safetensors"
+    with disk_errors(weights):
+        save_file(state, weights)
     spec = architecture.image
     if spec.resize_size not in (0, spec.size):
         print(

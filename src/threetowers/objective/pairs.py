@@ -104,7 +104,8 @@ def objective(config: RunConfig) -> Objective:
         return Objective(baseline(options.kind))
     if not thirds:
         raise UsageError(
-            f"method {config.method!r} needs a frozen tower: give --third timm:NAME (or open_clip:, file:)"
+            f"method {config.method!r} needs a frozen tower: give --third timm:NAME (or hf:, open_clip:, file:), "
+            "or --method baseline"
         )
     if config.method in ("lit", "lit-unlocked"):
         if len(thirds) > 1:

@@ -55,11 +55,15 @@ def load_pair(name: str, source: str, **options: bool) -> tuple[Any, dict[str, A
 
 
 def known_tag(model_name: str, tag: str, prefix: str) -> None:
-    """Raises UsageError, with the published tags, when no weights are named."""
+    """Raises UsageError, with the published tags, when no weights are named, or some that are not there."""
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
     if not tag:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
         raise UsageError(
-            f"third: say which weights, {prefix}:{model_name}@TAG or @FILE. Published tags: {tags}"
+            f"third: say which weights, {prefix}:{model_name}@TAG or @FILE. Published tags: {', '.join(tags) or 'none'}"
+        )
+    if tag.lower().replace("-", "_") not in tags and not Path(tag).exists():
+        raise UsageError(
+            f"third: {prefix}:{model_name}@{tag}: no published tag and no file{did_you_mean(tag, tags)}"
         )
 
 

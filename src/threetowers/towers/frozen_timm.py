@@ -46,7 +46,8 @@ def load_timm(name: str, features: str) -> Loaded:
     if local:
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"timm:{name}: {folder} holds no config.json in timm's format")
+            found = "holds no" if folder.is_dir() else "is no folder with a"
+            raise CheckpointError(f"timm:{name}: {folder} {found} config.json in timm's format")
         file = str(folder / "model.safetensors")
         if not Path(file).is_file():
             raise CheckpointError(

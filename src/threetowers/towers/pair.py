@@ -1,6 +1,11 @@
 """The two main towers: open_clip modules, kept so that what is left after training is an open_clip checkpoint."""
 
+import contextlib
 import dataclasses
+import errno
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +168,20 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}); fetch or write it again"
+        ) from None
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns what safetensors raises about the disk while it writes a file into the OSError that it stands for."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def load_pair_weights(image: nn.Module, text: nn.Module, path: str) -> None:

@@ -4,6 +4,8 @@
 SHA-256 of each. A checkpoint exists from the moment its folder has its name; there is no pointer to the latest one.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from threetowers.errors import CheckpointError
 
 SCHEMA = 1
+Snapshot = dict[str, dict[str, Tensor]]
+"""The tensors of a checkpoint in host memory, by file name and by name."""
 
 
 @dataclass
@@ -28,47 +33,102 @@ class Restored:
     step: int
     state: dict[str, Any]
     folder: Path
+    environment: dict[str, Any]
     passed_over: list[str]
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> Snapshot:
+    """The tensors of model and optimiser in host memory; copy: in memory of their own, so that training can go on."""
+    return {
+        "model.safetensors": _on_host(model.state_dict(), copy),
+        "optim.safetensors": _on_host(optimizer_tensors(optimizer), copy),
+    }
+
+
+def _on_host(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
+    """Contiguous tensors, none of which shares memory with another: safetensors refuses that."""
+    seen: set[int] = set()
+    result = {}
+    for name, value in tensors.items():
+        host = value.detach().cpu().contiguous()
+        if host.data_ptr() in seen or (copy and host.data_ptr() == value.data_ptr()):
+            host = host.clone()
+        seen.add(host.data_ptr())
+        result[name] = host
+    return result
 
 
 def save(
     root: Path,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    tensors: Snapshot,
     state: dict[str, Any],
+    environment: dict[str, Any],
     keep: int,
+    spare: int | None = None,
 ) -> Path:
     """Writes the checkpoint of a step under root and removes older ones beyond `keep`.
 
+    environment: what the arithmetic depended on, for the manifest. spare: a step whose checkpoint is not removed.
     Raises OSError when the disk refuses; what was there before is untouched then.
     """
     final = root / f"step-{step:08d}"
     partial = root / f".partial-{os.getpid()}-{step:08d}"
     root.mkdir(parents=True, exist_ok=True)
+    _need_room(root, tensors)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        save_file(_contiguous(model.state_dict()), partial / "model.safetensors")
-        save_file(_contiguous(optimizer_tensors(optimizer)), partial / "optim.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
+        for name, content in tensors.items():
+            _write_tensors(partial / name, content)
+        _write_json(partial / "state.json", {"step": step, **state})
         files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
-        for name in files:
-            _sync(partial / name)
-        manifest = {"schema": SCHEMA, "step": step, "files": files}
-        (partial / "MANIFEST.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        _sync(partial / "MANIFEST.json")
+        manifest = {"schema": SCHEMA, "step": step, "files": files, "environment": environment}
+        _write_json(partial / "MANIFEST.json", {**manifest, "sha256": _digest(manifest)})
         _sync(partial)
         if final.exists():
-            shutil.rmtree(final)  # the same step of a run that continues from an older checkpoint
-        partial.rename(final)
+            _set_aside(final)
+        os.rename(partial, final)  # noqa: PTH104 - the one commit point; tests put faults in its way
         _sync(root)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for old in checkpoints(root)[max(keep, 1) :]:
-        shutil.rmtree(old, ignore_errors=True)
+        if spare is None or old.name != f"step-{spare:08d}":
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _need_room(root: Path, tensors: Snapshot) -> None:
+    """Raises OSError before anything is written when the disk cannot take it."""
+    needed = sum(value.nbytes for content in tensors.values() for value in content.values()) + (1 << 20)
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"{needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free", str(root)
+        )
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+        _sync(path)
+        with safe_open(
+            path, framework="pt"
+        ) as file:  # compares the header with the length of what was written
+            whole = set(file.keys()) == tensors.keys()
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"was not written whole ({error})", str(path)) from None
+    if not whole:
+        raise OSError(errno.EIO, "was not written whole", str(path))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    content = _as_text(values)
+    path.write_bytes(content)
+    _sync(path)
+    if path.stat().st_size != len(content):
+        raise OSError(errno.EIO, "was not written whole", str(path))
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -79,40 +139,53 @@ def checkpoints(root: Path) -> list[Path]:
 def find(root: Path) -> Restored | None:
     """The newest checkpoint under root that verifies; None when there is none at all.
 
-    Raises CheckpointError when there are some and not one verifies: starting anew is the user's decision.
+    Damaged newer ones are renamed, so that nothing writes over them. Raises CheckpointError when there are some and
+    not one verifies: starting anew is the user's decision.
     """
-    passed_over: list[str] = []
+    damaged: dict[Path, str] = {}
     for folder in checkpoints(root):
         try:
-            state = verify(folder)
+            state, environment = verify(folder)
         except CheckpointError as error:
-            passed_over.append(str(error))
+            damaged[folder] = str(error)
             continue
-        return Restored(int(state["step"]), state, folder, passed_over)
-    if passed_over:
+        for other in damaged:
+            _set_aside(other)
+        return Restored(int(state["step"]), state, folder, environment, list(damaged.values()))
+    if damaged:
         raise CheckpointError(
-            f"{root}: no checkpoint is intact. {'; '.join(passed_over)}. Give --fresh to start this run again"
+            f"{root}: no checkpoint is intact. {'; '.join(damaged.values())}. Give --fresh to start this run again"
         )
     return None
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The checkpoint's state.json, after every file has been compared with the manifest; raises CheckpointError."""
+def verify(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The checkpoint's state and environment, after every file has been compared with the manifest.
+
+    Raises CheckpointError.
+    """
     try:
-        manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
+        content = (folder / "MANIFEST.json").read_bytes()
+        manifest = json.loads(content)
+        rest = {key: value for key, value in manifest.items() if key != "sha256"}
+        if content != _as_text(manifest) or manifest["sha256"] != _digest(rest):
+            raise CheckpointError(f"{folder.name}: MANIFEST.json is not what was written")
         if manifest["schema"] != SCHEMA:
             raise CheckpointError(
                 f"{folder.name}: schema {manifest['schema']!r}, this version reads {SCHEMA}"
             )
-        for name, expected in manifest["files"].items():
-            if _describe(folder / name) != expected:
+        for name in ("model.safetensors", "optim.safetensors", "state.json"):
+            if _describe(folder / name) != manifest["files"][name]:
                 raise CheckpointError(
                     f"{folder.name}: {name} is not what was written (size or SHA-256 differs)"
                 )
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if folder.name != f"step-{state['step']:08d}" or manifest["step"] != state["step"]:
+            raise CheckpointError(f"{folder.name}: holds another step ({state['step']})")
+        environment: dict[str, Any] = dict(manifest["environment"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder.name}: damaged ({error})") from None
-    return state
+        raise CheckpointError(f"{folder.name}: damaged ({type(error).__name__}: {error})") from None
+    return state, environment
 
 
 def restore(found: Restored, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -120,8 +193,15 @@ def restore(found: Restored, model: nn.Module, optimizer: torch.optim.Optimizer)
     try:
         model.load_state_dict(load_file(found.folder / "model.safetensors"))
         load_optimizer_tensors(optimizer, load_file(found.folder / "optim.safetensors"))
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{found.folder}: does not fit this configuration ({error})") from None
+
+
+def restore_model(root: Path, step: int, model: nn.Module) -> None:
+    """Puts the model of one step's checkpoint into `model`; raises CheckpointError when it is missing or damaged."""
+    folder = root / f"step-{step:08d}"
+    verify(folder)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -140,11 +220,11 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             own = {key for key in rest if key.rpartition("/")[0] == name}
-            if not own:
-                continue  # it never had a gradient
-            optimizer.state[parameter] = {
-                key.rpartition("/")[2]: _laid_out_as(parameter, rest.pop(key)) for key in sorted(own)
-            }
+            optimizer.state.pop(parameter, None)
+            if own:  # without, it had no gradient yet
+                optimizer.state[parameter] = {
+                    key.rpartition("/")[2]: _laid_out_as(parameter, rest.pop(key)) for key in sorted(own)
+                }
     if rest:
         raise KeyError(f"moments of unknown parameters: {sorted(rest)[:4]}")
 
@@ -156,13 +236,18 @@ def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+def _as_text(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=2).encode()
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(_as_text(values)).hexdigest()
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.tell(), "sha256": digest}
 
 
 def _sync(path: Path) -> None:
@@ -172,6 +257,19 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _set_aside(folder: Path) -> None:
+    """Renames a step's folder to `damaged-…`; where that cannot be done it stays as it is."""
+    number = sum(1 for _ in folder.parent.glob(f"damaged-{folder.name}*"))
+    with contextlib.suppress(OSError):
+        folder.rename(folder.with_name(f"damaged-{folder.name}" + (f"-{number}" if number else "")))
+
+
+def sweep(root: Path) -> None:
+    """Removes what saves of dead processes left; only for who holds the folder's lock."""
+    for partial in root.glob(".partial-*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def discard(root: Path) -> None:

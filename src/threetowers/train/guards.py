@@ -1,29 +1,50 @@
-"""What keeps a run honest: stop requests, the list of bad samples, and whether a folder belongs to a configuration."""
+"""What keeps a run honest: stop requests, one trainer a folder, finite steps, bad samples, a folder's own settings."""
 
 import contextlib
 import json
+import math
+import os
 import signal
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from threetowers.config import RunConfig, as_plain, read_toml
-from threetowers.errors import BadSample, DataError
+import torch
+from torch import Tensor
 
-MAY_DIFFER = {"log_every_steps", "keep_checkpoints", "inputs.workers", "checkpoint_every_steps"}
+from threetowers.config import RunConfig, as_plain, read_toml
+from threetowers.errors import BadSample, CheckpointError, DataError
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
+MAY_DIFFER = {
+    "log_every_steps", "keep_checkpoints", "inputs.workers", "checkpoint_every_steps", "background_saves",
+}  # fmt: skip
 """Keys that change neither what is seen nor what is computed, so a run may continue with others."""
 
 
 class StopRequest:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag while the block lasts; the second SIGINT interrupts."""
+    """Turns SIGINT, SIGTERM, SIGUSR1 and a time limit into a flag while the block lasts; the second SIGINT interrupts.
+
+    minutes: how long until a stop is requested; 0 is never.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, minutes: float = 0.0) -> None:
+        self._deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+        self._signalled = False
         self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self._signalled or time.monotonic() >= self._deadline
 
     def __enter__(self) -> "StopRequest":
         with contextlib.suppress(ValueError):  # not the main thread: whoever runs it there has the signals
@@ -35,19 +56,76 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._signalled = True
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Keeps a second trainer out of a run folder, as long as this process lives.
+
+    Raises CheckpointError that names the process which has it. Without fcntl (Windows) there is no lock.
+    """
+    if fcntl is None:
+        yield
+        return
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader workers
+        except OSError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{folder}: process {file.read().strip() or 'of another machine'} is training in this folder. Wait "
+                "for it, stop it, or give another --out"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+class FiniteGuard:
+    """Keeps steps whose loss or gradient is not finite from the weights, without waiting for the device.
+
+    The optimiser skips a step by itself where `found_inf` is 1; which were skipped is read when it suits.
+    """
+
+    def __init__(self) -> None:
+        self._flags: list[Tensor] = []
+        self._steps: list[tuple[int, Tensor]] = []
+        self.in_row = 0
+        """Steps skipped in a row, up to the last that was read."""
+
+    def watch(self, step: int, samples: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
+        """1.0 when the step must be skipped, else 0.0, on the device. samples: int64 [B], the batch's."""
+        flag = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
+        self._flags.append(flag)
+        self._steps.append((step, samples))
+        return flag
+
+    def skipped(self) -> Iterator[tuple[int, Tensor]]:
+        """Step and samples of each step skipped since the last call, `in_row` as of it; waits for the device."""
+        flags = torch.stack(self._flags).tolist() if self._flags else []
+        steps, self._flags, self._steps = self._steps, [], []
+        for flag, (step, samples) in zip(flags, steps, strict=True):
+            self.in_row = self.in_row + 1 if flag else 0
+            if flag:
+                yield step, samples
 
 
 class BadSamples:
-    """Counts unusable samples by reason, names each once in bad_samples.jsonl, and stops above a share."""
+    """Counts unusable samples by reason, names each once in bad_samples.jsonl, and stops above a share.
 
-    MIN_SEEN = 1_000  # below this many samples a share says little
+    num_samples: of the training data; its share is known after one pass, and guessed before that.
+    """
 
-    def __init__(self, folder: Path, max_share: float) -> None:
+    MIN_SEEN = 1_000  # below this many samples a guess says little
+
+    def __init__(self, folder: Path, max_share: float, num_samples: int) -> None:
         self._path = folder / "bad_samples.jsonl"
-        self._max_share = max_share
+        self._max_share, self._num_samples = max_share, num_samples
+        self._unusable: set[str] = set()
         self._named: set[tuple[str, str]] = set()
         self._reasons: Counter[str] = Counter()
         self._seen = self._met = 0
@@ -63,18 +141,37 @@ class BadSamples:
         """Takes note of problems among `seen` samples read; raises DataError above the allowed share."""
         self._seen += seen
         for problem in problems:
-            self._met += seen > 0
+            if seen:
+                self._met += 1
+                self._unusable.add(problem.id)
             self._reasons[problem.reason] += 1
             if (problem.id, problem.reason) not in self._named:
                 self._named.add((problem.id, problem.reason))
                 with self._path.open("a", encoding="utf-8") as file:
                     row = {"id": problem.id, "reason": problem.reason, "detail": problem.detail}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if self._seen >= self.MIN_SEEN and self._met > self._max_share * self._seen:
+        bad, total = self._share()
+        if bad > self._max_share * total:
+            examples = ", ".join(sorted(self._unusable)[:3])
             raise DataError(
-                f"{self._met} of {self._seen} samples could not be used, more than inputs.max_bad_share = "
-                f"{self._max_share:g} allows. They are named in {self._path}"
+                f"{bad} of {total} samples could not be used, for example {examples}; inputs.max_bad_share = "
+                f"{self._max_share:g} allows fewer. {self._path} names them and says why; mend them or leave them out"
             )
+
+    def _share(self) -> tuple[int, int]:
+        """How many samples of how many cannot be used; 0 of 0 as long as too few have been seen."""
+        if self._seen >= self._num_samples:
+            return len(self._unusable), self._num_samples
+        return (self._met, self._seen) if self._seen >= self.MIN_SEEN else (0, 0)
+
+    def state(self) -> dict[str, Any]:
+        """The counters, for a checkpoint."""
+        return {"seen": self._seen, "met": self._met, "reasons": dict(self._reasons)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on counting from a checkpoint's counters."""
+        self._seen, self._met = int(state["seen"]), int(state["met"])
+        self._reasons = Counter(state["reasons"])
 
     def counts(self) -> dict[str, int]:
         return {f"data/bad/{reason}": count for reason, count in sorted(self._reasons.items())}

@@ -1,9 +1,16 @@
 """What a run writes about itself: metrics.jsonl for programs, events.log for people."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from threetowers.data.loader import Batch
+from threetowers.model import ThreeTowers
 
 
 class RunLog:
@@ -34,9 +41,79 @@ class RunLog:
         with self._events.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
+    def warn(self, text: str) -> None:
+        """An event that the user should see at once."""
+        self.event(text)
+        print(f"threetowers: {text}", file=sys.stderr, flush=True)
+
 
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
         return float("inf")
+
+
+def step_metrics(
+    model: ThreeTowers, loss: Tensor, rows: dict[str, Tensor], feats: dict[str, Tensor], batch: Batch
+) -> dict[str, float]:
+    """The numbers of a step, by metric path; waits for the device."""
+    values = {"train/loss": loss.item()}
+    values |= {f"train/loss/{name}": value.item() for name, value in rows.items()}
+    values |= {f"train/accuracy/{name}": value.item() for name, value in model.accuracies(feats).items()}
+    if len(model.log_scale) == 1:
+        values["train/scale"] = model.scale().item()
+    else:
+        values |= {
+            f"train/scale/{row.name}": model.scale(i).item() for i, row in enumerate(model.objective.rows)
+        }
+    for what, ids in (("images", batch.image_ids), ("captions", batch.caption_ids)):
+        values[f"data/duplicate_{what}"] = float(len(ids) - len(torch.unique(ids)))
+    return values
+
+
+def summary(row: dict[str, float]) -> str:
+    losses = " ".join(
+        f"{name.removeprefix('train/loss/')} {value:.2f}"
+        for name, value in row.items()
+        if name.startswith("train/loss/")
+    )
+    return f"loss {row['train/loss']:.3f} ({losses}), waiting for data {row['data/wait']:.0%}"
+
+
+class Clock:
+    """Where the time of the steps since the last report goes. before: seconds that earlier processes took."""
+
+    def __init__(self, before: float) -> None:
+        self._mark = time.monotonic()
+        self._begin = self._mark - before
+        self._waited = self._worked = 0.0
+        self._examples = 0
+
+    def data_ready(self) -> None:
+        now = time.monotonic()
+        self._waited, self._mark = self._waited + now - self._mark, now
+
+    def step_done(self, examples: int) -> None:
+        now = time.monotonic()
+        self._worked, self._mark = self._worked + now - self._mark, now
+        self._examples += examples
+
+    def lap(self) -> None:
+        """Starts waiting for the next batch; what was done since the step (validation, saving) counts as neither."""
+        self._mark = time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the run began, over all its processes."""
+        return time.monotonic() - self._begin
+
+    def rates(self) -> dict[str, float]:
+        total = max(self._waited + self._worked, 1e-9)
+        values = {
+            "seconds": self.seconds(),
+            "examples_per_second": self._examples / total,
+            "data/wait": self._waited / total,
+        }
+        self._waited = self._worked = 0.0
+        self._examples = 0
+        return values

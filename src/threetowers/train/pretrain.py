@@ -24,7 +24,9 @@ from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import BadSample, DataError, UsageError
 from threetowers.prepare import pick_device, world
 from threetowers.progress import Progress
+from threetowers.towers.frozen_timm import near_timm
 from threetowers.towers.heads import initialised
+from threetowers.towers.pair import disk_errors
 from threetowers.train.guards import BadSamples
 from threetowers.train.optim import adamw, learning_rate, set_learning_rate
 
@@ -52,12 +54,13 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
             f"{path}: no class labels were found. Give a folder with one subfolder of images per class"
         )
     if not timm.is_model(config.model):
-        raise UsageError(f"model: timm has no model {config.model!r}")
+        raise UsageError(f"model: timm has no model {config.model!r}{near_timm(config.model)}")
     with initialised(config.seed, "pretrain"):
         model = timm.create_model(config.model, num_classes=len(train.class_names))
         model = model.to(device, memory_format=torch.channels_last)
     folder.mkdir(parents=True, exist_ok=True)
-    _fit(config, model, train, BadSamples(folder, config.inputs.max_bad_share), device)
+    bad = BadSamples(folder, config.inputs.max_bad_share, len(train))
+    _fit(config, model, train, bad, device)
     accuracy = _accuracy(model, val, image_spec(config), device)
     _save(model, config, folder)
     described = {
@@ -160,7 +163,8 @@ def _save(model: nn.Module, config: PretrainConfig, folder: Path) -> None:
     unfinished = folder / f".partial-{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
     model.to(memory_format=torch.contiguous_format)  # as timm and safetensors expect weights on disk
-    save_for_hf(model, str(unfinished), safe_serialization=True)
+    with disk_errors(unfinished):
+        save_for_hf(model, str(unfinished), safe_serialization=True)
     for name in ("model.safetensors", "config.json"):
         (unfinished / name).replace(folder / name)
     shutil.rmtree(unfinished)

@@ -1,0 +1,93 @@
+"""The command line with a fault in the way of the N-th save: what a disk or a kill does, at a point of one's choice.
+
+    python tests/faulty.py POINT KIND N train run.toml --out r
+
+POINT: where, out of POINTS. KIND: kill (SIGKILL, as from outside), full (ENOSPC), error (EIO), short (a file that ends
+early and says nothing). The product has no switches for this; its own functions are wrapped here.
+"""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from threetowers.train import checkpoint
+
+POINTS = (
+    "model.safetensors",
+    "optim.safetensors",
+    "state.json",
+    "MANIFEST.json",
+    "sync file",
+    "sync folder",
+    "rename",
+    "sync parent",
+    "remove old",
+)
+KINDS = ("kill", "full", "error", "short")
+
+
+class Fault:
+    """Strikes once, in the N-th save, when the point comes by."""
+
+    def __init__(self, point: str, kind: str, number: int) -> None:
+        self.point, self.kind, self.number = point, kind, number
+        self.saves = 0
+        self.struck = False
+
+    def at(self, point: str, path: Any, do: Callable[[], Any]) -> Any:
+        """Does what was asked for, or what the fault makes of it."""
+        if point != self.point or self.saves != self.number or self.struck:
+            return do()
+        self.struck = True
+        print(f"fault: {self.kind} at {point}", flush=True)
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "short":
+            result = do()
+            if Path(path).is_file():
+                os.truncate(path, Path(path).stat().st_size // 2)
+            return result
+        code = errno.ENOSPC if self.kind == "full" else errno.EIO
+        raise OSError(code, os.strerror(code), str(path))
+
+
+def install(fault: Fault) -> None:
+    """Wraps what a save calls."""
+    save, save_file, write, sync = checkpoint.save, checkpoint.save_file, Path.write_bytes, checkpoint._sync
+    rename, remove = os.rename, checkpoint.shutil.rmtree
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        fault.saves += 1
+        return save(*arguments, **options)
+
+    def saved(tensors: Any, path: Path) -> None:
+        fault.at(path.name, path, lambda: save_file(tensors, path))
+
+    def written(path: Path, content: bytes) -> int:
+        return fault.at(path.name, path, lambda: write(path, content))  # type: ignore[no-any-return]
+
+    def synced(path: Path) -> None:
+        kind = "file" if path.is_file() else "parent" if path.name == "checkpoints" else "folder"
+        fault.at(f"sync {kind}", path, lambda: sync(path))
+
+    def removed(path: Path, *arguments: Any, **options: Any) -> None:
+        point = "remove old" if path.name.startswith("step-") else ""
+        fault.at(point, path, lambda: remove(path, *arguments, **options))
+
+    checkpoint.save, checkpoint.save_file, checkpoint._sync = counted, saved, synced  # type: ignore[assignment]
+    Path.write_bytes = written  # type: ignore[method-assign, assignment]
+    checkpoint.os.rename = lambda a, b: fault.at("rename", a, lambda: rename(a, b))  # type: ignore[assignment]
+    checkpoint.shutil.rmtree = removed  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    point, kind, number, *words = sys.argv[1:]
+    install(Fault(point, kind, int(number)))
+    sys.argv[1:] = words
+    from threetowers.cli import main
+
+    main()

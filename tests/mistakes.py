@@ -1,0 +1,273 @@
+"""Mistakes that a user can make, each made on purpose in a copy of mistake_kit's folder, and what it is answered.
+
+python tests/mistakes.py       # writes docs/mistakes.md
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from mistake_kit import (
+    Answer,
+    Change,
+    Machine,
+    add,
+    as_pt,
+    captions_of,
+    coco_without_annotations,
+    cut,
+    flip,
+    full_disk,
+    make_kit,
+    move,
+    offline,
+    remove,
+    shard,
+    small_files,
+    swap,
+    told,
+    without,
+    write,
+)
+
+COLUMNS, ROWS = 120, 24  # one screen
+PROGRESS = re.compile(r"^.*: [\d,]+/[\d,]+ \w+, .*\n", re.MULTILINE)
+PAGE = Path(__file__).parent.parent / "docs" / "mistakes.md"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What the user did, the words of the command, and what comes back.
+
+    says: parts of the message without which it cannot be acted on. changes: done to the copy of the kit beforehand.
+    """
+
+    what: str
+    command: str
+    code: int
+    says: tuple[str, ...]
+    changes: tuple[Change, ...] = ()
+    around: Machine = contextlib.nullcontext
+    """What is different about the machine."""
+
+
+TRAIN = "train run.toml"
+
+MISTAKES: dict[str, Sequence[Mistake]] = {
+    "The command": (
+        Mistake("a typo in the command", "trian run.toml", 2, ("trian", "`train`")),
+        Mistake("a typo in a preset", "train tinny --data photos", 2, ("tinny", "`tiny`")),
+        Mistake("no preset and no file", "train --data photos", 2, ("tiny", "run.toml")),
+        Mistake("a file that is not there", "train runs.toml", 2, ("runs.toml", "no such file")),
+        Mistake("a typo in a flag", f"{TRAIN} --batch-siz 8", 2, ("--batch-siz", "--batch-size")),
+        Mistake("a word where a number belongs", f"{TRAIN} --steps many", 2, ("--steps", "many")),
+        Mistake("a method that does not exist", f"{TRAIN} --method clip", 2, ("--method", "clip", "'lit'")),
+        Mistake("a flag without its value", f"{TRAIN} --optim.lr", 2, ("--optim.lr", "1 value")),
+        Mistake("a value out of range", f"{TRAIN} --steps 0", 2, ("steps: 0", "1 or more")),
+        Mistake("a negative learning rate", f"{TRAIN} --optim.lr -0.001", 2, ("optim.lr", "-0.001", "above 0")),
+        Mistake("the weights of two rows instead of three", f"{TRAIN} --objective.weights 0.5 0.5", 2,
+                ("objective.weights", "three", "[0.5, 0.5]")),
+        Mistake("a CUDA device on a machine without", f"{TRAIN} --device cuda:99", 2, ("cuda:99", "--device")),
+        Mistake("a device that does not exist", f"{TRAIN} --device gpu", 2, ("'gpu'", "auto, cpu, cuda")),
+        Mistake("a decoder that is not installed", f"{TRAIN} --inputs.decoder simplejpeg --out new", 2,
+                ("inputs.decoder", "pip install", "pillow"), around=without("simplejpeg")),
+        Mistake("a file where the run folder should be", f"{TRAIN} --out photos/captions.csv", 3,
+                ("photos/captions.csv", "--out")),
+    ),
+    "The TOML file": (
+        Mistake("a typo in a key", TRAIN, 2, ("run.toml", "optim.warmup_step", "`warmup_steps`"),
+                (add("run.toml", "[optim]\nwarmup_step = 10\n"),)),
+        Mistake("text where a number belongs", TRAIN, 2, ("run.toml", "steps", "int", "'4'"),
+                (swap("run.toml", "steps = 4", 'steps = "4"'),)),
+        Mistake("a mistake in the syntax", TRAIN, 2, ("run.toml", "line 4"),
+                (swap("run.toml", "steps = 4", "steps = "),)),
+        Mistake("a value where a section belongs", TRAIN, 2, ("run.toml", "optim", "[optim]", "0.001"),
+                (swap("run.toml", "steps = 4", "steps = 4\noptim = 0.001"),)),
+        Mistake("a preset that does not exist", TRAIN, 2, ("run.toml", "preset", "tyni", "tiny"),
+                (swap("run.toml", '"tiny"', '"tyni"'),)),
+        Mistake("a typo in an open_clip model", TRAIN, 2, ("pair.model", "ViT-B-23", "`ViT-B-32`"),
+                (add("run.toml", '[pair]\nmodel = "ViT-B-23"\n'),)),
+        Mistake("a key that open_clip does not have", TRAIN, 2, ("pair.vision.imagesize", "`image_size`"),
+                (add("run.toml", "[pair.vision]\nimagesize = 64\n"),)),
+        Mistake("a tokenizer.json that is damaged", TRAIN, 2, ("tok/tokenizer.json",),
+                (write("tok/tokenizer.json", '{"version": "1.0"'), add("run.toml", '[pair]\ntokenizer = "tok"\n'))),
+        Mistake("a mix of a part that is not there", f"{TRAIN} --data mix.toml", 3,
+                ("mix.toml", "source 2", "pohtos", "photos"),
+                (write("mix.toml", '[[source]]\npath = "photos/captions.csv"\n[[source]]\npath = "pohtos"\n'),)),
+        Mistake("a typo in a key of a mix", f"{TRAIN} --data mix.toml", 2, ("mix.toml", "source 1", "`weight`"),
+                (write("mix.toml", '[[source]]\npath = "photos"\nweigth = 2\n'),)),
+    ),
+    "The data": (
+        Mistake("no data named", "train tiny --third none --method baseline", 2, ("--data",)),
+        Mistake("a path that is not there", f"{TRAIN} --data pohtos", 3, ("pohtos", "photos")),
+        Mistake("an empty folder", f"{TRAIN} --data empty", 3, ("empty", "no image"), (write("empty/.keep", ""),)),
+        Mistake("a folder of images without captions", f"{TRAIN} --data photos", 3, ("photos", ".txt"),
+                (remove("photos/*.csv"),)),
+        Mistake("a wrong column name", f"{TRAIN} --inputs.caption-columns captions", 2,
+                ("photos/captions.csv", "captions", "`caption`"), ),
+        Mistake("a table with only a header", TRAIN, 3, ("photos/captions.csv", "no row"),
+                (write("photos/captions.csv", "image,caption\n"),)),
+        Mistake("a table whose captions are all empty", TRAIN, 3,
+                ("photos/captions.csv", "captions in `caption`", "empty caption: 40", "captions.csv:2"),
+                (captions_of(""),)),
+        Mistake("a table without a header", TRAIN, 3, ("photos/captions.csv", "first line"),
+                (swap("photos/captions.csv", "image,caption\n", ""),)),
+        Mistake("images missing on disk", TRAIN, 3, ("missing file", "photos/00.jpg", "captions.csv:2",
+                "inputs.max_bad_share"), (remove("photos/0*.jpg"),)),
+        Mistake("images cut off by a broken download", f"{TRAIN} --out new", 3,
+                ("7 of 27", "00.jpg", "inputs.max_bad_share", "new/bad_samples.jsonl"), (cut("photos/0*.jpg"),)),
+        Mistake("an image column that points elsewhere", TRAIN, 3, ("../../etc/passwd", "captions.csv:42"),
+                (add("photos/captions.csv", "../../etc/passwd,a secret\n"),)),
+        Mistake("quotes that do not pair up", TRAIN, 3, ("photos/captions.csv:42",),
+                (add("photos/captions.csv", '00.jpg,"a red photo\n'),)),
+        Mistake("a batch larger than the data", f"{TRAIN} --batch-size 512 --out new", 2, ("512", "--batch-size")),
+        Mistake("COCO JSON without annotations", f"{TRAIN} --data photos/captions.json", 3,
+                ("photos/captions.json", "`images`", "annotations"), (coco_without_annotations,)),
+        Mistake("a tar shard cut off by a broken download", f"{TRAIN} --data shards", 3, ("shards/00000.tar", "again"),
+                (shard,)),
+        Mistake("a range of shards that matches nothing", f"{TRAIN} --data 'shards/{{00000..00007}}.tar'", 3,
+                ("expected 8 shards", "shards/00000.tar")),
+        Mistake("a spreadsheet as data", f"{TRAIN} --data photos/captions.xlsx", 3, ("captions.xlsx", ".csv", "save"),
+                (move("photos/captions.csv", "photos/captions.xlsx"),)),
+        Mistake("parquet without pyarrow", f"{TRAIN} --data captions.parquet", 2,
+                ("captions.parquet", "pip install pyarrow", "CSV"),
+                (write("captions.parquet", "PAR1"),), without("pyarrow")),
+        Mistake("shards at an address without fsspec", f"{TRAIN} --data s3://bucket/00000.tar", 2,
+                ("s3://bucket", "pip install 'threetowers[remote]'"), around=without("fsspec")),
+        Mistake("parts that leave nothing to train on", f"{TRAIN} --inputs.val-fraction 1.0 --out new", 2,
+                ("inputs.val_fraction = 1", "less than 1")),
+    ),
+    "The third tower": (
+        Mistake("no third tower for 3T", "train tiny --data photos/captions.csv", 2, ("'3t'", "--third", "baseline")),
+        Mistake("`none` as third tower for 3T", f"{TRAIN} --third none", 2, ("'3t'", "--third", "baseline")),
+        Mistake("a typo in a timm model", f"{TRAIN} --third timm:resnet5o --out new", 2, ("resnet5o", "`resnet50`")),
+        Mistake("a typo in an open_clip tag", f"{TRAIN} --third open_clip:ViT-B-32@opnai --out new", 2,
+                ("ViT-B-32@opnai", "`openai`")),
+        Mistake("published weights without a network", f"{TRAIN} --third timm:resnet18 --out new", 3,
+                ("timm:resnet18", "timm:NAME@FILE"), around=offline),
+        Mistake("a transformers model without transformers", f"{TRAIN} --third hf-text:reader --out new", 2,
+                ("hf-text:reader", "pip install 'threetowers[hf]'"), around=without("transformers")),
+        Mistake("a wrong prefix", f"{TRAIN} --third tim:resnet50 --out new", 2, ("tim:resnet50", "timm:NAME")),
+        Mistake("two towers without names", f"{TRAIN} --third timm:resnet18 timm:resnet50", 2,
+                ("timm:resnet18", "NAME=SPEC")),
+        Mistake("a tower's folder that is not there", f"{TRAIN} --third timm:local-dir:towr --out new", 3,
+                ("towr", "no folder")),
+        Mistake("a tower's file that is not there", f"{TRAIN} --third timm:resnet18@r18.safetensors --out new", 3,
+                ("r18.safetensors", "no such file")),
+        Mistake("weights in a .pt file", f"{TRAIN} --third timm:test_resnet@resnet.pt --out new", 3,
+                ("resnet.pt", "safetensors"), (as_pt,)),
+        Mistake("weights cut off by a broken download", f"{TRAIN} --out new", 3, ("tower/model.safetensors", "again"),
+                (cut("tower/model.safetensors"),)),
+        Mistake("weights of another architecture",
+                f"{TRAIN} --third timm:test_vit@tower/model.safetensors --out new", 3,
+                ("tower/model.safetensors", "do not fit")),
+        Mistake("LiT with a tower that reads texts", f"{TRAIN} --method lit --third hf-text:reader --out new", 2,
+                ("hf-text:reader", "lit", "3t")),
+        Mistake("a store of another tower", f"{TRAIN} --third timm:local-dir:other --embeddings store --out new", 2,
+                ("store", "weights differ", "threetowers embed")),
+        Mistake("a malformed part",
+                "embed --tower timm:local-dir:tower --data photos/captions.csv --out new --part 4/4", 2,
+                ("--part", "'4/4'", "0/4")),
+        Mistake("a folder of something else for a store",
+                "embed --tower timm:local-dir:tower --data photos/captions.csv --out photos --device cpu", 2,
+                ("photos", "--out")),
+    ),
+    "Runs and comparisons": (
+        Mistake("other settings for a run that is there", f"{TRAIN} --out run --seed 1", 3,
+                ("run", "seed: 0 → 1", "--fresh")),
+        Mistake("every checkpoint damaged", f"{TRAIN} --out stopped", 3, ("stopped/checkpoints", "SHA-256", "--fresh"),
+                (flip("stopped/checkpoints/*/model.safetensors"),)),
+        Mistake("the newest checkpoint damaged", f"{TRAIN} --out stopped", 0,
+                ("passed over", "step-00000004", "SHA-256"),
+                (flip("stopped/checkpoints/step-00000004/model.safetensors"),)),
+        Mistake("training that is not finite", f"{TRAIN} --out new --steps 30 --optim.lr 1e30", 4,
+                ("not finite", "Lower optim.lr")),
+        Mistake("evaluation of a folder that is no run", "evaluate photos", 3, ("photos", "no run folder")),
+        Mistake("evaluation on data that is not there", "evaluate run --data pohtos", 3, ("pohtos", "photos")),
+        Mistake("evaluation without its training data", "evaluate run", 3, ("photos/captions.csv", "does not exist"),
+                (move("photos", "old"),)),
+        Mistake("export of a run that is not finished", "export stopped --out exported", 3, ("stopped", "train")),
+        Mistake("export to an unknown format", "export run --to onnx --out exported", 2, ("--to", "onnx", "open_clip")),
+        Mistake("export without a folder", "export run", 2, ("--out",)),
+        Mistake("the same seed twice", "compare run.toml --seeds 0 0", 2, ("--seeds", "0, 0")),
+        Mistake("several learning rates, no validation data",
+                "compare run.toml --inputs.val-fraction 0 --methods baseline --lrs 1e-3 2e-3", 2,
+                ("learning rate", "--inputs.val-fraction", "--lrs")),
+        Mistake("LiT compared on a tower that reads texts", "compare run.toml --third hf-text:reader", 2,
+                ("hf-text:reader", "--methods baseline 3t")),
+        Mistake("a disk that is full", f"{TRAIN} --out new", 3, ("new/checkpoints", "1 MB are free", "Free the disk"),
+                around=full_disk),
+        Mistake("embeddings on a disk that fills up",
+                "embed --tower timm:local-dir:other --data photos/captions.csv --out new --views 20 --device cpu", 3,
+                ("new", "features.safetensors", "give another --out"), around=small_files),
+        Mistake("an export to a disk that fills up", "export run --out exported", 3,
+                ("exported/open_clip_model.safetensors", "give another --out"), around=small_files),
+    ),
+}  # fmt: skip
+
+
+def made(mistake: Mistake, kit: Path, folder: Path) -> Answer:
+    """What a mistake is answered that is made in a copy of the kit in `folder`."""
+    shutil.copytree(kit, folder)
+    for change in mistake.changes:
+        change(folder)
+    with mistake.around():
+        return told(mistake.command, folder)
+
+
+def screen(output: str) -> list[str]:
+    """The rows that the output takes on a terminal COLUMNS wide."""
+    rows: list[str] = []
+    for line in output.rstrip().splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        rows += textwrap.wrap(line, COLUMNS, subsequent_indent=indent, break_on_hyphens=False) or [""]
+    return rows
+
+
+def every() -> Iterator[Mistake]:
+    for mistakes in MISTAKES.values():
+        yield from mistakes
+
+
+def page(kit: Path, scratch: Path) -> str:
+    """docs/mistakes.md: every mistake with its command, its exit code and its message."""
+    lines = [
+        "# Mistakes and what they say",
+        "",
+        f"{len(list(every()))} mistakes, made on purpose by [tests/mistakes.py](../tests/mistakes.py), with what they "
+        "are answered on standard",
+        "error, progress left out, and the exit code: 0 done, 2 usage, 3 data or checkpoint, 4 non-finite training, 75 "
+        "stopped and",
+        f"can be continued. Each answer fits on one screen; lines are broken here at {COLUMNS} columns. "
+        "`python tests/mistakes.py`",
+        "writes this page; `tests/test_mistakes.py` holds every answer to its exit code, size and needed "
+        "words.",
+    ]
+    for section, mistakes in MISTAKES.items():
+        lines += ["", f"## {section}"]
+        for number, mistake in enumerate(mistakes):
+            folder = scratch / f"{section.replace(' ', '-')}-{number}"
+            answer = made(mistake, kit, folder)
+            lines += ["", f"### {mistake.what[0].upper()}{mistake.what[1:]}", ""]
+            message = PROGRESS.sub("", answer.message.replace(f"{folder}/", ""))
+            lines += ["```text", f"$ threetowers {mistake.command}", *screen(message)]
+            lines += [f"exit {answer.code}", "```"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["THREETOWERS_CACHE"] = f"{name}/cache"
+        PAGE.write_text(page(make_kit(Path(name) / "kit"), Path(name)), encoding="utf-8")
+    print(f"written: {PAGE}")

@@ -1,0 +1,251 @@
+"""Real deaths of real processes: whatever happens, the same call goes on to the weights of an uninterrupted run."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from faulty import KINDS, POINTS, Fault, install
+from threetowers.config import RunConfig
+from threetowers.errors import CheckpointError, ThreeTowersError
+from threetowers.towers.pair import read_safetensors
+from threetowers.train import checkpoint, loop
+from threetowers.train.loop import train
+
+Config = Callable[..., RunConfig]
+FORK = multiprocessing.get_context(
+    "fork"
+)  # a process of its own without the seconds that a fresh import takes
+STOPPED = 75
+
+
+def randomised(tiny_config: Config, workers: int = 2, **changes: Any) -> RunConfig:
+    """A run in which everything is drawn: crops, mirrored images, captions, and patches that the image tower drops."""
+    config = tiny_config()
+    vision = {
+        "layers": 1,
+        "width": 32,
+        "head_width": 16,
+        "patch_size": 8,
+        "image_size": 32,
+        "patch_dropout": 0.4,
+    }
+    return replace(
+        config,
+        pair=replace(config.pair, vision=vision),
+        inputs=replace(config.inputs, workers=workers, crop_scale=(0.4, 1.0), flip=True),
+        **{"steps": 24, "checkpoint_every_steps": 4, "log_every_steps": 4, **changes},
+    )
+
+
+def start(config: RunConfig, folder: Path, before: Callable[[], None] = lambda: None) -> Any:
+    """`train` in a process of its own; it ends with the command's exit code."""
+
+    def body() -> None:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            before()
+            code = 0 if train(config, folder).finished else STOPPED
+        except ThreeTowersError as error:
+            print(error, flush=True)
+            code = error.exit_code
+        finally:
+            os._exit(code)
+
+    process = FORK.Process(target=body)
+    process.start()
+    return process
+
+
+def finish(config: RunConfig, folder: Path, before: Callable[[], None] = lambda: None) -> int:
+    process = start(config, folder, before)
+    process.join(120)
+    assert process.exitcode is not None, "it hangs"
+    return int(process.exitcode)
+
+
+def killed_at(step: int) -> Callable[[], None]:
+    """Makes the process die in the midst of a step, counted from 0."""
+
+    def before() -> None:
+        real = loop.learning_rate
+
+        def deadly(at: int, *arguments: Any) -> float:
+            if at == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(at, *arguments)
+
+        loop.learning_rate = deadly
+
+    return before
+
+
+def assert_same(a: Path, b: Path) -> None:
+    first, second = (read_safetensors(folder / "model.safetensors") for folder in (a, b))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    logged = [[row["step"] for row in rows(folder)] for folder in (a, b)]
+    assert logged[0] == logged[1], "no row is missing and none stands twice"
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "train/loss" in row]
+
+
+def events(folder: Path) -> str:
+    return (folder / "events.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
+def test_sigkills_at_random_moments(
+    count: int, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = randomised(tiny_config, steps=16 * count, checkpoint_every_steps=3)
+    begun = time.monotonic()
+    assert finish(config, tmp_path / "whole") == 0
+    whole = time.monotonic() - begun
+    draw, kills, resumed = random.Random(count), 0, set()
+    while kills < count:
+        process = start(config, tmp_path / "torn")
+        process.join(draw.uniform(0.05, 0.6 + whole / 20))
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        resumed.add(max((p.name for p in (tmp_path / "torn").glob("checkpoints/step-*")), default=""))
+    assert kills == count, f"over after {kills} kills with {process.exitcode}"
+    assert finish(config, tmp_path / "torn") == 0
+    assert_same(tmp_path / "whole", tmp_path / "torn")
+    assert (
+        events(tmp_path / "torn").count("starting:") <= 1 + events(tmp_path / "torn").count("continuing") / 4
+    )
+    assert not list((tmp_path / "torn" / "checkpoints").glob(".partial-*")), (
+        "what dead processes left is swept"
+    )
+    with capsys.disabled():
+        print(f"\n{kills} SIGKILLs, dead at {len(resumed)} checkpoints, {time.monotonic() - begun:.0f} s")
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_faults_aimed_at_a_save(point: str, tiny_config: Config, tmp_path: Path) -> None:
+    """The third save (step 8) is hit; the run goes on, or its next process does, and never from zero."""
+    config = randomised(tiny_config, workers=0, steps=14)
+    train(config, tmp_path / "whole")
+    for kind in KINDS:
+        folder = tmp_path / kind
+        code = finish(config, folder, lambda kind=kind: install(Fault(point, kind, 3)))  # type: ignore[misc]
+        assert code == (-signal.SIGKILL if kind == "kill" else 0)
+        file = "." in point or point == "sync file"
+        if kind in ("full", "error") and point != "remove old":
+            assert "the checkpoint of step 8 could not be saved" in events(folder)
+        assert ("was not written whole" in events(folder)) == (kind == "short" and file)
+        if kind == "kill":
+            committed = point in ("sync parent", "remove old")
+            found = checkpoint.find(folder / "checkpoints")
+            assert found is not None and found.step == (8 if committed else 4)
+            assert finish(config, folder) == 0
+            assert f"continuing from step {found.step}" in events(folder)
+        assert events(folder).count("starting:") == 1
+        assert_same(tmp_path / "whole", folder)
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(30, marks=pytest.mark.slow)])
+def test_signals_save_at_the_step_they_come_in(count: int, tiny_config: Config, tmp_path: Path) -> None:
+    config = randomised(tiny_config, steps=40, checkpoint_every_steps=1000, log_every_steps=1)
+    whole = tmp_path / "whole"
+    assert finish(config, whole) == 0
+    draw = random.Random(count)
+    for index in range(count):
+        folder = tmp_path / f"{index}"
+        process = start(config, folder)
+        while not (folder / "metrics.jsonl").exists() and process.is_alive():
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.1))
+        done = rows(folder)[-1]["step"] if rows(folder) else 0
+        os.kill(process.pid, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[index % 3])
+        process.join(60)
+        assert process.exitcode == STOPPED
+        newest = checkpoint.checkpoints(folder / "checkpoints")[0]
+        step = int(newest.name.removeprefix("step-"))
+        assert f"stopped on request at step {step}" in events(folder) and done <= step < 40
+        assert finish(config, folder) == 0
+        assert_same(whole, folder)
+
+
+MATRIX = list(itertools.product((2, 4, 7), (0, 2), (False, True), (0, 4), ("fp32", "bf16")))
+"""Step of death (inside the epoch of four steps, at its end, in the second), workers, augmentation, micro-batches,
+precision."""
+
+
+@pytest.mark.parametrize(
+    ("step", "workers", "augmented", "micro", "precision"),
+    [
+        pytest.param(*case, marks=() if index % 7 == 3 else pytest.mark.slow)
+        for index, case in enumerate(MATRIX)
+    ],
+)
+def test_resume_matrix(
+    step: int, workers: int, augmented: bool, micro: int, precision: str, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = randomised(
+        tiny_config, steps=10, checkpoint_every_steps=3, micro_batch_size=micro, precision=precision
+    )
+    crops = (0.4, 1.0) if augmented else (1.0, 1.0)
+    inputs = replace(config.inputs, workers=workers, crop_scale=crops, flip=augmented)
+    config = replace(config, inputs=inputs)
+    assert finish(config, tmp_path / "whole") == 0
+    assert finish(config, tmp_path / "torn", killed_at(step)) == -signal.SIGKILL
+    assert finish(config, tmp_path / "torn") == 0
+    assert f"continuing from step {step // 3 * 3}" in events(tmp_path / "torn")
+    assert_same(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_a_dead_worker_is_started_again_at_its_position(tiny_config: Config, tmp_path: Path) -> None:
+    config = randomised(tiny_config, steps=60)
+    assert finish(config, tmp_path / "whole") == 0
+
+    def kill_a_worker() -> None:
+        real, struck = loop.learning_rate, []
+
+        def deadly(at: int, *arguments: Any) -> float:
+            if at == 5 and not struck:
+                struck.append(at)
+                children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+                os.kill(int(children[0]), signal.SIGKILL)
+            return real(at, *arguments)
+
+        loop.learning_rate = deadly
+
+    assert finish(config, tmp_path / "torn", kill_a_worker) == 0
+    assert "a loader worker died" in events(tmp_path / "torn")
+    assert_same(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_a_lock_keeps_a_second_trainer_out(tiny_config: Config, tmp_path: Path) -> None:
+    config = randomised(tiny_config, steps=100_000)
+    process = start(config, tmp_path / "run")
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert process.is_alive()
+            time.sleep(0.01)
+        with pytest.raises(CheckpointError, match=rf"process {process.pid} is training in this folder"):
+            train(config, tmp_path / "run", fresh=True)
+    finally:
+        process.kill()
+        process.join()
+    assert train(replace(config, steps=2), tmp_path / "run", fresh=True).finished, (
+        "the lock died with its holder"
+    )
