@@ -17,6 +17,10 @@ BLOCK = 256
 """Queries scored at a time; memory is O(BLOCK × candidates)."""
 
 
+METRICS = ("i2t_r@1", "i2t_r@5", "i2t_r@10", "t2i_r@1", "t2i_r@5", "t2i_r@10", "mean_r@1")
+"""What `recalls` gives by default."""
+
+
 class System(NamedTuple):
     """The unit vectors of one model: image [N, D] and text [M, D]; a score is their dot product."""
 

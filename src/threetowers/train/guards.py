@@ -91,10 +91,10 @@ class FiniteGuard:
     The optimiser skips a step by itself where `found_inf` is 1; which were skipped is read when it suits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_row: int = 0) -> None:
         self._flags: list[Tensor] = []
         self._steps: list[tuple[int, Tensor]] = []
-        self.in_row = 0
+        self.in_row = in_row
         """Steps skipped in a row, up to the last that was read."""
 
     def watch(self, step: int, samples: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
@@ -166,12 +166,13 @@ class BadSamples:
 
     def state(self) -> dict[str, Any]:
         """The counters, for a checkpoint."""
-        return {"seen": self._seen, "met": self._met, "reasons": dict(self._reasons)}
+        unusable = sorted(self._unusable)
+        return {"seen": self._seen, "met": self._met, "reasons": dict(self._reasons), "unusable": unusable}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on counting from a checkpoint's counters."""
         self._seen, self._met = int(state["seen"]), int(state["met"])
-        self._reasons = Counter(state["reasons"])
+        self._reasons, self._unusable = Counter(state["reasons"]), set(state["unusable"])
 
     def counts(self) -> dict[str, int]:
         return {f"data/bad/{reason}": count for reason, count in sorted(self._reasons.items())}

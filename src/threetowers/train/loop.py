@@ -118,7 +118,9 @@ def _run(session: Session) -> bool:
         if end or (config.eval_every_steps and at.step % config.eval_every_steps == 0):
             improved = judge(session, validate(run))
         stop = session.stop.requested
-        if stop or end or improved or session.patience_over or at.step % config.checkpoint_every_steps == 0:
+        # in the midst of skipped steps the weights may be broken already: no place to return to
+        due = at.step % config.checkpoint_every_steps == 0 and not session.guard.in_row
+        if stop or end or improved or due or session.patience_over:
             at.seconds = clock.seconds()
             session.save(final=stop or end or session.patience_over)
         if stop or session.patience_over:

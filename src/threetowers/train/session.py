@@ -11,6 +11,7 @@ from torch import Tensor
 from threetowers.config import RunConfig, config_hash, did_you_mean
 from threetowers.data.loader import BatchReader
 from threetowers.errors import CheckpointError, NonFiniteError, UsageError
+from threetowers.evaluate.retrieval import METRICS
 from threetowers.prepare import Prepared, prepare
 from threetowers.train import checkpoint
 from threetowers.train.guards import BadSamples, FiniteGuard, StopRequest
@@ -70,8 +71,13 @@ class Session:
         return 0 < self.run.config.patience <= self.at.stale
 
     def save(self, *, final: bool = False) -> None:
-        state = {**dataclasses.asdict(self.at), "bad": self.bad.state(), "data": self.run.train.fingerprint,
-                 **_random_state(self.run.device)}  # fmt: skip
+        state = {
+            **dataclasses.asdict(self.at),
+            **_random_state(self.run.device),
+            "in_row": self.guard.in_row,
+            "bad": self.bad.state(),
+            "data": self.run.train.fingerprint,
+        }
         self.saver.save(
             self.at.step, self.run.model, self.optimizer, state, best=self.at.best_step, final=final
         )
@@ -88,6 +94,7 @@ class Session:
         _set_random_state(self.run.device, state)
         self.bad.restore(state["bad"])
         self.at = Standing(**{f.name: state[f.name] for f in dataclasses.fields(Standing)})
+        self.guard = FiniteGuard(state["in_row"])
         self.log.rewind(found.step)
 
 
@@ -97,6 +104,7 @@ def open_session(
     """Everything a run needs, at its start or where its checkpoint left it."""
     log = RunLog(folder)
     run = prepare(config, folder, saved_tokenizer=folder)
+    _check_keep_best(run)
     optimizer = adamw(run.model, config.optim)
     bad = BadSamples(folder, config.inputs.max_bad_share, len(run.train))
     bad.add(problem for source in (run.train, run.val, run.test) for problem in source.problems)
@@ -177,16 +185,19 @@ def judge(session: Session, values: dict[str, float]) -> bool:
     """Logs a validation; whether it is the best so far by keep_best."""
     session.log.metrics(session.at.step, values)
     name = session.run.config.keep_best
+    return name != "none" and session.at.judge(values[name])
+
+
+def _check_keep_best(run: Prepared) -> None:
+    """Raises UsageError for a metric that no validation of this run gives."""
+    name = run.config.keep_best
     if name == "none":
-        return False
-    if name not in values:
-        known = (
-            f"no metric of the validation{did_you_mean(name, values)}"
-            if values
-            else "there is no validation data"
-        )
-        raise UsageError(f"keep_best: {name!r}: {known}")
-    return session.at.judge(values[name])
+        return
+    if not len(run.val):
+        raise UsageError(f"keep_best: {name!r}: there is no validation data; give --inputs.val-fraction")
+    known = [f"val/{metric}" for metric in METRICS]
+    if name not in known:
+        raise UsageError(f"keep_best: {name!r} is no metric of the validation{did_you_mean(name, known)}")
 
 
 def take_best(session: Session) -> None:
