@@ -24,7 +24,7 @@ RANKS = [
     {"embeddings", "model", "store", "store_work"},
     {"prepare", "run"},
     {"evaluate"},
-    {"train", "export"},
+    {"train", "export", "convert"},
     {"claims", "showcase", "compare", "demo", "recipes", "validate", "doctor"},
     {"cli"},
 ]
@@ -122,5 +122,16 @@ def test_no_pickle_and_no_network_client_in_the_source() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in ([ast.alias(node.module or "")] if isinstance(node, ast.ImportFrom) else node.names)
         }
-        assert not names & {"pickle", "requests", "urllib", "http", "socket", "shelve", "dill"}, path
-        assert "torch.load(" not in path.read_text(encoding="utf-8"), path
+        text = path.read_text(encoding="utf-8")
+        barred = {"pickle", "requests", "urllib", "http", "socket", "shelve", "dill", "yaml"}
+        if path.name == "convert.py":  # the one place that opens foreign pickles, for tensors alone
+            barred -= {"pickle"}
+            calls = re.findall(r"torch\.load\([a-z]+,[^)]*\)", text)
+            assert calls and all("weights_only=True" in call for call in calls)
+            assert not re.search(r"pickle\.(loads?|Unpickler)\b", text)
+        else:
+            assert "torch.load(" not in text, path
+        assert not names & barred, path
+        assert not re.search(r"(?<![.\w])(eval|exec)\(|os\.system|shell=True|trust_remote_code=True", text), (
+            path
+        )

@@ -258,6 +258,24 @@ def _export(words: list[str]) -> int:
     return 0
 
 
+def _convert(words: list[str]) -> int:
+    """a foreign .pt, .pth or .bin file as safetensors, no code run: threetowers convert FILE --out FILE.safetensors"""
+
+    def convert(file: tyro.conf.Positional[Path], *, out: Path) -> None:
+        """Only tensors are read; whatever else is in the file is refused or left out by name.
+
+        Args:
+            file: A checkpoint of plain PyTorch, open_clip, timm or a trainer.
+            out: The file to write, ending in .safetensors.
+        """
+        from threetowers.convert import convert
+
+        print(convert(file, out).text())
+
+    _parse(convert, words, "convert")
+    return 0
+
+
 def _validate(words: list[str]) -> int:
     """check a run in seconds, train nothing: threetowers validate PRESET|FILE.toml [the flags of train]"""
     name, config, flags = _start(words, "validate")
@@ -386,6 +404,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "pretrain": _pretrain,
     "export": _export,
+    "convert": _convert,
     "embed": _embed,
     "towers": _towers,
     "validate": _validate,

@@ -10,6 +10,7 @@ from threetowers.config import did_you_mean
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.loaded import Loaded, foreign, pooled_only
+from threetowers.towers.pair import refuse_pickle
 
 
 def load_open_clip(name: str, features: str) -> Loaded:
@@ -46,6 +47,7 @@ def load_pair(name: str, source: str, **options: bool) -> tuple[Any, dict[str, A
         config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
     else:
         config = known_config(model_name)
+        refuse_pickle(tag)
         known_tag(model_name, tag, source.partition(":")[0])
     with foreign(source, "the weights"):
         model = open_clip.create_model(

@@ -22,6 +22,8 @@ from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.heads import initialised
 
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
 
 def model_config(pair: PairConfig) -> dict[str, Any]:
     """open_clip's model_cfg of the pair: embed_dim, vision_cfg, text_cfg, custom_text.
@@ -161,8 +163,18 @@ def _first(keys: list[str], most: int = 8) -> str:
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
+def refuse_pickle(path: str | Path) -> None:
+    """Raises CheckpointError for a file of the formats that hold pickled objects."""
+    if Path(path).suffix in PICKLES:
+        raise CheckpointError(
+            f"{path}: only safetensors are read. `threetowers convert {path} --out "
+            f"{Path(path).with_suffix('.safetensors').name}` writes them, without running anything in the file"
+        )
+
+
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises CheckpointError when it is missing or damaged."""
+    """The tensors of a safetensors file; raises CheckpointError when it is missing, damaged or of another kind."""
+    refuse_pickle(path)
     try:
         return load_file(path)
     except FileNotFoundError:
