@@ -326,8 +326,9 @@ def test_a_changed_weights_file_is_refused(tiny_config: Config, tmp_path: Path) 
         load_run(tmp_path)
 
 
-def test_bf16_towers_train_with_fp32_losses(tiny_config: Config, tmp_path: Path) -> None:
-    assert train(tiny_config(precision="bf16"), tmp_path / "bf16").finished
+@pytest.mark.parametrize("precision", ["bf16-autocast", "bf16-copy"])
+def test_bf16_towers_train_with_fp32_losses(precision: str, tiny_config: Config, tmp_path: Path) -> None:
+    assert train(tiny_config(precision=precision), tmp_path / "bf16").finished
     train(tiny_config(), tmp_path / "fp32")
     low, high = (rows(tmp_path / name)[0]["train/loss"] for name in ("bf16", "fp32"))
     assert low != high and low == pytest.approx(high, rel=0.05)

@@ -156,8 +156,11 @@ class RunConfig:
     """Write checkpoints in a thread, from a copy of the weights and moments in host memory."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the towers; heads, logits and losses are always fp32."""
+    precision: Literal["fp32", "bf16-autocast", "bf16-copy"] = "fp32"
+    """Precision of the main towers; weights, heads, logits and losses are fp32 all the same. bf16-autocast casts at
+    every operation, bf16-copy once a step."""
+    grad_checkpointing: bool = False
+    """Keep fewer activations and compute them again for the gradient: less memory, about a third more time."""
     third_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the frozen towers' weights and arithmetic; bf16 is faster where the device has it."""
     third_features: Literal["pooled", "cls", "mean"] = "pooled"

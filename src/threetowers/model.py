@@ -28,6 +28,7 @@ from threetowers.towers.pair import (
     load_pair_weights,
     model_config,
 )
+from threetowers.towers.working_copy import WorkingCopy
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,21 @@ class ThreeTowers(nn.Module):
         tokens: Tensor | None = None,
         thirds: Mapping[str, Tensor] | None = None,
         autocast: AbstractContextManager[Any] | None = None,
+        working: WorkingCopy | None = None,
     ) -> dict[str, Tensor]:
         """Features fp32 by tower name, of whichever inputs are given.
 
         pixels: uint8 [B, 3, H, W]. tokens: int64 [B, n]. thirds: frozen features [B, P] by view name, as the tower
-        gave them. autocast: a context for the towers' precision.
+        gave them. autocast: a context for the towers' precision. working: a bf16 copy of the towers to use instead.
         """
         feats: dict[str, Tensor] = {}
+        img, txt = (working.img, working.txt) if working else (self.img, self.txt)
         with autocast or torch.autocast("cpu", enabled=False):
-            if pixels is not None and self.img is not None:
-                feats["img"] = self.img(normalise(pixels, self.spec)).float()
+            if pixels is not None and img is not None:
+                images = normalise(pixels, self.spec)
+                feats["img"] = img(images.bfloat16() if working else images).float()
             if tokens is not None:
-                feats["txt"] = encode_text(self.txt, tokens).float()
+                feats["txt"] = encode_text(txt, tokens).float()
         for view, norm in zip(self.thirds, self.third_norms, strict=True):
             if thirds is not None and view in thirds:
                 feats[view] = thirds[view].float() * norm

@@ -28,7 +28,8 @@ from threetowers.progress import Progress
 from threetowers.store import FIXED, Store, Views, fitted, is_store
 from threetowers.towers.frozen import Frozen, FrozenTower, load_frozen
 from threetowers.towers.frozen_text import FrozenTextTower
-from threetowers.towers.pair import model_config
+from threetowers.towers.pair import checkpoint_activations, model_config
+from threetowers.towers.working_copy import WorkingCopy
 
 SHAPES_FOLDER = Path("data/shapes")
 TOKENIZER_CAPTIONS = 200_000  # enough to learn a vocabulary from, whatever the size of the data
@@ -51,6 +52,8 @@ class Prepared:
     store_folder: Path
     named_store: Path | None = None
     """The one store that the configuration names; it serves what it was made of."""
+    working: WorkingCopy | None = None
+    """The towers in bf16 that training runs in, with precision bf16-copy."""
     _stores: dict[tuple[str, str, Views], Store] = field(default_factory=dict)
     _prints: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -116,7 +119,8 @@ class Prepared:
             pixels=batch.pixels,
             tokens=batch.tokens,
             thirds=self.third_features(batch.thirds),
-            autocast=self.autocast(),
+            autocast=None if self.working else self.autocast(),
+            working=self.working,
         )
 
     def reader(self) -> BatchReader:
@@ -133,7 +137,7 @@ class Prepared:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the main towers run."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision != "fp32")
 
 
 def pick_device(name: str) -> torch.device:
@@ -262,6 +266,8 @@ def assemble(config: RunConfig, run: Path, *, saved_tokenizer: Path | None = Non
     options = {"features": config.third_features, "precision": config.third_precision}
     thirds = {view: load_frozen(spec, view, **options).to(device) for view, spec in needed.items()}
     model, architecture = build(config, thirds, tokenizer.text_cfg())
+    if config.grad_checkpointing:
+        checkpoint_activations(model.img, model.txt)
     named = None if config.embeddings == "none" else Path(config.embeddings)
     folder = run.parent / "embeddings" if named is None or is_store(named) else named
     assert table == model.objective

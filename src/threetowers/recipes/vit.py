@@ -17,7 +17,7 @@ def vit_b_32() -> RunConfig:
         batch_size=1024,
         eval_every_steps=1_000,
         checkpoint_every_steps=1_000,
-        precision="bf16",
+        precision="bf16-autocast",
         pair=PairConfig(model="ViT-B-32"),
         inputs=InputConfig(workers=12),
         optim=OptimConfig(lr=5e-4, weight_decay=0.2, warmup_steps=1_000),

@@ -83,6 +83,17 @@ def build_text_tower(config: dict[str, Any], seed: int) -> nn.Module:
     return _build(_build_text_tower, config, "text_cfg", seed, "txt")
 
 
+def checkpoint_activations(*towers: nn.Module | None) -> None:
+    """Makes open_clip towers compute activations again for the gradient; raises UsageError for one that cannot."""
+    for tower in towers:
+        if tower is None:
+            continue
+        try:
+            tower.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, NotImplementedError, AssertionError, TypeError, ValueError) as error:
+            raise UsageError(f"grad_checkpointing: {type(tower).__name__} cannot do it ({error})") from None
+
+
 def _build(builder: Any, config: dict[str, Any], section: str, seed: int, name: str) -> nn.Module:
     try:
         with initialised(seed, name):

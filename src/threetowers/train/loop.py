@@ -98,10 +98,14 @@ def _run(session: Session) -> bool:
             feats = run.features(batch)
             loss, rows = model.loss(feats, masked_ids(run, batch))
             loss.backward()  # type: ignore[no-untyped-call]
+        if run.working:
+            run.working.hand_over()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm or float("inf"))
         optimizer.found_inf = session.guard.watch(at.step, batch.index, loss.detach(), norm)  # type: ignore[attr-defined]
         optimizer.step()
         model.clamp_scale()
+        if run.working:
+            run.working.refresh()
 
         at.step += 1
         clock.step_done(len(batch.index))

@@ -13,6 +13,7 @@ from threetowers.data.loader import BatchReader
 from threetowers.errors import CheckpointError, NonFiniteError, UsageError
 from threetowers.evaluate.retrieval import METRICS
 from threetowers.prepare import Prepared, prepare
+from threetowers.towers.working_copy import WorkingCopy
 from threetowers.train import checkpoint
 from threetowers.train.guards import BadSamples, FiniteGuard, StopRequest
 from threetowers.train.log import RunLog
@@ -91,6 +92,8 @@ class Session:
                 "files, captions or the split differ. Put it back, or give --fresh to start this run again"
             )
         checkpoint.restore(found, self.run.model, self.optimizer)
+        if self.run.working:
+            self.run.working.refresh()
         _set_random_state(self.run.device, state)
         self.bad.restore(state["bad"])
         self.at = Standing(**{f.name: state[f.name] for f in dataclasses.fields(Standing)})
@@ -106,6 +109,8 @@ def open_session(
     run = prepare(config, folder, saved_tokenizer=folder)
     _check_keep_best(run)
     optimizer = adamw(run.model, config.optim)
+    if config.precision == "bf16-copy":
+        run.working = WorkingCopy(run.model.img, run.model.txt)
     bad = BadSamples(folder, config.inputs.max_bad_share, len(run.train))
     bad.add(problem for source in (run.train, run.val, run.test) for problem in source.problems)
     checkpoint.sweep(folder / "checkpoints")
