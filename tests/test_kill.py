@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,8 @@ def start(config: RunConfig, folder: Path, before: Callable[[], None] = lambda: 
         except ThreeTowersError as error:
             print(error, flush=True)
             code = error.exit_code
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
 

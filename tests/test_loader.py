@@ -1,6 +1,8 @@
 """Batches are a function of positions alone, and what cannot be read is replaced and named."""
 
+import multiprocessing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from threetowers.config import InputConfig
-from threetowers.data.loader import BatchReader, augmented_views, batches
+from threetowers.data.loader import Batch, BatchReader, _is_a_death, augmented_views, batches
 from threetowers.data.order import Order
 from threetowers.data.sources import open_source
 from threetowers.data.tokenize import train_tokenizer
@@ -48,6 +50,50 @@ def test_a_batch_depends_on_its_positions_alone(photos: Path) -> None:
     assert not torch.equal(torch.cat([b.pixels for b in first]), torch.cat([b.pixels for b in second])), (
         "epochs differ"
     )
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_number_of_workers_sees_the_same_samples_for_three_epochs(workers: int, photos: Path) -> None:
+    one = reader(photos)
+    epochs = 3 * len(one.source) // 8
+    expected = [one[range(8 * k, 8 * k + 8)].index.tolist() for k in range(epochs)]
+    found = [batch.index.tolist() for batch in batches(reader(photos, workers=workers), 0, epochs)]
+    assert found == expected
+    assert sorted(sum(expected[:12], [])) == list(range(96)), "an epoch is every sample once"
+
+
+def test_two_processes_read_halves_that_make_the_batch(photos: Path) -> None:
+    one = reader(photos)
+    steps = 3 * len(one.source) // 8
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        shares = [[range(8 * k + 4 * half, 8 * k + 4 * half + 4) for k in range(steps)] for half in (0, 1)]
+        halves = [
+            [(batch.index.tolist(), batch.pixels) for batch in share]
+            for share in pool.map(partial(read_all, one), shares)
+        ]
+    for k, (first, second) in enumerate(zip(*halves, strict=True)):
+        whole = one[range(8 * k, 8 * k + 8)]
+        assert first[0] + second[0] == whole.index.tolist()
+        assert torch.equal(torch.cat([first[1], second[1]]), whole.pixels)
+
+
+def read_all(one: BatchReader, positions: list[range]) -> list[Batch]:
+    return [one[part] for part in positions]
+
+
+@pytest.mark.parametrize(
+    ("error", "died"),
+    [
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),  # its tensors went with it
+        (EOFError(), True),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"), False),
+        (ConnectionError("Caught ConnectionError in DataLoader worker process 1."), False),
+        (RuntimeError("CUDA error: out of memory"), False),
+    ],
+)
+def test_a_death_of_a_worker_is_told_from_an_error_in_it(error: Exception, died: bool) -> None:
+    assert _is_a_death(error) == died
 
 
 def test_every_caption_of_an_image_is_used_over_the_epochs(photos: Path) -> None:

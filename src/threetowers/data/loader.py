@@ -251,16 +251,25 @@ def batches(
                         raise item
                     yield item
                     step, deaths = step + 1, 0
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not _is_a_death(error):
                 raise
             deaths += 1
             if deaths == MAX_DEATHS:
                 raise DataError(
                     f"{reader.source.name}: loader workers died {deaths} times in a row before the batch of step "
-                    f"{step}: {error}. Usually memory is short: give fewer --inputs.workers, or 0 for none"
+                    f"{step}: {error or type(error).__name__}. Usually memory is short: give fewer --inputs.workers, or 0 for none"
                 ) from None
-            say(f"a loader worker died ({error}); starting again at the batch of step {step}")
+            say(
+                f"a loader worker died ({error or type(error).__name__}); starting again at the batch of step {step}"
+            )
+
+
+def _is_a_death(error: Exception) -> bool:
+    """Whether a worker died, rather than raised: torch says so, or the tensors that it had sent cannot be fetched."""
+    text = str(error)
+    raised_in_worker = text.startswith("Caught ")
+    return not raised_in_worker and ("DataLoader worker" in text or not isinstance(error, RuntimeError))
 
 
 def _loader(reader: BatchReader, first_step: int, last_step: int, pin_memory: bool) -> DataLoader[Any]:
