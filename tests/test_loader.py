@@ -59,7 +59,9 @@ def test_any_number_of_workers_sees_the_same_samples_for_three_epochs(workers: i
     expected = [one[range(8 * k, 8 * k + 8)].index.tolist() for k in range(epochs)]
     found = [batch.index.tolist() for batch in batches(reader(photos, workers=workers), 0, epochs)]
     assert found == expected
-    assert sorted(sum(expected[:12], [])) == list(range(96)), "an epoch is every sample once"
+    assert sorted(index for batch in expected[:12] for index in batch) == list(range(96)), (
+        "an epoch is every sample once"
+    )
 
 
 def test_two_processes_read_halves_that_make_the_batch(photos: Path) -> None:

@@ -255,14 +255,13 @@ def batches(
             if not _is_a_death(error):
                 raise
             deaths += 1
+            reason = str(error) or type(error).__name__
             if deaths == MAX_DEATHS:
                 raise DataError(
                     f"{reader.source.name}: loader workers died {deaths} times in a row before the batch of step "
-                    f"{step}: {error or type(error).__name__}. Usually memory is short: give fewer --inputs.workers, or 0 for none"
+                    f"{step}: {reason}. Usually memory is short: give fewer --inputs.workers, or 0 for none"
                 ) from None
-            say(
-                f"a loader worker died ({error or type(error).__name__}); starting again at the batch of step {step}"
-            )
+            say(f"a loader worker died ({reason}); starting again at the batch of step {step}")
 
 
 def _is_a_death(error: Exception) -> bool:
