@@ -14,17 +14,17 @@ WARM_UPS = 2
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.device
+    steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.device, warm_ups: int = WARM_UPS
 ) -> dict[str, list[float]]:
-    """Seconds of every step in each round; a round takes each contender once, in turn, after two warm-ups."""
+    """Seconds of every step in each round; a round takes each contender once, in turn, after the warm-ups."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(rounds + WARM_UPS):
+    for round_number in range(rounds + warm_ups):
         for name, step in steps.items():
             _wait(device)
             start = time.perf_counter()
             step()
             _wait(device)
-            if round_number >= WARM_UPS:
+            if round_number >= warm_ups:
                 times[name].append(time.perf_counter() - start)
     return times
 
