@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,10 @@ def seconds(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     return times
 
 
+def _named(bf16: bool) -> str:
+    return "bf16" if bf16 else "fp32"
+
+
 def speed(num: int, dim: int, device: str, rounds: int, bf16: bool) -> dict[str, Any]:
     views = problem(num, dim, device)
     times = seconds(
@@ -87,16 +92,19 @@ def speed(num: int, dim: int, device: str, rounds: int, bf16: bool) -> dict[str,
     return {
         "num": num,
         "dim": dim,
-        "precision": "bf16" if bf16 else "fp32",
+        "precision": _named(bf16),
         "seconds": best,
         "spread": {name: max(values) / min(values) for name, values in times.items()},
         "ratio": best["ClipLoss × 3"] / best["ours"],
     }
 
 
-def errors() -> list[dict[str, Any]]:
+def errors(bf16: bool) -> list[dict[str, Any]]:
     """Norm-wise relative gradient errors of both losses against fp64, for every point of the grid."""
     rows = []
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    clip = autocast(open_clip.ClipLoss())
+    tiles = partial(tiled.softmax_loss, bf16=bf16)
     for num in (64, 251, 512, 1021):
         for scale in (1.0, 10.0, 30.0, 100.0):
             for noise in (0.02, 0.1, 0.3, 1.0, 3.0, 30.0):
@@ -104,11 +112,13 @@ def errors() -> list[dict[str, Any]]:
                 truth = _truth(a, b, scale)
                 if truth[0] < 1e-4:
                     continue
-                row: dict[str, Any] = {"num": num, "scale": scale, "loss": truth[0]}
-                for name, step in (
-                    ("ours", tiled.softmax_loss),
-                    ("ClipLoss", open_clip.ClipLoss()),
-                ):
+                row: dict[str, Any] = {
+                    "precision": _named(bf16),
+                    "num": num,
+                    "scale": scale,
+                    "loss": truth[0],
+                }
+                for name, step in (("ours", tiles), ("ClipLoss", clip)):
                     _, found = run_step(lambda v, s, step=step: step(v[0], v[1], s), [a, b], scale)  # type: ignore[misc]
                     sides = [
                         float((x.double() - y).norm() / y.norm())
@@ -191,14 +201,17 @@ def main() -> None:
             f"{row['precision']}, N = {row['num']}, d = {row['dim']}: {times}, ratio {row['ratio']:.2f}",
             flush=True,
         )
-    result["errors"] = errors()
-    for name in ("ours", "ClipLoss"):
-        worst = max(result["errors"], key=lambda row: row[name])
-        where = f"N {worst['num']}, scale {worst['scale']:g}, loss {worst['loss']:.1e}"
-        of_scale = max(row[f"{name} scale"] for row in result["errors"])
-        print(f"worst gradient error of {name}: {worst[name]:.1e} ({where}), of the scale {of_scale:.1e}")
-    above = max(row["ours"] / max(row["ClipLoss"], 1e-9) for row in result["errors"])
-    print(f"ours / ClipLoss, worst point: {above:.2f}", flush=True)
+    result["errors"] = []
+    for bf16 in (False, True):
+        result["errors"] += (rows := errors(bf16))
+        print(f"gradient errors, {_named(bf16)}, {len(rows)} points")
+        for name in ("ours", "ClipLoss"):
+            worst = max(rows, key=lambda row: row[name])
+            where = f"N {worst['num']}, scale {worst['scale']:g}, loss {worst['loss']:.1e}"
+            of_scale = max(row[f"{name} scale"] for row in rows)
+            print(f"  worst of {name}: {worst[name]:.1e} ({where}), of the scale {of_scale:.1e}")
+        above = max(row["ours"] / max(row["ClipLoss"], 1e-9) for row in rows)
+        print(f"  ours / ClipLoss, worst point: {above:.2f}", flush=True)
     for num in arguments.memory:
         peers = ("ours", "ClipLoss") if num <= 8192 or arguments.device == "cuda" else ("ours",)
         row = {

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from threetowers.objective import losses, tiled
 
@@ -45,8 +46,7 @@ def relative(found: Tensor, truth: Tensor) -> float:
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(tiled, "_TILE_BYTES", {"cpu": 0})
-    monkeypatch.setattr(tiled, "_MIN_ROWS", rows)
+    monkeypatch.setattr(tiled, "_TILE", {"cpu": (rows, rows + 2)})
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64, 1000])
@@ -192,22 +192,42 @@ def test_the_precision_of_the_caller_is_put_back() -> None:
     assert float(value) == pytest.approx(float(tiled.softmax_loss(a, b, torch.tensor(10.0))), rel=1e-2)
 
 
-def test_nothing_of_size_n_by_n_is_kept_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest tensor alive at once stays a tile: watched by counting what the tiles allocate."""
-    small_tiles(monkeypatch, 16)
-    sizes: list[int] = []
-    original: Any = tiled._product
+class Watch(TorchDispatchMode):
+    """Counts matrix products, and remembers the largest result of any operation."""
 
-    def watched(x: Tensor, y: Tensor, setting: Any) -> Tensor:
-        result: Tensor = original(x, y, setting)
-        sizes.append(result.numel())
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        self.largest = max(self.largest, result.numel() if isinstance(result, Tensor) else 0)
         return result
 
-    monkeypatch.setattr(tiled, "_product", watched)
+
+@pytest.mark.parametrize(("budget", "sweeps"), [(0, 4), (1 << 30, 3)])
+def test_nothing_larger_than_a_tile_or_the_inputs_is_made_and_kept_tiles_save_a_product(
+    budget: int, sweeps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_tiles(monkeypatch, 16)
     a, b = (x.float().requires_grad_() for x in problem(512, 8, 0, 1.0))
-    tiled.softmax_loss(a, b, torch.tensor(10.0), budget=0).backward()  # type: ignore[no-untyped-call]
-    assert max(sizes) == 16 * 512
-    assert len(sizes) == 4 * math.ceil(512 / 16)
-    sizes.clear()
-    tiled.softmax_loss(a, b, torch.tensor(10.0), budget=1 << 30).backward()  # type: ignore[no-untyped-call]
-    assert len(sizes) == 3 * math.ceil(512 / 16)
+    with Watch() as watch:
+        tiled.softmax_loss(a, b, torch.tensor(10.0), budget=budget).backward()  # type: ignore[no-untyped-call]
+    assert watch.largest == a.numel() < 512 * 512
+    assert watch.products == sweeps * math.ceil(512 / 16) * math.ceil(512 / 18)
+
+
+@given(num=SIZES, scale=SCALES, seed=st.integers(0, 99), noise=st.sampled_from([0.05, 0.5, 5.0]))
+@settings(deadline=None, max_examples=25)
+def test_bf16_products_are_the_reference_to_a_hundredth(
+    num: int, scale: float, seed: int, noise: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        small_tiles(patch, 31)
+        a, b = problem(num, 64, seed, noise)
+        s = torch.tensor(scale, dtype=torch.float64)
+        truth, expected = gradients(partial(reference_softmax, negatives=None), a, b, s)
+        _, found = gradients(partial(tiled.softmax_loss, bf16=True), a.float(), b.float(), s.float())
+        if truth > 1e-4:
+            assert max(map(relative, found[:2], expected[:2])) < (0.01 if scale < 100 else 0.03)

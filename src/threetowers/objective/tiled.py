@@ -2,7 +2,7 @@
 
     loss = softmax_loss(a, b, scale)        # the number and all gradients of losses.softmax_loss
 
-Legend: N samples, D width, R rows of one tile. l_ij = scale · a_i · b_j.
+Legend: N samples, D width, R × C the rows and columns of one tile. l_ij = scale · a_i · b_j.
 
 The positive pair stays out of the matrix products. With n_i = Σ_{j≠i} exp l_ij the loss of a row is
 log(exp l_ii + n_i) − l_ii = softplus(log n_i − l_ii), exact however small it is, and columns likewise. Every l is at
@@ -27,8 +27,8 @@ BUDGET = 64 << 20
 _LARGEST = 60.0  # sums of a million exp(60) are still far from fp32's end
 _FLOOR = -87.0  # exp below this is denormal, on which CPUs are a hundred times slower
 _SMALLEST = 1e-30  # a sum below it has lost terms to the floor
-_TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
-_MIN_ROWS = 128
+_TILE = {"cpu": (512, 1024), "cuda": (8192, 8192)}  # on a CPU a tile and its vectors stay in the cache
+Tile = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,16 @@ def _softmax(setting: _Setting, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Te
     positive = (scale * (a * b).sum(dim=1)).double()
     shift = (scale - _LARGEST).clamp(min=0.0)  # none where none is needed: it costs digits
     row, column = torch.zeros_like(positive), torch.zeros_like(positive)
-    kept: dict[int, Tensor] = {}
+    kept: dict[tuple[int, int], Tensor] = {}
     left = setting.budget if any(setting.gradients) else 0
-    for rows in _tiles(num, a.device):
-        tile = _exponentials(setting, a, b, scale, shift, rows)
-        row[rows] = tile.sum(dim=1).double()
-        column += tile.sum(dim=0)
+    for at in _tiles(num, a.device):
+        tile = _exponentials(setting, a, b, scale, shift, at)
+        row[at[0]] += tile.sum(dim=1)
+        column[at[1]] += tile.sum(dim=0)
+        if setting.bf16:
+            tile = tile.bfloat16()
         if tile.nbytes <= left:
-            kept[rows.start], left = tile, left - tile.nbytes
+            kept[_key(at)], left = tile, left - tile.nbytes
     # waits for the device; with a scale up to 64 it never holds
     underflown = bool((torch.minimum(row.min(), column.min()) < _SMALLEST).item())
     if underflown:
@@ -121,16 +123,18 @@ def _softmax(setting: _Setting, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Te
     row, column = ((shift - z).exp().float() / (2 * num) for z in (log_row, log_column))
     log_row, log_column = log_row.float(), log_column.float()
 
-    def logit_gradient(rows: slice) -> Tensor:
+    def logit_gradient(at: Tile) -> Tensor:
+        rows, columns = at
         if underflown:
-            logits = _logits(setting, a, b, scale, rows)
-            gradient = (logits - log_row[rows, None]).exp_().add_((logits - log_column).exp_()).div_(2 * num)
-            return _without_own(setting, gradient, rows, 0.0)
-        tile = kept.pop(rows.start, None)
+            logits = _logits(setting, a, b, scale, at)
+            of_column = (logits - log_column[columns]).exp_()
+            gradient = (logits - log_row[rows, None]).exp_().add_(of_column).div_(2 * num)
+            return _without_own(setting, gradient, at, 0.0)
+        tile = kept.pop(_key(at), None)
         if tile is None:
-            tile = _exponentials(setting, a, b, scale, shift, rows)
+            tile = _exponentials(setting, a, b, scale, shift, at)
         # what is below the threshold is nothing beside the rest, but denormal
-        return F.threshold(tile.mul_(row[rows, None] + column), _SMALLEST, 0.0, inplace=True)
+        return F.threshold(tile.mul_(row[rows, None] + column[columns]), _SMALLEST, 0.0, inplace=True)
 
     return loss, _multiplied_out(setting, a, b, scale, pull, logit_gradient)
 
@@ -144,9 +148,9 @@ def _sigmoid(
     pull = -torch.sigmoid(-positive) / num
     push = a.new_zeros((), dtype=torch.float64)
 
-    def logit_gradient(rows: slice) -> Tensor:
+    def logit_gradient(at: Tile) -> Tensor:
         nonlocal total, push
-        logits = _without_own(setting, _logits(setting, a, b, scale, rows).add_(bias), rows, float("-inf"))
+        logits = _without_own(setting, _logits(setting, a, b, scale, at).add_(bias), at, float("-inf"))
         total = total + F.softplus(logits).sum(dtype=torch.float64)
         gradient = logits.sigmoid_().div_(num)
         push = push + gradient.sum(dtype=torch.float64)
@@ -157,8 +161,8 @@ def _sigmoid(
         gradients.append((push + pull.sum(dtype=torch.float64)).to(bias.dtype).reshape(bias.shape))
     else:
         gradients = [None, None, None, None]
-        for rows in _tiles(num, a.device):
-            logit_gradient(rows)
+        for at in _tiles(num, a.device):
+            logit_gradient(at)
     return (total / num).to(a.dtype), gradients
 
 
@@ -167,17 +171,18 @@ def _multiplied_out(
 ) -> Gradients:
     """Gradients of a, b and the scale from those of the logits.
 
-    pull: [N], of the positive logits. logit_gradient: rows → [R, N], of the others, 0 on the diagonal.
+    pull: [N], of the positive logits. logit_gradient: tile → [R, C], of the others, 0 on the diagonal.
     """
     for_a, for_b, for_scale = setting.gradients[:3]
     for_a |= for_scale and not for_b  # ⟨dL/da, a⟩ is the scale's gradient too
     da, db = (pull[:, None] * b if for_a else None), (pull[:, None] * a if for_b else None)
-    for rows in _tiles(len(a), a.device):
-        gradient = logit_gradient(rows)
+    x, y = (a.bfloat16(), b.bfloat16()) if setting.bf16 else (a, b)
+    for rows, columns in _tiles(len(a), a.device):
+        gradient = logit_gradient((rows, columns)).to(x.dtype)
         if da is not None:
-            da[rows] += _product(gradient, b, setting)
+            _add_product(da[rows], gradient, y[columns])
         if db is not None:
-            db += _product(gradient.T, a[rows], setting)
+            _add_product(db[columns], gradient.T, x[rows])
     along = (da * a).sum(dtype=torch.float64) if da is not None else (db * b).sum(dtype=torch.float64)  # type: ignore[operator]
     return [
         da.mul_(scale) if da is not None and setting.gradients[0] else None,
@@ -186,47 +191,60 @@ def _multiplied_out(
     ]
 
 
-def _tiles(num: int, device: torch.device) -> Iterator[slice]:
-    rows = max(_MIN_ROWS, _TILE_BYTES[device.type] // (4 * num))
-    for start in range(0, num, rows):
-        yield slice(start, min(start + rows, num))
+def _tiles(num: int, device: torch.device) -> Iterator[Tile]:
+    """The N × N logits, block by block."""
+    num_rows, num_columns = _TILE[device.type]
+    for top in range(0, num, num_rows):
+        for left in range(0, num, num_columns):
+            yield slice(top, min(top + num_rows, num)), slice(left, min(left + num_columns, num))
 
 
-def _logits(setting: _Setting, a: Tensor, b: Tensor, scale: Tensor, rows: slice) -> Tensor:
-    return _product(a[rows] * scale, b.T, setting)
+def _key(at: Tile) -> tuple[int, int]:
+    return at[0].start, at[1].start
 
 
-def _exponentials(
-    setting: _Setting, a: Tensor, b: Tensor, scale: Tensor, shift: Tensor, rows: slice
-) -> Tensor:
-    """exp(l − shift) [R, N] of a tile, 0 where a pair is not negative."""
-    tile = _logits(setting, a, b, scale, rows).sub_(shift).clamp_(min=_FLOOR).exp_()
-    return _without_own(setting, tile, rows, 0.0)
+def _logits(setting: _Setting, a: Tensor, b: Tensor, scale: Tensor, at: Tile) -> Tensor:
+    x, y = a[at[0]] * scale, b[at[1]].T
+    if setting.bf16 and x.is_cuda:
+        return torch.mm(x.bfloat16(), y.bfloat16(), out_dtype=torch.float32)
+    return x @ y
 
 
-def _without_own(setting: _Setting, tile: Tensor, rows: slice, value: float) -> Tensor:
+def _exponentials(setting: _Setting, a: Tensor, b: Tensor, scale: Tensor, shift: Tensor, at: Tile) -> Tensor:
+    """exp(l − shift) [R, C] of a tile, 0 where a pair is not negative."""
+    tile = _logits(setting, a, b, scale, at).sub_(shift).clamp_(min=_FLOOR).exp_()
+    return _without_own(setting, tile, at, 0.0)
+
+
+def _without_own(setting: _Setting, tile: Tensor, at: Tile, value: float) -> Tensor:
     """The tile with `value` for each sample's own partner, and for those that share an id with it."""
-    tile.diagonal(rows.start).fill_(value)
+    rows, columns = at
+    if rows.start < columns.stop and columns.start < rows.stop:
+        tile.diagonal(rows.start - columns.start).fill_(value)
     for ids in setting.ids:
-        tile.masked_fill_(ids[rows, None] == ids, value)
+        tile.masked_fill_(ids[rows, None] == ids[columns], value)
     return tile
 
 
 def _log_sums(setting: _Setting, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """log Σ exp l over each row's and column's negatives by running maxima: slower, and safe at any scale."""
-    row = torch.empty(len(a), dtype=torch.float64, device=a.device)
-    column = torch.full_like(row, float("-inf"))
-    for rows in _tiles(len(a), a.device):
-        tile = _without_own(setting, _logits(setting, a, b, scale, rows), rows, float("-inf"))
-        row[rows] = tile.logsumexp(dim=1).double()
-        column = torch.logaddexp(column, tile.logsumexp(dim=0).double())
+    row = torch.full((len(a),), float("-inf"), dtype=torch.float64, device=a.device)
+    column = row.clone()
+    for at in _tiles(len(a), a.device):
+        tile = _without_own(setting, _logits(setting, a, b, scale, at), at, float("-inf"))
+        for sums, part, dim in ((row, at[0], 1), (column, at[1], 0)):
+            sums[part] = torch.logaddexp(sums[part], tile.logsumexp(dim=dim).double())
     return row, column
 
 
-def _product(x: Tensor, y: Tensor, setting: _Setting) -> Tensor:
-    if setting.bf16 and x.is_cuda:
-        return torch.mm(x.bfloat16(), y.bfloat16(), out_dtype=torch.float32)
-    return x @ y
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total += x @ y in place; the sum over tiles is fp32 though x and y may be bf16."""
+    if x.dtype == total.dtype:
+        total.addmm_(x, y)
+    elif x.is_cuda:
+        total += torch.mm(x, y, out_dtype=torch.float32)
+    else:
+        total += x @ y
 
 
 @contextmanager
