@@ -1,4 +1,4 @@
-"""Damaged images and tars in large numbers: an image or a named bad sample, whole shards or an error, never less.
+"""Damaged images, tars and weights in large numbers: whole, or a named bad sample or an error, never less.
 
 The counts are printed; `pytest -s tests/test_mutations.py` shows them.
 """
@@ -6,6 +6,8 @@ The counts are printed; `pytest -s tests/test_mutations.py` shows them.
 import io
 import json
 import random
+import re
+import resource
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
 from threetowers.data.decode import MAX_SIDE_RATIO, REASONS, decode
 from threetowers.data.sources import Source, open_source
-from threetowers.errors import BadSample, DataError
+from threetowers.errors import BadSample, CheckpointError, DataError
+from threetowers.towers.pair import read_safetensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:RuntimeWarning")
 BLOCK = 512
@@ -244,3 +249,60 @@ def test_mutated_tars_give_every_intact_sample_or_an_error(
     with capsys.disabled():
         print(f"\n{count:,} mutated tars: {dict(outcomes.most_common())}, errors by damage {dict(kinds)}")
     assert min(outcomes["error"], outcomes["opened, whole"]) > count / 10
+
+
+def weights_file() -> bytes:
+    tensors = {
+        "trunk.weight": torch.arange(600, dtype=torch.float32).reshape(6, 100),
+        "trunk.bias": torch.arange(6, dtype=torch.float16),
+        "position": torch.arange(7),
+        "empty": torch.zeros(0, 3),
+    }
+    return safetensors.torch.save(tensors, {"format": "pt"})
+
+
+def mutated_weights(data: bytes, draw: random.Random) -> bytes:
+    """Damage anywhere, or where it hurts: the header's length, and numbers and words of the header."""
+    kind = draw.choice((flip, flip, truncate, splice, "length", "number", "word"))
+    if not isinstance(kind, str):
+        return kind(data, data, draw)
+    if kind == "length":
+        length = draw.choice((0, 1, len(data), 2**31, 2**63, 2**64 - 1, draw.randrange(len(data))))
+        return length.to_bytes(8, "little") + data[8:]
+    size = int.from_bytes(data[:8], "little")
+    head = data[8 : 8 + size]
+    old, new = (
+        (rb"\d+", draw.choice((b"0", b"1", b"-1", b"99999999999999999999", b"2e9", b"4294967296")))
+        if kind == "number"
+        else (rb"F32|F16|I64|shape|dtype|data_offsets|trunk", draw.choice((b"F64", b"BOOL", b"x", b"shape", b"\xff")))
+    )  # fmt: skip
+    found = draw.choice(list(re.finditer(old, head)))
+    head = head[: found.start()] + new + head[found.end() :]
+    return len(head).to_bytes(8, "little") + head + data[8 + size :]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_mutated_safetensors_give_whole_tensors_or_an_error(
+    count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every byte behind the header is in a tensor that is given, or the file is refused by name."""
+    path, whole = tmp_path / "w.safetensors", weights_file()
+    draw = random.Random(count)
+    outcomes: Counter[str] = Counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(count):
+        data = mutated_weights(whole, draw)
+        path.write_bytes(data)
+        try:
+            tensors = read_safetensors(path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            outcomes["error"] += 1
+            continue
+        size = int.from_bytes(data[:8], "little")
+        assert sum(value.nbytes for value in tensors.values()) == len(data) - 8 - size
+        outcomes["whole" if data == whole else "readable, other content"] += 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+    with capsys.disabled():
+        print(f"\n{count:,} mutated safetensors: {dict(outcomes.most_common())}")
+    assert min(outcomes["error"], outcomes["readable, other content"]) > count / 10
