@@ -201,7 +201,7 @@ def main() -> None:
             f"{row['precision']}, N = {row['num']}, d = {row['dim']}: {times}, ratio {row['ratio']:.2f}",
             flush=True,
         )
-    result["errors"] = []
+    result["errors"], result["worst_errors"] = [], []
     for bf16 in (False, True):
         result["errors"] += (rows := errors(bf16))
         print(f"gradient errors, {_named(bf16)}, {len(rows)} points")
@@ -210,6 +210,10 @@ def main() -> None:
             where = f"N {worst['num']}, scale {worst['scale']:g}, loss {worst['loss']:.1e}"
             of_scale = max(row[f"{name} scale"] for row in rows)
             print(f"  worst of {name}: {worst[name]:.1e} ({where}), of the scale {of_scale:.1e}")
+            result["worst_errors"].append(
+                {"precision": _named(bf16), "loss": name, "worst_gradient_error": worst[name], "where": where,
+                 "worst_error_of_scale": of_scale}
+            )  # fmt: skip
         above = max(row["ours"] / max(row["ClipLoss"], 1e-9) for row in rows)
         print(f"  ours / ClipLoss, worst point: {above:.2f}", flush=True)
     for num in arguments.memory:

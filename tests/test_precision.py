@@ -13,6 +13,7 @@ from threetowers.config import RunConfig
 from threetowers.data.loader import Batch
 from threetowers.errors import UsageError
 from threetowers.prepare import Prepared, prepare
+from threetowers.towers.pair import checkpoint_activations, read_safetensors
 from threetowers.towers.working_copy import NORMS, WorkingCopy
 from threetowers.train.accumulate import accumulate
 from threetowers.train.loop import train
@@ -133,16 +134,39 @@ def test_dropped_patches_are_the_same_ones_when_activations_are_computed_again(
     config = replace(config, pair=replace(config.pair, vision={**VIT, "patch_dropout": 0.5}))
     train(config, tmp_path / "plain")
     train(replace(config, grad_checkpointing=True), tmp_path / "spared")
-    from threetowers.towers.pair import read_safetensors
-
     plain, spared = (read_safetensors(tmp_path / name / "model.safetensors") for name in ("plain", "spared"))
     for name, value in plain.items():
         torch.testing.assert_close(spared[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_a_tower_that_cannot_checkpoint_is_said(tiny_config: Config, tmp_path: Path) -> None:
-    from threetowers.towers.pair import checkpoint_activations
+@pytest.mark.parametrize("precision", ["fp32", "bf16-copy"])
+def test_compiled_towers_train_the_same_weights_under_the_same_names(
+    precision: str, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and run as it is (backend eager), so that no compiler is needed; dropout is drawn from the same state."""
+    compiled: list[str] = []
+    real = nn.Module.compile
 
+    def eager(module: nn.Module, **options: Any) -> None:
+        compiled.append(type(module).__name__)
+        real(module, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", eager)
+    config = tiny_config(steps=4, precision=precision)
+    config = replace(config, pair=replace(config.pair, vision={**VIT, "patch_dropout": 0.5}))
+    train(config, tmp_path / "plain")
+    assert not compiled
+    train(replace(config, compile=True), tmp_path / "compiled")
+    assert compiled == ["VisionTransformer", "Transformer"]
+    plain, traced = (
+        read_safetensors(tmp_path / name / "model.safetensors") for name in ("plain", "compiled")
+    )
+    assert plain.keys() == traced.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(traced[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tower_that_cannot_checkpoint_is_said(tiny_config: Config, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="grad_checkpointing: Linear"):
         checkpoint_activations(nn.Linear(2, 2))
 

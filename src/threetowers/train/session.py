@@ -13,6 +13,7 @@ from threetowers.data.loader import BatchReader
 from threetowers.errors import CheckpointError, NonFiniteError, UsageError
 from threetowers.evaluate.retrieval import METRICS
 from threetowers.prepare import Prepared, prepare
+from threetowers.towers.pair import compile_towers
 from threetowers.towers.working_copy import WorkingCopy
 from threetowers.train import checkpoint
 from threetowers.train.guards import BadSamples, FiniteGuard, StopRequest
@@ -111,6 +112,9 @@ def open_session(
     optimizer = adamw(run.model, config.optim)
     if config.precision == "bf16-copy":
         run.working = WorkingCopy(run.model.img, run.model.txt)
+    if config.compile:
+        towers = run.working or run.model
+        compile_towers(towers.img, towers.txt)
     bad = BadSamples(folder, config.inputs.max_bad_share, len(run.train))
     bad.add(problem for source in (run.train, run.val, run.test) for problem in source.problems)
     checkpoint.sweep(folder / "checkpoints")
