@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow claims bench bench-scale check fix clean
+.PHONY: help demo test test-slow guards claims bench bench-scale check fix clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,17 +27,18 @@ test: $(STAMP) ## the test suite
 test-slow: $(STAMP) ## the tests marked slow
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m slow
 
+guards: $(STAMP) ## take each guard away once and see a test go red; about ten minutes
+	OMP_NUM_THREADS=1 $(RUN)/python tests/guards.py
+
 claims: $(STAMP) ## the paper's claims over three seeds; about an hour on two cores
 	$(RUN)/python benchmarks/claims.py
 
-bench: $(STAMP) ## methods, loss, decoding, stores and loading beside their peers; wants a quiet machine
+bench: $(STAMP) ## the step, the loss, data and saves beside their peers; an hour of a quiet machine
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	mkdir -p runs/bench
-	$(RUN)/python benchmarks/methods.py --rounds 10 --out runs/bench/methods.json
-	$(RUN)/python benchmarks/loss.py --out runs/bench/loss.json
-	$(RUN)/python benchmarks/decode.py --out runs/bench/decode.json
-	$(RUN)/python benchmarks/store.py --out runs/bench/store.json
-	$(RUN)/python benchmarks/loader.py --out runs/bench/loader.json
+	for name in methods loss step e2e embed decode store loader checkpoint resume precision accumulate; do \
+	  $(RUN)/python benchmarks/$$name.py --out runs/bench/$$name.json || exit 1; done
+	$(RUN)/python benchmarks/page.py
 
 bench-scale: $(STAMP) ## start-up, memory and cost per sample from ten thousand to a million shard entries
 	mkdir -p runs/bench

@@ -13,6 +13,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 LONGEST = 40  # rows; a longer table stays in its JSON
+LEFT_OUT = {"command", "options", "rounds", "losses", "by_its_own_log"}  # what only the JSON needs
 INTRODUCTION = """# Benchmarks
 
 Written by `benchmarks/page.py` out of the JSON that each script leaves; `make bench` runs the set and writes this page.
@@ -30,7 +31,7 @@ def section(path: Path) -> str:
     title, _, rest = head.partition("\n")
     command = next((line.strip() for line in rest.splitlines() if line.startswith("    python")), "")
     parts = [f"## {path.stem}", title, f"`{command}`" if command else "", _machine(result.pop("machine", {}))]
-    plain = {key: value for key, value in result.items() if not _is_table(value)}
+    plain = {key: value for key, value in result.items() if not _is_table(value) and key not in LEFT_OUT}
     settings = ", ".join(f"{key.replace('_', ' ')} {_cell(value)}" for key, value in plain.items())
     parts.append(settings)
     for key, value in result.items():
@@ -48,7 +49,7 @@ def _machine(values: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in LEFT_OUT))
     lines = [
         "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
         "|---" * len(columns) + "|",
