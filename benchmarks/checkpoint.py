@@ -8,7 +8,6 @@ step. Each checkpoint holds weights and both moments, 1.8 GB, hashed and synced.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from measure import write
 from step import random_batch
 from threetowers.compare import machine
 from threetowers.config import PairConfig, RunConfig
@@ -154,7 +154,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         started = resume_seconds(Path(name))
     print("command to first step: " + ", ".join(f"{key} {value:.1f} s" for key, value in started.items()))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "machine": machine(),
         "model": MODEL,
@@ -162,8 +161,7 @@ def main() -> None:
         "rows": rows,
         "first_step": started,
     }
-    arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(f"written: {arguments.out}")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import torch
 from timm.models import save_for_hf
 
 from loader import PACKAGES, samples
+from measure import write
 from threetowers.compare import machine
 from threetowers.data.shards import write_shards
 
@@ -363,9 +364,7 @@ def main() -> None:
         "reference": reference["precision"],
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
-    print(f"written: {options.out}")
+    write(options.out, result)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Embedding with a frozen image tower: ours beside a plain loop with open_clip, from memory and from tar shards.
 
-    python benchmarks/embed.py [--device cpu] [--images 128] [--rounds 2] [--out runs/bench/embed.json]
+    python benchmarks/embed.py [--device cpu] [--images 128] [--rounds 3] [--out runs/bench/embed.json]
 
-Four minutes on two slow cores. The tower is open_clip's ViT-B-32 with random weights, the same for all. From memory,
+Six minutes on two slow cores. The tower is open_clip's ViT-B-32 with random weights, the same for all. From memory,
 the plain loop has float tensors ready, as open_clip's transform leaves them, and ours has uint8 pixels, which it
 normalises. From shards, both read, decode and resize JPEGs of 256 × 256 pixels in as many workers: the plain loop with
 webdataset and open_clip's transform, ours as `threetowers embed` does, up to the finished store on the disk; the
@@ -15,7 +15,6 @@ import argparse
 import copy
 import importlib.metadata
 import itertools
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +29,7 @@ import webdataset as wds
 from torch import Tensor, nn
 
 from loader import MEAN, PACKAGES, STD, samples
-from measure import best, interleaved
+from measure import best, interleaved, write
 from threetowers.compare import machine
 from threetowers.data.decode import decode
 from threetowers.data.shards import write_shards
@@ -183,9 +182,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/embed.json"))
     options = parser.parse_args()
     device = pick_device(options.device)
@@ -210,9 +209,7 @@ def main() -> None:
         "model": MODEL,
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
-    print(f"written: {options.out}")
+    write(options.out, result)
 
 
 if __name__ == "__main__":

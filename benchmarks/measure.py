@@ -62,8 +62,12 @@ def report(
             }
         )
         print(f"{name:<46} {rate:>10.1f} {rate / rates[reference]:>7.2f} {spread:>16.2f}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine(device.type), "reference": reference, **settings, "rows": rows}
-    out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(f"written: {out}")
+    write(out, {"machine": machine(device.type), "reference": reference, **settings, "rows": rows})
     return rates
+
+
+def write(out: Path, result: Mapping[str, Any]) -> None:
+    """Writes a benchmark's result as JSON and says where."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
+    print(f"written: {out}")

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from measure import write
 from threetowers.compare import machine
 from threetowers.config import PretrainConfig, RunConfig
 from threetowers.evaluate.statistics import t_interval
@@ -71,7 +72,6 @@ def main() -> None:
             f"{name:<14} {METRIC} {100 * row['mean']:.1f}{spread}, minus fp32 (mean, low, high) {gap}, "
             f"{row['samples_per_second']:.0f} samples/s"
         )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "machine": machine(arguments.device),
         "metric": METRIC,
@@ -79,8 +79,7 @@ def main() -> None:
         "seeds": arguments.seeds,
         "rows": rows,
     }
-    arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(f"written: {arguments.out}")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

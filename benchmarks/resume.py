@@ -17,7 +17,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -39,6 +38,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from measure import write
 from resume_rivals import (
     BATCH,
     EPOCHS,
@@ -352,7 +352,6 @@ def main() -> None:
         )
         plain = [each for each in names if "+" not in each]
         show(harmed, plain, f"{'damage':<28}", lambda row: str(row["damage"]))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "machine": machine(),
         "versions": versions,
@@ -361,8 +360,7 @@ def main() -> None:
         "rows": rows,
         "damage": harmed,
     }
-    arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(f"written: {arguments.out}")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":
