@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from threetowers.errors import CheckpointError
+from threetowers.towers.pair import load_strictly
 
 SCHEMA = 1
 Snapshot = dict[str, dict[str, Tensor]]
@@ -191,7 +192,7 @@ def verify(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def restore(found: Restored, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts a verified checkpoint's tensors into the model and the optimiser, strictly."""
     try:
-        model.load_state_dict(load_file(found.folder / "model.safetensors"))
+        load_strictly(model, load_file(found.folder / "model.safetensors"), found.folder)
         load_optimizer_tensors(optimizer, load_file(found.folder / "optim.safetensors"))
     except (RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{found.folder}: does not fit this configuration ({error})") from None
