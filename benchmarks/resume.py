@@ -47,7 +47,6 @@ from resume_rivals import (
     SAVE_EVERY,
     SEED,
     Cell,
-    SeededPictures,
     train_hf,
     train_lightning,
 )
@@ -144,11 +143,11 @@ def contenders() -> list[Contender]:
     plain = f'seed_everything(workers=True), ModelCheckpoint({every}), deterministic=True, ckpt_path="last"'
     hf = f'save_strategy="steps", save_steps={SAVE_EVERY}, seed, data_seed, full_determinism=True, '
     hf += "ignore_data_skip=False, model_init, resume_from_checkpoint=True"
-    seeds = f"{hf}, own Dataset.set_epoch and a seed for each sample"
+    seeds = f"{hf}, own seed for each epoch and sample"
     at = partial(newest_folder, "checkpoint-*")
     found = [
         Contender("HF Trainer", hf, train_hf, at, "optimizer.pt"),
-        Contender("HF + own seeds", seeds, partial(train_hf, pictures=SeededPictures), at, "optimizer.pt"),
+        Contender("HF + own seeds", seeds, partial(train_hf, seeded=True), at, "optimizer.pt"),
         Contender("Lightning", plain, train_lightning, newest_file, None),
     ]
     if importlib.util.find_spec("torchdata"):
@@ -187,7 +186,10 @@ def run(contender: Contender, cell: Cell, table: Path, folder: Path, death: int 
 
     process = FORK.Process(target=body)
     process.start()
-    process.join(300)
+    end = time.monotonic() + 300
+    # join() would also wait for the orphaned workers of a killed process, which notice its death seconds later
+    while process.exitcode is None and time.monotonic() < end:
+        time.sleep(0.01)
     if process.exitcode is None:
         process.kill()
         process.join()
@@ -343,7 +345,7 @@ def main() -> None:
         mine = [row for row in rows if row["contender"] == contender.name]
         count = sum(row["outcome"] == "identical" for row in mine)
         print(f"{contender.name}: {count} of {len(mine)} identical")
-        largest = max((row["max_abs_diff"] or 0.0 for row in mine), default=0.0)
+        largest = max((row.get("max_abs_diff", 0.0) for row in mine), default=0.0)
         counts = {"cells": len(mine), "identical": count, "largest_difference": largest}
         summary.append({"contender": contender.name, "settings": contender.settings} | counts)
     if harmed:

@@ -75,12 +75,9 @@ class StatefulPictures(Pictures):
 
 
 class SeededPictures(Pictures):
-    """Draws from a seed of the epoch and the sample, whatever was drawn before; accelerate's loader sets the epoch."""
+    """Draws from a seed of the epoch and the sample, whatever was drawn before."""
 
     epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
@@ -117,17 +114,24 @@ def deadly_call(cell: Cell, death: int | None) -> int | None:
     return None if death is None else (death + 1) * cell.accumulation
 
 
-class HFStart(transformers.TrainerCallback):  # type: ignore[misc]
-    """Writes down the step that Hugging Face's Trainer starts from."""
+class HFHooks(transformers.TrainerCallback):  # type: ignore[misc]
+    """Writes down the step that Hugging Face's Trainer starts from, and tells the pictures their epoch."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         Path(args.output_dir, RESUMED).write_text(str(state.global_step))
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # accelerate calls a dataset's set_epoch, but not in the epoch that is resumed
+        if isinstance(self.pictures, SeededPictures):
+            self.pictures.epoch = int(state.epoch)
 
-def train_hf(
-    cell: Cell, table: Path, folder: Path, death: int | None, *, pictures: type[Pictures] = Pictures
-) -> None:
+
+def train_hf(cell: Cell, table: Path, folder: Path, death: int | None, *, seeded: bool = False) -> None:
     """Hugging Face's Trainer, with the settings that its documents give under resuming and reproducibility."""
+    pictures = (SeededPictures if seeded else Pictures)(table, cell.augmented)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=EPOCHS,
@@ -149,8 +153,8 @@ def train_hf(
     trainer = transformers.Trainer(
         model_init=lambda: TwoTowers(deadly_call(cell, death)),
         args=arguments,
-        train_dataset=pictures(table, cell.augmented),
-        callbacks=[HFStart()],
+        train_dataset=pictures,
+        callbacks=[HFHooks(pictures)],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) is not None)
     save_file(trainer.model.state_dict(), folder / "model.safetensors")
