@@ -1,8 +1,8 @@
 """Embedding with a frozen image tower: ours beside a plain loop with open_clip, from memory and from tar shards.
 
-    python benchmarks/embed.py [--device cpu] [--images 128] [--rounds 3] [--out runs/bench/embed.json]
+    python benchmarks/embed.py [--device cpu] [--images 128] [--rounds 2] [--out runs/bench/embed.json]
 
-Six minutes on two slow cores. The tower is open_clip's ViT-B-32 with random weights, the same for all. From memory,
+Five minutes on two slow cores. The tower is open_clip's ViT-B-32 with random weights, the same for all. From memory,
 the plain loop has float tensors ready, as open_clip's transform leaves them, and ours has uint8 pixels, which it
 normalises. From shards, both read, decode and resize JPEGs of 256 × 256 pixels in as many workers: the plain loop with
 webdataset and open_clip's transform, ours as `threetowers embed` does, up to the finished store on the disk; the
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/embed.json"))
     options = parser.parse_args()
     device = pick_device(options.device)

@@ -10,7 +10,7 @@ newest checkpoint between death and resume. The rivals' part, resume_rivals.py, 
 usual, with torchvision's transforms in the dataset. The contenders with a plus add what a user can: Lightning the
 stateful loader of `torchdata` (left out when that is not installed) and then random states kept through documented
 hooks, Hugging Face's a seed for each sample. Ours trains its own model, which drops patches, and accumulates with the
-loss of the whole batch. Every process is a fork with one thread. Takes about seven minutes, one with --quick.
+loss of the whole batch. Every process is a fork with one thread. Takes about five minutes, less than one with --quick.
 """
 
 import argparse
