@@ -110,7 +110,7 @@ def contenders(
 ) -> dict[str, Embed]:
     torch.manual_seed(0)
     model, _, transform = open_clip.create_model_and_transforms(MODEL)
-    visual = model.visual.eval().requires_grad_(False).to(device)
+    visual = model.visual.eval().to(device)  # autocast keeps no cast of a weight that takes no gradient
     shards = write_shards(place / "shards", samples(images), shard_size=-(-images // max(workers, 1)))
     source = open_source(str(place / "shards"))
     floats, pixels = list(shard_batches(shards, transform, batch_size, 0)), our_batches(source, batch_size)
