@@ -7,11 +7,9 @@ norm-wise against fp64 over scale × loss level × size. One table each, everyth
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ import open_clip
 import torch
 from torch import Tensor
 
+from measure import best, interleaved, write
 from threetowers.compare import machine
 from threetowers.objective import losses, tiled
 
@@ -61,41 +60,28 @@ def run_step(step: Step, views: list[Tensor], scale: float) -> tuple[float, list
     return loss.item(), [leaf.grad for leaf in (*leaves, factor)]  # type: ignore[misc]
 
 
-def seconds(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Times of each step, interleaved, after two warm-ups."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if index >= 2:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def _named(bf16: bool) -> str:
     return "bf16" if bf16 else "fp32"
 
 
 def speed(num: int, dim: int, device: str, rounds: int, bf16: bool) -> dict[str, Any]:
     views = problem(num, dim, device)
-    times = seconds(
+    times = interleaved(
         {
             "ours": lambda: run_step(lambda v, s: ours(v, s, bf16), views, 50.0),
             "ClipLoss × 3": lambda: run_step(lambda v, s: clip_loss(v, s, bf16), views, 50.0),
         },
         rounds,
+        torch.device(device),
     )
-    best = {name: min(values) for name, values in times.items()}
+    fastest = {name: best(values, torch.device(device)) for name, values in times.items()}
     return {
         "num": num,
         "dim": dim,
         "precision": _named(bf16),
-        "seconds": best,
+        "seconds": fastest,
         "spread": {name: max(values) / min(values) for name, values in times.items()},
-        "ratio": best["ClipLoss × 3"] / best["ours"],
+        "ratio": fastest["ClipLoss × 3"] / fastest["ours"],
     }
 
 
@@ -228,7 +214,7 @@ def main() -> None:
             flush=True,
         )
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False))
+        write(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ WARM_UPS = 2
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.device, warm_ups: int = WARM_UPS
+    steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_ups: int = WARM_UPS
 ) -> dict[str, list[float]]:
     """Seconds of every step in each round; a round takes each contender once, in turn, after the warm-ups."""
     times: dict[str, list[float]] = {name: [] for name in steps}

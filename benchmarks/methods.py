@@ -7,19 +7,16 @@ fastest steps. All start from the same preset's towers, AdamW and fp32.
 """
 
 import argparse
-import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import timm
 import torch
 from torch import Tensor
 
-from threetowers.compare import machine
+from measure import interleaved, report
 from threetowers.config import METHODS, RunConfig
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.model import build
@@ -104,37 +101,13 @@ def main() -> None:
     batch = random_batch(
         arguments.batch_size, int(preset.pair.vision["image_size"]), int(preset.pair.text["context_length"])
     )
-    contenders = {f"open_clip {open_clip.__version__}, plain loop": open_clip_step(preset, batch)}
+    peer, device = f"open_clip {open_clip.__version__}, plain loop", torch.device("cpu")
+    contenders = {peer: open_clip_step(preset, batch)}
     contenders |= {
         f"threetowers {m}": our_step(replace(preset, method=m, third=("timm:x",)), batch) for m in METHODS
     }
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(arguments.rounds + 2):
-        for name, step in contenders.items():
-            start = time.perf_counter()
-            step()
-            if round_number >= 2:
-                times[name].append(time.perf_counter() - start)
-    reference = min(next(iter(times.values())))
-    rows: list[dict[str, Any]] = [
-        {
-            "contender": name,
-            "samples_per_second": arguments.batch_size / min(values),
-            "ratio": reference / min(values),
-            "spread": max(values) / min(values),
-        }
-        for name, values in times.items()
-    ]
-    print(f"{'contender':<34} {'samples/s':>10} {'ratio':>7} {'slowest/fastest':>16}")
-    for row in rows:
-        print(
-            f"{row['contender']:<34} {row['samples_per_second']:>10.0f} {row['ratio']:>7.2f} {row['spread']:>16.2f}"
-        )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(
-        json.dumps({"machine": machine(), "batch_size": arguments.batch_size, "rows": rows}, indent=1)
-    )
-    print(f"written: {arguments.out}")
+    times = interleaved(contenders, arguments.rounds, device)
+    report(times, arguments.batch_size, peer, device, arguments.out, batch_size=arguments.batch_size)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ class RunConfig:
     grad_checkpointing: bool = False
     """Keep fewer activations and compute them again for the gradient: less memory, about a third more time."""
     compile: bool = False
-    """Run the trained towers through torch.compile: the first steps take minutes, later ones less on a GPU."""
+    """Run the trained towers through torch.compile: the first steps take minutes; measure whether later ones gain."""
     third_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the frozen towers' weights and arithmetic; bf16 is faster where the device has it."""
     third_features: Literal["pooled", "cls", "mean"] = "pooled"

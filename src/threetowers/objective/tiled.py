@@ -99,14 +99,14 @@ def _softmax(setting: _Setting, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Te
     row, column = torch.zeros_like(positive), torch.zeros_like(positive)
     kept: dict[tuple[int, int], Tensor] = {}
     left = setting.budget if any(setting.gradients) else 0
+    dtype = torch.bfloat16 if setting.bf16 else torch.float32
     for at in _tiles(num, a.device):
         tile = _exponentials(setting, a, b, scale, shift, at)
         row[at[0]] += tile.sum(dim=1)
         column[at[1]] += tile.sum(dim=0)
-        if setting.bf16:
-            tile = tile.bfloat16()
-        if tile.nbytes <= left:
-            kept[_key(at)], left = tile, left - tile.nbytes
+        num_bytes = tile.numel() * dtype.itemsize
+        if num_bytes <= left:
+            kept[_key(at)], left = tile.to(dtype), left - num_bytes
     # waits for the device; with a scale up to 64 it never holds
     underflown = bool((torch.minimum(row.min(), column.min()) < _SMALLEST).item())
     if underflown:

@@ -202,7 +202,7 @@ def restore_model(root: Path, step: int, model: nn.Module) -> None:
     """Puts the model of one step's checkpoint into `model`; raises CheckpointError when it is missing or damaged."""
     folder = root / f"step-{step:08d}"
     verify(folder)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    load_strictly(model, load_file(folder / "model.safetensors"), folder)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
