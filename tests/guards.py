@@ -114,7 +114,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
               "_laid_out_as(parameter, rest.pop(key)) for", "rest.pop(key) for",
               "test_train.py::test_a_run_stopped_between_checkpoints_continues_to_the_same_bits"),
         Guard("best-verified", "the best checkpoint becomes the result unread",
-              "    verify(folder)\n    model", "    model",
+              "    verify(folder)\n    load_strictly", "    load_strictly",
               "test_guarded.py::test_a_damaged_best_checkpoint_never_becomes_the_result"),
     ),
     "train/saver.py": (
