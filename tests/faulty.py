@@ -57,15 +57,20 @@ class Fault:
 
 def install(fault: Fault) -> None:
     """Wraps what a save calls."""
-    save, save_file, write, sync = checkpoint.save, checkpoint.save_file, Path.write_bytes, checkpoint._sync
+    save, tensors_to, write, sync = (
+        checkpoint.save,
+        checkpoint.write_tensors,
+        Path.write_bytes,
+        checkpoint._sync,
+    )
     rename, remove = os.rename, checkpoint.shutil.rmtree
 
     def counted(*arguments: Any, **options: Any) -> Any:
         fault.saves += 1
         return save(*arguments, **options)
 
-    def saved(tensors: Any, path: Path) -> None:
-        fault.at(path.name, path, lambda: save_file(tensors, path))
+    def saved(path: Path, tensors: Any) -> Any:
+        return fault.at(path.name, path, lambda: tensors_to(path, tensors))
 
     def written(path: Path, content: bytes) -> int:
         return fault.at(path.name, path, lambda: write(path, content))  # type: ignore[no-any-return]
@@ -78,7 +83,7 @@ def install(fault: Fault) -> None:
         point = "remove old" if path.name.startswith("step-") else ""
         fault.at(point, path, lambda: remove(path, *arguments, **options))
 
-    checkpoint.save, checkpoint.save_file, checkpoint._sync = counted, saved, synced  # type: ignore[assignment]
+    checkpoint.save, checkpoint.write_tensors, checkpoint._sync = counted, saved, synced  # type: ignore[assignment]
     Path.write_bytes = written  # type: ignore[method-assign, assignment]
     checkpoint.os.rename = lambda a, b: fault.at("rename", a, lambda: rename(a, b))  # type: ignore[assignment]
     checkpoint.shutil.rmtree = removed  # type: ignore[assignment]

@@ -26,6 +26,7 @@ class Saver:
     ) -> None:
         self._root, self._keep, self._log, self._environment = root, keep, log, environment
         self._background = background
+        self._own: checkpoint.Snapshot | None = {} if background else None
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
         self._step = self._failed = 0
@@ -45,7 +46,7 @@ class Saver:
         Raises CheckpointError when a final save fails, or several in a row have failed.
         """
         self.wait()
-        tensors = checkpoint.snapshot(model, optimizer, copy=self._background)
+        tensors = checkpoint.snapshot(model, optimizer, self._own)
         self._step = step
         self._thread = threading.Thread(target=self._write, args=(step, tensors, state, best))
         self._thread.start()

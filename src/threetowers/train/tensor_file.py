@@ -1,0 +1,87 @@
+"""A safetensors file written and hashed in one pass, without copies and without filling the page cache.
+
+The library's `save_file` leaves the hash to a second reading, and a checkpoint of gigabytes in the page cache, where it
+takes the place of the images that the run reads again and again. `load_file` reads what is written here.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from threetowers.errors import CheckpointError
+
+CHUNK = 32 << 20  # bytes in the page cache at most
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Writes contiguous tensors in host memory; returns the file's size and SHA-256 as they should be.
+
+    The last of it may still be on its way to the disk: the caller syncs. Raises OSError when the disk refuses, and
+    CheckpointError for a dtype that the format does not have (https://github.com/huggingface/safetensors, Format).
+    """
+    names = sorted(
+        tensors, key=lambda name: (-tensors[name].itemsize, name)
+    )  # wide ones first keeps all aligned
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        pending = 0
+        for block in (_header(names, tensors), *(_bytes(tensors[name]) for name in names)):
+            for start in range(0, len(block), CHUNK):
+                chunk = block[start : start + CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
+                size, pending = size + len(chunk), pending + len(chunk)
+                if pending >= CHUNK:
+                    _to_disk(file)
+                    pending = 0
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _header(names: list[str], tensors: Mapping[str, Tensor]) -> memoryview:
+    """The length of the header in 8 bytes, and its JSON, padded so that the tensors begin at a multiple of 8."""
+    entries, offset = {}, 0
+    for name in names:
+        value = tensors[name]
+        if value.dtype not in DTYPES:
+            raise CheckpointError(f"{name}: {value.dtype} cannot be saved; convert it to float32")
+        end = offset + value.nbytes
+        entries[name] = {
+            "dtype": DTYPES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return memoryview(len(text).to_bytes(8, "little") + text)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def _to_disk(file: IO[bytes]) -> None:
+    """Waits for the disk and gives the memory of what it has back."""
+    file.flush()
+    os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
