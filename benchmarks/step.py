@@ -23,6 +23,7 @@ from threetowers.config import PairConfig, RunConfig
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.model import build
 from threetowers.prepare import pick_device
+from threetowers.towers.attention import trained_attention
 from threetowers.towers.frozen import FrozenTower
 from threetowers.towers.working_copy import WorkingCopy
 from threetowers.train.optim import adamw
@@ -95,6 +96,7 @@ def our_step(
     stored = torch.randn(len(batch[0]), 512, device=device)
     tokens = batch[1][:, :TOKENS] if trimmed else batch[1]
 
+    @trained_attention(device, model.img, model.txt, bf16=config.precision != "fp32")
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16-autocast")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.errors import CheckpointError, UsageError
+from threetowers.towers.attention import own_attention
 from threetowers.towers.frozen_hf import load_hf
 from threetowers.towers.frozen_open_clip import load_open_clip
 from threetowers.towers.frozen_text import FrozenTextTower, LoadedText, load_hf_text, load_open_clip_text
@@ -57,7 +58,8 @@ class FrozenTower:
         images = normalise(pixels, self.image)
         if self.precision == "bf16":
             images = images.bfloat16()
-        return self.module(images).float()  # type: ignore[no-any-return]
+        with own_attention():
+            return self.module(images).float()  # type: ignore[no-any-return]
 
     def to(self, device: torch.device) -> "FrozenTower":
         self.module.to(device)

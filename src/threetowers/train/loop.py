@@ -14,6 +14,7 @@ from threetowers.evaluate.retrieval import ranks_from_features, recalls
 from threetowers.prepare import Prepared
 from threetowers.progress import Progress, duration
 from threetowers.run import save_run
+from threetowers.towers.attention import trained_attention
 from threetowers.train import checkpoint
 from threetowers.train.accumulate import accumulate, masked_ids
 from threetowers.train.guards import StopRequest, differing_keys, folder_lock
@@ -57,12 +58,14 @@ def train(config: RunConfig, folder: Path, *, fresh: bool = False, max_minutes: 
         if (folder / "model.json").is_file():
             return Trained(folder, True, config.steps)
         session = open_session(config, folder, found, stop)
+        run = session.run
         try:
-            while _run(session):
-                return_to_checkpoint(session)
+            with trained_attention(run.device, run.model.img, run.model.txt, bf16=config.precision != "fp32"):
+                while _run(session):
+                    return_to_checkpoint(session)
         finally:
             session.saver.wait()
-        run, step = session.run, session.at.step
+        step = session.at.step
         if step < config.steps and not session.patience_over:
             session.log.event(f"stopped on request at step {step}")
             return Trained(folder, False, step, stopped=True)

@@ -1,0 +1,98 @@
+"""Which attention kernels train, and that they agree with the ones that torch would choose."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from threetowers.config import RunConfig
+from threetowers.prepare import Prepared, prepare
+from threetowers.towers.attention import LONGEST, own_attention, trained_attention
+from threetowers.train import loop
+from threetowers.train.loop import train
+
+Config = Callable[..., RunConfig]
+CPU = torch.device("cpu")
+VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
+
+
+def fused() -> bool:
+    return torch.backends.cuda.flash_sdp_enabled()
+
+
+def opened(config: RunConfig, folder: Path) -> Prepared:
+    return prepare(replace(config, pair=replace(config.pair, vision=VIT)), folder)
+
+
+class Long(nn.Module):
+    context_length = LONGEST + 1
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "tower", "plain"),
+    [
+        (CPU, True, nn.Linear(2, 2), True),
+        (CPU, True, None, True),
+        (CPU, True, Long(), False),
+        (CPU, False, nn.Linear(2, 2), False),
+        (torch.device("cuda"), True, nn.Linear(2, 2), False),
+    ],
+)
+def test_short_towers_in_bf16_on_cpus_train_with_plain_attention(
+    device: torch.device, bf16: bool, tower: nn.Module | None, plain: bool
+) -> None:
+    with trained_attention(device, tower, nn.Linear(2, 2), bf16=bf16):
+        assert fused() is not plain
+        with own_attention():
+            assert fused()
+        assert fused() is not plain
+    assert fused()
+
+
+def test_patches_count_as_tokens(tiny_config: Config, tmp_path: Path) -> None:
+    model = opened(tiny_config(), tmp_path).model
+    fine = {**VIT, "patch_size": 2}
+    longer = prepare(replace(tiny_config(), pair=replace(tiny_config().pair, vision=fine)), tmp_path).model
+    for towers, plain in ((model, True), (longer, False)):
+        with trained_attention(CPU, towers.img, towers.txt, bf16=True):
+            assert fused() is not plain
+
+
+def test_plain_attention_gives_the_gradients_of_the_fused_one(tiny_config: Config, tmp_path: Path) -> None:
+    run = opened(tiny_config(precision="bf16-autocast"), tmp_path)
+    run.model.train()
+    batch = run.reader()[range(13)]
+
+    def gradients() -> dict[str, Tensor]:
+        run.model.zero_grad()
+        run.model.loss(run.features(batch))[0].backward()  # type: ignore[no-untyped-call]
+        return {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    with trained_attention(CPU, run.model.img, run.model.txt, bf16=True):
+        found = gradients()
+    assert found.keys() == expected.keys()
+    difference = sum(float((found[name] - value).square().sum()) for name, value in expected.items())
+    assert difference < 0.02**2 * sum(float(value.square().sum()) for value in expected.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-autocast", "bf16-copy"])
+def test_the_trainer_runs_all_its_steps_in_it(
+    precision: str, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(precision=precision, grad_checkpointing=True, steps=3)
+    config = replace(config, pair=replace(config.pair, vision=VIT))
+    seen = []
+    real = torch.nn.utils.clip_grad_norm_
+
+    def noted(*arguments: object) -> Tensor:
+        seen.append(fused())
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop.torch.nn.utils, "clip_grad_norm_", noted)
+    assert train(config, tmp_path / "run").finished
+    assert seen == [precision == "fp32"] * 3
+    assert fused()
