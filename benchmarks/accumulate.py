@@ -26,6 +26,7 @@ from threetowers.data.loader import Batch
 from threetowers.data.transforms import normalise
 from threetowers.model import build
 from threetowers.prepare import Prepared, pick_device
+from threetowers.towers.attention import trained_attention
 from threetowers.towers.frozen import FrozenTower
 from threetowers.towers.working_copy import WorkingCopy
 from threetowers.train.accumulate import accumulate
@@ -113,6 +114,7 @@ def our_step(run: Prepared, batch: Batch) -> Callable[[], None]:
     optimizer = adamw(run.model, run.config.optim)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
+    @trained_attention(run.device, run.model.img, run.model.txt, bf16=run.config.precision != "fp32")
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         accumulate(run, batch)

@@ -17,8 +17,7 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str,
 
 
 def parsed(words: list[str]) -> cli._TrainArguments:
-    name, config, flags = cli._start(words, "train")
-    return cli._parse(cli._TrainArguments, flags, f"train {name}", cli._TrainArguments(run=config))
+    return cli._arguments(cli._TrainArguments, words, "train")[1]
 
 
 def test_flags_come_before_the_file_and_the_file_before_its_preset(tmp_path: Path) -> None:
@@ -30,6 +29,16 @@ def test_flags_come_before_the_file_and_the_file_before_its_preset(tmp_path: Pat
     assert arguments.run == expected, (
         "one nested flag leaves its siblings as the file and the preset have them"
     )
+
+
+def test_a_named_model_brings_its_own_towers(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('preset = "tiny"\n[pair]\nmodel = "ViT-B-32"\ntext = {layers = 2}\n')
+    for words in (["tiny", "--pair.model", "ViT-B-32"], [str(tmp_path / "run.toml")]):
+        pair = parsed(words).run.pair
+        assert (pair.model, pair.vision) == ("ViT-B-32", {})
+        assert pair.text == ({} if words[0] == "tiny" else {"layers": 2})
+    assert parsed(["tiny", "--steps", "3"]).run.pair == PRESETS["tiny"]().pair
+    assert parsed(["vit-b-32", "--pair.model", "ViT-B-16"]).run.pair.model == "ViT-B-16"
 
 
 def test_everyday_flags() -> None:

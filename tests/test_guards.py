@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import guard_kit
 import guards
-from guards import Guard
+from guard_kit import Guard
 
 BY_NAME = {guard.name: (file, guard) for file, guard in guards.every()}
 
@@ -17,7 +18,7 @@ BY_NAME = {guard.name: (file, guard) for file, guard in guards.every()}
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_guard_stands_in_the_source_once_and_its_test_exists(name: str) -> None:
     file, guard = BY_NAME[name]
-    ast.parse(guards.removed(file, guard))
+    ast.parse(guard_kit.removed(file, guard))
     path, _, test = guard.test.partition("::")
     source = (Path(__file__).parent / path).read_text(encoding="utf-8")
     assert re.search(rf"^def {test.partition('[')[0]}\(", source, re.MULTILINE)
@@ -33,13 +34,13 @@ def test_the_guards_are_many_and_the_page_shows_them_all() -> None:
 
 
 def test_a_removal_is_noticed() -> None:
-    outcome = guards.tried(*BY_NAME["zero-vectors"])
+    outcome = guard_kit.tried(*BY_NAME["zero-vectors"])
     assert outcome.red and outcome.says.startswith("assert"), outcome
 
 
 def test_a_harmless_change_is_not() -> None:
     file, guard = BY_NAME["zero-vectors"]
-    outcome = guards.tried(file, replace(guard, new=f"({guard.old})"))
+    outcome = guard_kit.tried(file, replace(guard, new=f"({guard.old})"))
     assert not outcome.red and outcome.says == "stays green", outcome
 
 
@@ -62,12 +63,12 @@ def test_only_a_failure_of_the_test_itself_counts(
     code: int | None, output: str, hangs: bool, red: bool
 ) -> None:
     guard = Guard("name", "", "", "", "test_x.py::test_y", hangs=hangs)
-    assert guards.judge(guard, code, output, Path("/tree"))[0] == red
+    assert guard_kit.judge(guard, code, output, Path("/tree"))[0] == red
 
 
 @pytest.mark.slow
 def test_every_removal_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
-    outcomes = guards.try_all(list(guards.every()), lambda *_: None)
+    outcomes = guard_kit.try_all(list(guards.every()), lambda *_: None)
     missed = [
         (guard.name, outcome.says)
         for (_, guard), outcome in zip(guards.every(), outcomes, strict=True)

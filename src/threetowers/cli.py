@@ -6,7 +6,7 @@ Nothing heavy is imported before a verb is known, so that --help is immediate.
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -95,6 +95,28 @@ class _TrainArguments:
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _CompareArguments:
+    """Train and evaluate several methods on equal terms, and write report.html. Run again, it continues."""
+
+    out: Annotated[str, tyro.conf.arg(help="Folder of the comparison.")] = "runs/compare"
+    max_minutes: Annotated[
+        float, tyro.conf.arg(help="Save and stop after this long, to continue later; 0 never.")
+    ] = 0.0
+    options: Annotated[CompareConfig, tyro.conf.arg(name="")] = field(default_factory=CompareConfig)
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+A = TypeVar("A", _TrainArguments, _CompareArguments)
+
+
+def _arguments(kind: type[A], words: list[str], verb: str) -> tuple[str, A]:
+    """The name of the preset or file in the first word, and the arguments: its configuration under the flags."""
+    name, config, flags = _start(words, verb)
+    arguments = _parse(kind, flags, f"{verb} {name}", kind(run=config))
+    return name, replace(arguments, run=_own_towers(arguments.run, config))
+
+
 def _start(words: list[str], verb: str) -> tuple[str, RunConfig, list[str]]:
     """The preset's or file's name and configuration, and the flags that are left."""
     if not words or words[0].startswith("-"):
@@ -117,7 +139,17 @@ def load_file(path: Path) -> RunConfig:
         return apply_values(RunConfig(), values, path)
     if preset not in PRESETS:
         raise UsageError(f"{path}: preset: {preset!r} is no preset{did_you_mean(str(preset), PRESETS)}")
-    return apply_values(PRESETS[preset](), values, path)
+    start = PRESETS[preset]()
+    return _own_towers(apply_values(start, values, path), start)
+
+
+def _own_towers(config: RunConfig, start: RunConfig) -> RunConfig:
+    """Where another open_clip model is named than at the start, the start's own towers do not shape it."""
+    pair, old = config.pair, start.pair
+    if pair.model in ("none", old.model):
+        return config
+    left = {name: {} for name in ("vision", "text") if getattr(pair, name) == getattr(old, name)}
+    return replace(config, pair=replace(pair, **left))  # type: ignore[arg-type]
 
 
 def _run_folder(name: str, arguments: _TrainArguments) -> Path:
@@ -127,8 +159,7 @@ def _run_folder(name: str, arguments: _TrainArguments) -> Path:
 
 def _train(words: list[str]) -> int:
     """train a model: threetowers train PRESET|FILE.toml --data PATH [--third timm:NAME] [--method 3t] …"""
-    name, config, flags = _start(words, "train")
-    arguments = _parse(_TrainArguments, flags, f"train {name}", _TrainArguments(run=config))
+    name, arguments = _arguments(_TrainArguments, words, "train")
     config = arguments.run
     out = _run_folder(name, arguments)
 
@@ -150,22 +181,9 @@ def _train(words: list[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class _CompareArguments:
-    """Train and evaluate several methods on equal terms, and write report.html. Run again, it continues."""
-
-    out: Annotated[str, tyro.conf.arg(help="Folder of the comparison.")] = "runs/compare"
-    max_minutes: Annotated[
-        float, tyro.conf.arg(help="Save and stop after this long, to continue later; 0 never.")
-    ] = 0.0
-    options: Annotated[CompareConfig, tyro.conf.arg(name="")] = field(default_factory=CompareConfig)
-    run: Annotated[RunConfig, tyro.conf.arg(name="")]
-
-
 def _compare(words: list[str]) -> int:
     """find out which method wins: threetowers compare PRESET|FILE --data PATH --third NAME=SPEC … [--seeds 0 1 2]"""
-    name, config, flags = _start(words, "compare")
-    arguments = _parse(_CompareArguments, flags, f"compare {name}", _CompareArguments(run=config))
+    _, arguments = _arguments(_CompareArguments, words, "compare")
 
     from threetowers.compare import compare
 
@@ -278,8 +296,7 @@ def _convert(words: list[str]) -> int:
 
 def _validate(words: list[str]) -> int:
     """check a run in seconds, train nothing: threetowers validate PRESET|FILE.toml [the flags of train]"""
-    name, config, flags = _start(words, "validate")
-    arguments = _parse(_TrainArguments, flags, f"validate {name}", _TrainArguments(run=config))
+    name, arguments = _arguments(_TrainArguments, words, "validate")
     out = _run_folder(name, arguments)
 
     from threetowers.validate import validate

@@ -117,6 +117,7 @@ def requirement_of(package: str) -> str:
 
 
 def check_python(version: str, demanded: str) -> Check:
+    """The interpreter against what the package demands."""
     if not _fits(version, demanded):
         return Check("python", "fail", version, f"threetowers needs Python {demanded}")
     return Check("python", "ok", version)
@@ -196,6 +197,7 @@ def check_devices(devices: Sequence[Sequence[Any]], cuda: str | None, driver: bo
 
 
 def available_cores() -> int:
+    """The cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -209,6 +211,7 @@ def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
 
 
 def check_threads(cores: int, threads: int, quota: float | None) -> Check:
+    """torch's threads against the cores there are."""
     usable = min(float(cores), quota or cores)
     found = f"{cores} cores, {threads} torch threads" + (f", limited to {quota:g} cores" if quota else "")
     if threads > usable + 0.5:
@@ -219,6 +222,7 @@ def check_threads(cores: int, threads: int, quota: float | None) -> Check:
 
 
 def check_space(name: str, place: str, free: int) -> Check:
+    """The room for checkpoints and weights at a place; free in bytes."""
     found = f"{free / GIGABYTE:.1f} GB free at {place}"
     if free < GIGABYTE:
         return Check(name, "fail", found, "no checkpoint fits; make room, or work on another disk")
@@ -275,6 +279,7 @@ def check_shared_memory(path: Path) -> Check:
 
 
 def judge_shared_memory(size: int, free: int) -> Check:
+    """What loader processes hand their batches over in; bytes."""
     found = f"{size / GIGABYTE:.1f} GB, {free / GIGABYTE:.1f} GB free"
     if free < GIGABYTE:
         remedy = "loader processes may die with a bus error: docker run --shm-size=8g, or train with --inputs.workers 0"
@@ -283,6 +288,7 @@ def judge_shared_memory(size: int, free: int) -> Check:
 
 
 def check_encoding(preferred: str, files: str, output: str | None) -> Check:
+    """Whether names and captions outside ASCII can be read and shown."""
     used = {"text": preferred, "file names": files, "output": output or "utf-8"}
     found = ", ".join(f"{what} {name}" for what, name in used.items())
     if any(name.lower().replace("-", "") != "utf8" for name in used.values()):

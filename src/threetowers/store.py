@@ -278,6 +278,7 @@ def _bits(dtype: Kind) -> type[np.generic]:
 
 
 def is_store(folder: Path) -> bool:
+    """Whether a folder holds a store."""
     return (folder / DESCRIPTION_FILE).is_file()
 
 

@@ -76,6 +76,7 @@ class Shard:
 
 
 def digest_of(*parts: object) -> str:
+    """The key of an index: a hex digest of what it was made from and of the index format."""
     return hashlib.sha256(repr((VERSION, *parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -110,6 +111,7 @@ def store_of(shard: Shard) -> Path | None:
 
 
 def index_folder() -> Path | None:
+    """Where indexes are kept; None, with a warning, when that cannot be written."""
     folder = cache_folder() / "index"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,6 +126,7 @@ def index_folder() -> Path | None:
 
 
 def kept(folder: Path | None, key: str, columns: dict[str, Column]) -> Columns:
+    """The columns as an index under the folder, in memory without one; raises DataError when the disk refuses."""
     if folder is None:
         return Columns(packed(key, columns), key)
     path = folder / f"{key}.safetensors"
@@ -229,6 +232,7 @@ def joined(parts: Sequence[Columns]) -> dict[str, Column]:
 
 
 def check_stats(shard: Shard, images: int) -> None:
+    """Compares a shard's images with the count that img2dataset wrote beside it; raises DataError when they differ."""
     if not shard.stats:
         return
     folder, _, file = shown(shard.place).rpartition("/")

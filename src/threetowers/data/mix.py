@@ -97,6 +97,7 @@ class MixedSource:
 
 
 def names_mix(path: str) -> bool:
+    """Whether a source is a TOML file that lists several."""
     return Path(path).suffix.lower() == ".toml" and Path(path).is_file()
 
 

@@ -46,6 +46,7 @@ class Fetched:
 
 
 def is_address(place: str) -> bool:
+    """Whether a place is an address, as s3://…, and no path."""
     return "://" in place
 
 

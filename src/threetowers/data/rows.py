@@ -16,6 +16,7 @@ Row = tuple[int, dict[str, Any]]
 
 
 def read_rows(path: Path, problems: list[BadSample]) -> Iterator[Row]:
+    """The rows of a table by its ending; bad lines are added to problems. Raises DataError for another ending."""
     if path.suffix.lower() == ".parquet":
         return _parquet_rows(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
@@ -112,4 +113,5 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def is_image_name(text: str) -> bool:
+    """Whether a text ends as the name of an image file does."""
     return text.strip().lower().endswith(tuple(f".{ending}" for ending in IMAGE_ENDINGS))

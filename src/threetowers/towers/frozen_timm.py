@@ -132,6 +132,7 @@ def pool_name(trunk: Any) -> str:
 
 
 def timm_image_spec(trunk: nn.Module, name: str) -> ImageSpec:
+    """The preprocessing that timm gives a network; raises UsageError for one that is not square."""
     config = timm.data.resolve_model_data_config(trunk)
     _, height, width = config["input_size"]
     if height != width or config["crop_mode"] not in ("center", "squash"):
@@ -150,6 +151,7 @@ def timm_image_spec(trunk: nn.Module, name: str) -> ImageSpec:
 
 
 def near_timm(name: str) -> str:
+    """A clause that names the nearest known network, or says how to list them."""
     clause = did_you_mean(name, timm.list_models())
     return (
         clause

@@ -73,6 +73,7 @@ def step_metrics(
 
 
 def summary(row: dict[str, float]) -> str:
+    """A row of metrics as the progress line shows it."""
     losses = " ".join(
         f"{name.removeprefix('train/loss/')} {value:.2f}"
         for name, value in row.items()

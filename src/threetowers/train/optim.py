@@ -82,5 +82,6 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the rate of every group, times its multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_multiplier"]
