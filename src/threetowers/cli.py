@@ -148,8 +148,10 @@ def _own_towers(config: RunConfig, start: RunConfig) -> RunConfig:
     pair, old = config.pair, start.pair
     if pair.model in ("none", old.model):
         return config
-    left = {name: {} for name in ("vision", "text") if getattr(pair, name) == getattr(old, name)}
-    return replace(config, pair=replace(pair, **left))  # type: ignore[arg-type]
+    left: dict[str, Any] = {
+        name: {} for name in ("vision", "text") if getattr(pair, name) == getattr(old, name)
+    }
+    return replace(config, pair=replace(pair, **left))
 
 
 def _run_folder(name: str, arguments: _TrainArguments) -> Path:
