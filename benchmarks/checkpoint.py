@@ -78,15 +78,21 @@ class Training:
 
 
 def saving(training: Training, folder: Path, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """The minutes with a save in the loop and in a thread, in turn."""
+    """The minutes with a save in the loop and in a thread, in turn, after the save that a run begins with."""
     rows = []
     for _ in range(3):
         training.step()
-    for number in range(rounds):
-        for name, background in (("in the loop", False), ("in a thread", True)):
-            root = folder / name
-            saver = Saver(root, 2, RunLog(folder), {}, background=background)
-            rows.append({"save": name, "round": number} | training.minute(seconds, saver, root, number))
+    savers = {
+        name: Saver(folder / name, 2, RunLog(folder), {}, background=name == "in a thread")
+        for name in ("in the loop", "in a thread")
+    }
+    for saver in savers.values():
+        saver.save(0, training.model, training.optimizer, {}, final=True)
+    for number in range(1, rounds + 1):
+        for name, saver in savers.items():
+            rows.append(
+                {"save": name, "round": number} | training.minute(seconds, saver, folder / name, number)
+            )
     return rows
 
 

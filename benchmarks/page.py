@@ -8,6 +8,9 @@ Each JSON file becomes a section: the head of its script, its machine, and its t
 import argparse
 import ast
 import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,77 @@ Contenders take turns in one process (or in fresh ones, where memory or start-up
 round on a CPU and the median on a GPU, and every ratio is to a peer of the same run. Peers are imported as they are
 published. Machines differ: compare ratios, not times.
 """
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A figure out of one benchmark's JSON, and what it is meant to be: at least so much, or at most."""
+
+    what: str
+    benchmark: str
+    figure: Callable[[dict[str, Any]], float]
+    aim: float
+    most: bool = False
+
+
+def _rate(result: dict[str, Any], contender: str) -> float:
+    """Samples per second of the contenders whose name begins so, the fastest."""
+    named = [row for row in result["rows"] if row["contender"].startswith(contender)]
+    return max(float(row["samples_per_second"]) for row in named)
+
+
+def _times(ours: str, theirs: str) -> Callable[[dict[str, Any]], float]:
+    return lambda result: _rate(result, ours) / _rate(result, theirs)
+
+
+def _memory(result: dict[str, Any], num: int) -> dict[str, float]:
+    """MiB by loss at a number of samples; raises KeyError when it was not measured."""
+    found: dict[str, float] = {row["num"]: row for row in result["memory"]}[num]
+    return found
+
+
+def _lost(save: str) -> Callable[[dict[str, Any]], float]:
+    return lambda result: statistics.mean(row["lost"] for row in result["rows"] if row["save"] == save)
+
+
+AIMS = (
+    Aim("three contrastive rows in fp32, times as fast as ClipLoss three times", "loss",
+        lambda result: result["speed"][0]["ratio"], 1.9),
+    Aim("the same in bf16", "loss", lambda result: result["speed"][1]["ratio"], 3.0),
+    Aim("their worst gradient error in fp32", "loss",
+        lambda result: result["worst_errors"][0]["worst_gradient_error"], 5e-6, most=True),
+    Aim("and in bf16", "loss", lambda result: result["worst_errors"][2]["worst_gradient_error"], 1e-2, most=True),
+    Aim("their extra memory at N = 8,192, times less than ClipLoss's", "loss",
+        lambda result: _memory(result, 8_192)["ClipLoss"] / _memory(result, 8_192)["ours"], 10),
+    Aim("their extra memory at N = 65,536, MiB", "loss",
+        lambda result: _memory(result, 65_536)["ours"], 1_430, most=True),
+    Aim("a 3T step with stored features, times as fast as open_clip's CLIP step", "step",
+        _times("ours 3T stored, bf16 copy", "open_clip CLIP"), 1.6),
+    Aim("a 3T step with a live frozen tower, times as fast as one of open_clip's parts", "step",
+        _times("ours 3T live, bf16 copy, trimmed", "3T of open_clip parts"), 2.3),
+    Aim("a 3T step of 4,096 in micro-batches of 256, times as fast as with accum-freq", "accumulate",
+        _times("ours, 3T", "open_clip accum-freq, 3T"), 2.0),
+    Aim("its gradients' error against the whole batch", "accumulate",
+        lambda result: result["errors"]["whole batch"], 1e-6, most=True),
+    Aim("`train` 3T with stored features, times as fast as open_clip_train's CLIP", "e2e",
+        _times("ours 3T stored", "open_clip CLIP"), 1.5),
+    Aim("time lost to a checkpoint a minute, saved in the loop", "checkpoint", _lost("in the loop"), 0.15, most=True),
+    Aim("and saved in a thread", "checkpoint", _lost("in a thread"), 0.05, most=True),
+)  # fmt: skip
+
+
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """The table of aims, each with its figure and whether it holds."""
+    lines = ["## In short", "", "| what | figure | aim | |", "|---|---|---|---|"]
+    for aim in AIMS:
+        try:
+            found = aim.figure(results[aim.benchmark])
+        except KeyError:
+            continue  # not measured
+        holds = found <= aim.aim if aim.most else found >= aim.aim
+        bound = f"{'at most' if aim.most else 'at least'} {_cell(float(aim.aim))}"
+        lines.append(f"| {aim.what} | {_cell(found)} | {bound} | {'held' if holds else '**not held**'} |")
+    return "\n".join(lines)
 
 
 def section(path: Path) -> str:
@@ -76,8 +150,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     arguments = parser.parse_args()
     found = [path for path in sorted(arguments.folder.glob("*.json")) if (HERE / f"{path.stem}.py").is_file()]
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found}
     arguments.out.write_text(
-        "\n\n".join([INTRODUCTION.rstrip(), *map(section, found)]) + "\n", encoding="utf-8"
+        "\n\n".join([INTRODUCTION.rstrip(), summary(results), *map(section, found)]) + "\n", encoding="utf-8"
     )
     print(f"written: {arguments.out}, {len(found)} benchmarks")
 

@@ -140,6 +140,18 @@ def test_a_background_save_holds_the_weights_of_its_own_step(
     assert torch.equal(read_safetensors(tmp_path / "step-00000001" / "model.safetensors")["weight"], before)
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_what_is_no_fault_of_the_disk_ends_the_run_from_a_thread_too(
+    background: bool, tmp_path: Path
+) -> None:
+    model, optimizer = layer()
+    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    saver = Saver(tmp_path, 1, RunLog(tmp_path), {}, background=background)
+    with pytest.raises(CheckpointError, match=r"phase: torch.complex64 cannot be saved"):
+        saver.save(1, model, optimizer, {})
+        saver.wait()
+
+
 def test_a_damaged_best_checkpoint_never_becomes_the_result(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from threetowers.data.loader import Batch
 from threetowers.errors import UsageError
 from threetowers.prepare import Prepared, prepare
 from threetowers.towers.pair import checkpoint_activations, read_safetensors
-from threetowers.towers.working_copy import NORMS, WorkingCopy
+from threetowers.towers.working_copy import KEPT, WorkingCopy
 from threetowers.train.accumulate import accumulate
 from threetowers.train.loop import train
 
@@ -58,16 +58,22 @@ def test_gradients_of_the_copy_are_the_masters_to_bf16(
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
 
 
-def test_norms_stay_fp32_and_the_rest_is_bf16(tiny_config: Config, tmp_path: Path) -> None:
+def test_norms_and_embeddings_stay_the_masters_and_the_rest_is_bf16(
+    tiny_config: Config, tmp_path: Path
+) -> None:
     run = opened(tiny_config, tmp_path / "a")
     copy = WorkingCopy(run.model.img, run.model.txt)
     seen: list[torch.dtype] = []
     norms = 0
     assert copy.img is not None
-    for tower in (copy.img, copy.txt):
-        for module in tower.modules():
-            expected = torch.float32 if isinstance(module, NORMS) else torch.bfloat16
-            assert all(p.dtype == expected for p in module.parameters(recurse=False))
+    assert run.model.img is not None
+    for tower, masters in ((copy.img, run.model.img), (copy.txt, run.model.txt)):
+        for module, master in zip(tower.modules(), masters.modules(), strict=True):
+            own = list(module.parameters(recurse=False))
+            if isinstance(module, KEPT):
+                assert all(a is b for a, b in zip(own, master.parameters(recurse=False), strict=True))
+            else:
+                assert all(p.dtype == torch.bfloat16 for p in own)
             if isinstance(module, nn.LayerNorm):
                 norms += 1
                 module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
@@ -79,12 +85,12 @@ def test_norms_stay_fp32_and_the_rest_is_bf16(tiny_config: Config, tmp_path: Pat
 
 def test_the_copy_follows_the_masters_and_frozen_ones_stay(tiny_config: Config, tmp_path: Path) -> None:
     run = opened(tiny_config, tmp_path / "a")
-    frozen = run.model.txt.get_parameter("token_embedding.weight").requires_grad_(False)
+    frozen = run.model.txt.get_parameter("text_projection").requires_grad_(False)
     run.working = WorkingCopy(run.model.img, run.model.txt)
-    own = run.working.txt.get_parameter("token_embedding.weight")
+    own = run.working.txt.get_parameter("text_projection")
     before = own.clone()
     optimizer = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad], lr=0.01, fused=True)
-    assert "txt.token_embedding.weight" not in gradients(run, run.reader()[range(8)])
+    assert "txt.text_projection" not in gradients(run, run.reader()[range(8)])
     optimizer.step()
     stale = run.working.txt.get_parameter("positional_embedding").clone()
     run.working.refresh()

@@ -3,7 +3,8 @@
 Autocast casts each weight again at every operation that reads it, and twice with micro-batches. Here the cast is done
 once: forward and backward run in the copy, its gradients are handed to the masters, the optimiser moves the masters,
 and the copy is written anew. Norms keep fp32 parameters and fp32 arithmetic, as in mixed-precision training
-(arXiv 1710.03740); heads, scale and loss are not in the copy and stay fp32.
+(arXiv 1710.03740), and so do embeddings, of which a batch reads few rows while a cast would read them all: in the copy
+stand the masters themselves. Heads, scale and loss are not in the copy and stay fp32.
 """
 
 import copy
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+KEPT = (*NORMS, nn.Embedding)
+"""Modules that stay fp32 and shared."""
 
 
 class WorkingCopy:
@@ -31,15 +34,16 @@ class WorkingCopy:
         twin = copy.deepcopy(tower)
         for module, source in zip(twin.modules(), tower.modules(), strict=True):
             module._buffers = source._buffers
-            norm = isinstance(module, NORMS)
-            if norm:
+            if isinstance(module, NORMS):
                 module.register_forward_pre_hook(_to_fp32)
+            if isinstance(module, KEPT):
                 module.register_forward_hook(_to_bf16)
+                module._parameters = source._parameters
+                continue
             for name, master in source._parameters.items():
                 if master is None:
                     continue
-                value = master.detach().clone() if norm else master.detach().bfloat16()
-                own = nn.Parameter(value, requires_grad=master.requires_grad)
+                own = nn.Parameter(master.detach().bfloat16(), requires_grad=master.requires_grad)
                 module._parameters[name] = own
                 if master.requires_grad:
                     self._masters.append(master)

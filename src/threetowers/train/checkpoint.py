@@ -95,7 +95,7 @@ def save(
             _set_aside(final)
         os.rename(partial, final)  # noqa: PTH104 - the one commit point; tests put faults in its way
         _sync(root)
-    except OSError:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for old in checkpoints(root)[max(keep, 1) :]:

@@ -14,7 +14,7 @@ from threetowers.evaluate.retrieval import ranks_from_features, recalls
 from threetowers.prepare import Prepared
 from threetowers.progress import Progress, duration
 from threetowers.run import save_run
-from threetowers.towers.attention import trained_attention
+from threetowers.towers.attention import own_attention, trained_attention
 from threetowers.train import checkpoint
 from threetowers.train.accumulate import accumulate, masked_ids
 from threetowers.train.guards import StopRequest, differing_keys, folder_lock
@@ -140,15 +140,16 @@ def validate(run: Prepared) -> dict[str, float]:
     """Retrieval of the main pair on the validation data, as metrics; nothing when there is none."""
     if not len(run.val):
         return {}
-    encoded = encode(
-        run.model,
-        run.val,
-        run.tokenizer,
-        run.stores(run.val),
-        run.device,
-        workers=run.config.inputs.workers,
-        autocast=run.autocast(),
-    )
+    with own_attention():
+        encoded = encode(
+            run.model,
+            run.val,
+            run.tokenizer,
+            run.stores(run.val),
+            run.device,
+            workers=run.config.inputs.workers,
+            autocast=run.autocast(),
+        )
     if not encoded.captions:
         return {}
     ranks = ranks_from_features(*encoded.system("main"), encoded.text_image)

@@ -28,7 +28,7 @@ class Saver:
         self._background = background
         self._own: checkpoint.Snapshot | None = {} if background else None
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         self._step = self._failed = 0
 
     def save(
@@ -58,7 +58,7 @@ class Saver:
     ) -> None:
         try:
             checkpoint.save(self._root, step, tensors, state, self._environment, self._keep, best)
-        except OSError as error:
+        except BaseException as error:  # a thread has nobody to raise it to
             self._error = error
 
     def wait(self, *, final: bool = False) -> None:
@@ -71,6 +71,8 @@ class Saver:
             self._failed = 0
             return
         error, self._error = self._error, None
+        if not isinstance(error, OSError):
+            raise error
         self._failed += 1
         reason = f"{error.strerror or error} ({error.filename or self._root})"
         there = checkpoint.checkpoints(self._root)
