@@ -106,6 +106,11 @@ def test_devices() -> None:
     assert "driver" in doctor.check_devices([], "13.0", True).remedy
 
 
+def test_bf16_is_recommended_where_the_device_has_it() -> None:
+    assert "--precision bf16-autocast" in doctor.check_bf16(True).found
+    assert "fp32" in doctor.check_bf16(False).found
+
+
 def test_cores(tmp_path: Path) -> None:
     assert doctor.check_threads(8, 8, None).state == "ok"
     assert doctor.check_threads(8, 1, None).state == "ok"

@@ -158,7 +158,7 @@ class RunConfig:
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     precision: Literal["fp32", "bf16-autocast", "bf16-copy"] = "fp32"
     """Precision of the main towers; weights, heads, logits and losses are fp32 all the same. bf16-autocast casts at
-    every operation, bf16-copy once a step."""
+    every operation, bf16-copy once a step; `threetowers doctor` says whether the device has bf16."""
     grad_checkpointing: bool = False
     """Keep fewer activations and compute them again for the gradient: less memory, about a third more time."""
     compile: bool = False
