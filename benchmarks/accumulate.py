@@ -25,9 +25,9 @@ from threetowers.config import RunConfig
 from threetowers.data.loader import Batch
 from threetowers.data.transforms import normalise
 from threetowers.model import build
-from threetowers.prepare import Prepared, pick_device
+from threetowers.run.setup import Prepared, pick_device
 from threetowers.towers.attention import trained_attention
-from threetowers.towers.frozen import FrozenTower
+from threetowers.towers.frozen.load import FrozenTower
 from threetowers.towers.working_copy import WorkingCopy
 from threetowers.train.accumulate import accumulate
 from threetowers.train.optim import adamw

@@ -22,10 +22,10 @@ from PIL import Image
 
 from measure import write
 from step import random_batch
-from threetowers.allocator import keep_freed_memory
-from threetowers.compare import machine
+from threetowers.compare.runs import machine
 from threetowers.config import PairConfig, RunConfig
 from threetowers.model import build
+from threetowers.run.allocator import keep_freed_memory
 from threetowers.train import checkpoint
 from threetowers.train.log import RunLog
 from threetowers.train.optim import adamw

@@ -17,9 +17,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in the processes below
 
-from threetowers.compare import train_all
+from threetowers.compare.demo import TOWERS, demo, make_towers
+from threetowers.compare.runs import train_all
 from threetowers.config import METHODS, CompareConfig, RunConfig
-from threetowers.demo import TOWERS, demo, make_towers
 from threetowers.recipes import PRESETS
 from threetowers.report.page import write_report
 from threetowers.report.tables import text_table

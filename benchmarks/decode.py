@@ -23,11 +23,12 @@ import torch
 from open_clip.transform import image_transform
 from PIL import Image
 
-from threetowers.compare import machine
+from threetowers.compare.runs import machine
 from threetowers.config import InputConfig
 from threetowers.data.loader import augmented_views
+from threetowers.data.open import open_source
 from threetowers.data.order import hash64
-from threetowers.data.sources import Source, open_source
+from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, normalise
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -35,8 +35,8 @@ from timm.models import save_for_hf
 
 from loader import PACKAGES, samples
 from measure import write
-from threetowers.compare import machine
-from threetowers.data.shards import write_shards
+from threetowers.compare.runs import machine
+from threetowers.data.shards.write import write_shards
 
 NUM_SHARDS = 8
 WARM_UP, LEAST_STEPS = 2, 3  # steps that do not count, and how many do at the least

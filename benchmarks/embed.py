@@ -30,14 +30,15 @@ from torch import Tensor, nn
 
 from loader import MEAN, PACKAGES, STD, samples
 from measure import best, interleaved, write
-from threetowers.compare import machine
+from threetowers.compare.runs import machine
 from threetowers.data.decode import decode
-from threetowers.data.shards import write_shards
-from threetowers.data.sources import Source, open_source
+from threetowers.data.open import open_source
+from threetowers.data.shards.write import write_shards
+from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, fixed_view
-from threetowers.embeddings import write_store
-from threetowers.prepare import pick_device
-from threetowers.towers.frozen import FrozenTower
+from threetowers.run.setup import pick_device
+from threetowers.store.embed import write_store
+from threetowers.towers.frozen.load import FrozenTower
 
 MODEL, WIDTH = "ViT-B-32", 512
 SPEC = ImageSpec(224, MEAN, STD)

@@ -27,12 +27,13 @@ from open_clip.transform import image_transform
 from open_clip_train.data import get_wds_dataset
 from PIL import Image
 
-from threetowers.compare import machine
+from threetowers.compare.runs import machine
 from threetowers.config import InputConfig
 from threetowers.data.loader import BatchReader, batches
+from threetowers.data.open import open_source
 from threetowers.data.order import Order
-from threetowers.data.shards import ShardSample, write_shards
-from threetowers.data.sources import Source, open_source
+from threetowers.data.shards.write import ShardSample, write_shards
+from threetowers.data.source import Source
 from threetowers.data.tokenize import load_tokenizer
 from threetowers.data.transforms import ImageSpec
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from threetowers.compare import machine
+from threetowers.compare.runs import machine
 
 WARM_UPS = 2
 

@@ -21,8 +21,8 @@ from threetowers.config import METHODS, RunConfig
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.model import build
 from threetowers.recipes import PRESETS
-from threetowers.towers.frozen import FrozenTower
-from threetowers.towers.frozen_timm import TimmTrunk
+from threetowers.towers.frozen.load import FrozenTower
+from threetowers.towers.frozen.timm import TimmTrunk
 from threetowers.towers.pair import build_image_tower, build_text_tower, model_config
 from threetowers.train.optim import adamw
 

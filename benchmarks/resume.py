@@ -50,10 +50,10 @@ from resume_rivals import (
     train_hf,
     train_lightning,
 )
-from threetowers.compare import machine
+from threetowers.compare.runs import machine
 from threetowers.config import InputConfig, OptimConfig, PairConfig, RunConfig
 from threetowers.errors import ThreeTowersError
-from threetowers.towers.pair import read_safetensors
+from threetowers.towers.weights import read_safetensors
 from threetowers.train import loop
 
 PICTURES = 96

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from threetowers.data.open import split
 from threetowers.data.order import Order
-from threetowers.data.shards import ShardSample, open_shards, write_shards
-from threetowers.data.sources import split
+from threetowers.data.shards.source import open_shards
+from threetowers.data.shards.write import ShardSample, write_shards
 
 NUM_IMAGES = 64  # files that the samples share
 READS = 20_000

@@ -22,9 +22,9 @@ from measure import interleaved, report
 from threetowers.config import PairConfig, RunConfig
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.model import build
-from threetowers.prepare import pick_device
+from threetowers.run.setup import pick_device
 from threetowers.towers.attention import trained_attention
-from threetowers.towers.frozen import FrozenTower
+from threetowers.towers.frozen.load import FrozenTower
 from threetowers.towers.working_copy import WorkingCopy
 from threetowers.train.optim import adamw
 

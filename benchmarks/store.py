@@ -24,8 +24,8 @@ import webdataset
 from pyarrow import parquet
 from torch import Tensor
 
-from threetowers.compare import machine
-from threetowers.store import FEATURES_FILE, FIXED, Contents, Store, layout
+from threetowers.compare.runs import machine
+from threetowers.store.read import FEATURES_FILE, FIXED, Contents, Store, layout
 
 TAR_ROWS = 20_000  # enough to time, since it is the slowest by far
 PACKAGES = ("webdataset", "pyarrow", "torch", "numpy")

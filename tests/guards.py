@@ -206,7 +206,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
               "    except Exception as error:  # decoders", "    except ValueError as error:  # decoders",
               REASONS),
     ),
-    "data/tar.py": (
+    "data/shards/tar.py": (
         Guard("extent-checked", "a file that reaches beyond the shard's end counts as there",
               "        if offset > file_size:", "        if offset > file_size + 10**12:",
               "test_sources.py::test_messages_say_what_is_missing"),
@@ -217,7 +217,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
               "    if length < 2 * _BLOCK or file_size % _BLOCK:", "    if file_size % _BLOCK:",
               "test_sources.py::test_a_truncated_shard_is_an_error_at_every_place"),
     ),
-    "data/index.py": (
+    "data/shards/index.py": (
         Guard("counts-compared", "a shard with fewer images than its stats say is read short",
               "    if expected != images:", "    if expected < images:",
               "test_sources.py::test_stats_are_held_against_the_shard"),
@@ -225,25 +225,25 @@ GUARDS: dict[str, Sequence[Guard]] = {
               "        if changed or status.st_size != self.size:", "        if status.st_size < 0:",
               "test_sources.py::test_a_shard_that_changes_or_goes_is_a_bad_sample"),
     ),
-    "data/columns.py": (
+    "data/shards/columns.py": (
         Guard("index-verified", "a damaged byte of a cached index is believed",
               "if zlib.crc32(self._data[chunk * CHUNK : (chunk + 1) * CHUNK]) != self._sums[chunk]:",
               "if not self._sums:",
               "test_index.py::test_no_damaged_byte_is_believed"),
     ),
-    "data/shards.py": (
+    "data/shards/source.py": (
         Guard("no-commands", "a path that is a command gets as far as the file system",
               '        if part.startswith("pipe:"):', '        if part == "pipe:":',
               "test_sources.py::test_commands_are_refused"),
     ),
-    "data/remote.py": (
+    "data/shards/remote.py": (
         Guard("download-whole", "a connection that ends early leaves a short shard",
               "            if size is not None and length != size:", "            if not length:",
               "test_remote.py::test_what_comes_short_is_tried_again"),
         Guard("secrets-hidden", "messages show the user and password of an address",
               "{host.rpartition('@')[2]}", "{host}", "test_remote.py::test_addresses_that_cannot_be_meant"),
     ),
-    "data/hf_datasets.py": (
+    "data/formats/hf_datasets.py": (
         Guard("hub-refused", "the name of a dataset on the hub gets as far as its library",
               "    if place.is_dir() and names_dataset(str(place)):",
               "    if not place.is_dir() or names_dataset(str(place)):",
@@ -264,23 +264,23 @@ GUARDS: dict[str, Sequence[Guard]] = {
               "    shift = (scale - _LARGEST).clamp(min=0.0)", "    shift = torch.zeros_like(scale)",
               "test_guarded.py::test_near_negatives_at_a_large_scale_do_not_overflow"),
     ),
-    "embeddings.py": (
+    "store/embed.py": (
         Guard("features-finite", "infinite features of a frozen tower are stored",
               "    if not torch.isfinite(features).all():", "    if torch.isnan(features).all():",
               "test_store.py::test_features_beyond_fp16_are_stored_in_fp32_and_infinite_ones_are_refused"),
     ),
-    "store.py": (
+    "store/read.py": (
         Guard("store-verified", "a flipped byte of stored embeddings is believed",
               "    if (thorough or size <= FULL_CHECK_BYTES) and digest_file(path) != sha256:", "    if not sha256:",
               "test_store.py::test_a_damaged_store_is_an_error_of_one_line[flipped]"),
     ),
-    "run.py": (
+    "run/finished.py": (
         Guard("result-verified", "a finished model whose weights have changed is loaded",
               '    if hashlib.sha256(weights.read_bytes()).hexdigest() != described["sha256"]:',
               '    if not described["sha256"]:',
               "test_train.py::test_a_changed_weights_file_is_refused"),
     ),
-    "convert.py": (
+    "commands/convert.py": (
         Guard("weights-only", "a foreign checkpoint runs code when it is opened",
               "weights_only=True, mmap", "weights_only=False, mmap",
               "test_convert.py::test_code_in_a_checkpoint_is_refused_by_name_and_not_run[True]"),
@@ -291,7 +291,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
               """any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):""",
               "path.suffix == '.script':", "test_guarded.py::test_a_program_is_refused_before_torch_reads_it"),
     ),
-    "towers/pair.py": (
+    "towers/weights.py": (
         Guard("pickle-refused", "a pickle is opened where weights are expected",
               "    if Path(path).suffix in PICKLES:", "    if not Path(path).name:",
               "test_convert.py::test_weights_of_timm_come_through_unchanged"),
@@ -300,22 +300,22 @@ GUARDS: dict[str, Sequence[Guard]] = {
               "    state = {key: state.get(key, value) for key, value in own.items()}\n    if misshapen:\n",
               "test_towers.py::test_a_weights_file_beside_a_timm_name_is_loaded_strictly"),
     ),
-    "towers/frozen_hf.py": (
+    "towers/frozen/hf.py": (
         Guard("hf-no-code", "a model's own code is run", "            trust_remote_code=False,\n            output",
               "            trust_remote_code=True,\n            output",
               "test_layout.py::test_no_pickle_and_no_network_client_in_the_source"),
     ),
-    "towers/frozen_timm.py": (
+    "towers/frozen/timm.py": (
         Guard("network-when-asked", "weights are fetched although a file is given",
               "pretrained=not (local or at)", "pretrained=True",
               "test_towers.py::test_a_weights_file_beside_a_timm_name_is_loaded_strictly"),
     ),
-    "towers/frozen.py": (
+    "towers/frozen/load.py": (
         Guard("eval-for-ever", "a frozen tower drops and normalises as in training when somebody calls train()",
               "        if self.module.training:\n            self.module.eval()\n", "",
               "test_towers.py::test_eval_for_ever_no_gradient_and_never_changed"),
     ),
-    "towers/loaded.py": (
+    "towers/frozen/base.py": (
         Guard("no-gradient", "a frozen tower's weights ask for gradients",
               "module.eval().requires_grad_(False)", "module.eval()",
               "test_frozen_hf.py::test_every_tower_is_eval_for_ever_without_gradient"),

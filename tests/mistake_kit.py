@@ -25,7 +25,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
-from threetowers import cli, prepare
+from threetowers import cli
+from threetowers.run import setup as prepare
 
 NUM_PHOTOS = 40
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from threetowers.config import InputConfig, ObjectiveConfig, PairConfig, RunConfig
 from threetowers.data.loader import Batch, BatchReader
-from threetowers.prepare import Prepared, prepare
-from threetowers.towers.pair import read_safetensors
+from threetowers.run.setup import Prepared, prepare
+from threetowers.towers.weights import read_safetensors
 from threetowers.train.accumulate import accumulate, masked_ids
 from threetowers.train.loop import train
 

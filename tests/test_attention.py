@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from threetowers.config import RunConfig
-from threetowers.prepare import Prepared, prepare
+from threetowers.run.setup import Prepared, prepare
 from threetowers.towers.attention import LONGEST, own_attention, trained_attention
 from threetowers.train import loop
 from threetowers.train.loop import train

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from test_store import text_tower
-from threetowers import compare as compare_module
-from threetowers import prepare as prepare_module
-from threetowers.claims import Measured, claims
-from threetowers.compare import compare
+from threetowers.compare import runs as compare_module
+from threetowers.compare.claims import Measured, claims
+from threetowers.compare.runs import compare
 from threetowers.config import CompareConfig, RunConfig
-from threetowers.data.shapes import write_world
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.evaluate.retrieval import Ranks
 from threetowers.report.page import write_report
+from threetowers.run import setup as prepare_module
+from threetowers.world.write import write_world
 
 Config = Callable[..., RunConfig]
 OPTIONS = CompareConfig(methods=("baseline", "lit", "3t"), seeds=(0, 1), lrs=(1e-3, 3e-3))

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from threetowers.cli import main
+from threetowers.commands.convert import convert
 from threetowers.config import PairConfig, RunConfig
-from threetowers.convert import convert
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.prepare import prepare
-from threetowers.towers.frozen import load_frozen
+from threetowers.run.setup import prepare
+from threetowers.towers.frozen.load import load_frozen
 
 
 class Evil:

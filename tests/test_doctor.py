@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from threetowers import cli, doctor
-from threetowers.doctor import Check
+from threetowers import cli
+from threetowers.commands import doctor
+from threetowers.commands.doctor import Check
 
 REMEDY = "install both from the same index"
 

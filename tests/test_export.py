@@ -13,8 +13,8 @@ from safetensors import safe_open
 from threetowers.config import RunConfig
 from threetowers.errors import CheckpointError
 from threetowers.export.open_clip import export_open_clip
-from threetowers.run import load_run
-from threetowers.towers.frozen import load_frozen
+from threetowers.run.finished import load_run
+from threetowers.towers.frozen.load import load_frozen
 from threetowers.train.loop import train
 
 TEXTS = [

@@ -22,13 +22,13 @@ from PIL import Image
 from pyarrow import parquet
 
 from threetowers.config import InputConfig
-from threetowers.data.annotations import open_annotations
 from threetowers.data.decode import decode
+from threetowers.data.formats.annotations import open_annotations
+from threetowers.data.formats.mix import read_mix
 from threetowers.data.loader import BatchReader, batches
-from threetowers.data.mix import read_mix
+from threetowers.data.open import open_source, split, splits
 from threetowers.data.order import Order
-from threetowers.data.sources import SOURCE_REASONS, Source, open_source, split, splits
-from threetowers.data.tables import describe
+from threetowers.data.source import SOURCE_REASONS, Source, describe
 from threetowers.data.tokenize import load_tokenizer
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import BadSample, DataError, UsageError

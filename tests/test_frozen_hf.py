@@ -21,9 +21,9 @@ from threetowers.config import ObjectiveConfig, RunConfig
 from threetowers.data.transforms import fixed_view, normalise
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.model import build
-from threetowers.towers.frozen import Frozen, FrozenTower, load_frozen
-from threetowers.towers.frozen_hf import image_spec
-from threetowers.towers.frozen_text import FrozenTextTower
+from threetowers.towers.frozen.hf import image_spec
+from threetowers.towers.frozen.load import Frozen, FrozenTower, load_frozen
+from threetowers.towers.frozen.text import FrozenTextTower
 
 SIZES = [(48, 48), (61, 50), (33, 97), (20, 31), (301, 200)]
 NARROW = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

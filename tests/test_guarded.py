@@ -20,12 +20,12 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from test_loader import reader
 from test_recovery import logged, poisoned
+from threetowers.commands.convert import convert
 from threetowers.config import ObjectiveConfig, OptimConfig, RunConfig
-from threetowers.convert import convert
 from threetowers.data.loader import Batch, BatchReader, batches
 from threetowers.errors import CheckpointError, DataError, UsageError
 from threetowers.objective import tiled
-from threetowers.towers.pair import read_safetensors
+from threetowers.towers.weights import read_safetensors
 from threetowers.train import checkpoint, loop
 from threetowers.train.guards import FiniteGuard, StopRequest, folder_lock
 from threetowers.train.log import RunLog

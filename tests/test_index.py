@@ -16,12 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from threetowers.data import columns as columns_module
-from threetowers.data import index, indexing
-from threetowers.data.columns import Column, Columns, packed
+from threetowers.data.open import split
 from threetowers.data.order import hash64
-from threetowers.data.shards import ShardSample, ShardSource, open_shards, write_shards
-from threetowers.data.sources import Subset, split
+from threetowers.data.shards import columns as columns_module
+from threetowers.data.shards import index, indexing
+from threetowers.data.shards.columns import Column, Columns, packed
+from threetowers.data.shards.source import ShardSource, open_shards
+from threetowers.data.shards.write import ShardSample, write_shards
+from threetowers.data.source import Subset
 from threetowers.errors import BadSample, DataError
 
 
@@ -319,7 +321,7 @@ def test_processes_that_cannot_start_leave_the_work_to_this_one(
 
 
 def test_indexing_processes_import_no_torch() -> None:
-    program = "import sys, threetowers.data.indexing\nassert 'torch' not in sys.modules"
+    program = "import sys, threetowers.data.shards.indexing\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 

@@ -19,7 +19,7 @@ import torch
 from faulty import KINDS, POINTS, Fault, install
 from threetowers.config import RunConfig
 from threetowers.errors import CheckpointError, ThreeTowersError
-from threetowers.towers.pair import read_safetensors
+from threetowers.towers.weights import read_safetensors
 from threetowers.train import checkpoint, loop
 from threetowers.train.loop import train
 

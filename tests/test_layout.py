@@ -17,15 +17,15 @@ ROOT = SOURCE.parents[1]
 
 # A module may import modules of its own rank or below it; the names are packages or modules under threetowers.
 RANKS = [
-    {"errors", "progress", "allocator"},
+    {"errors", "progress", "files"},
     {"config"},
     {"data", "objective"},
-    {"towers"},
-    {"embeddings", "model", "store", "store_work"},
-    {"prepare", "run"},
-    {"evaluate"},
-    {"train", "export", "convert"},
-    {"claims", "showcase", "compare", "demo", "recipes", "validate", "doctor"},
+    {"towers", "world"},
+    {"model", "store"},
+    {"run"},
+    {"evaluate", "export"},
+    {"train"},
+    {"compare", "commands", "recipes"},
     {"cli"},
 ]
 

@@ -11,10 +11,10 @@ import transformers
 from safetensors.torch import save_file
 
 from threetowers.cli import main
+from threetowers.commands import towers as listing
+from threetowers.commands.towers import CURATED, PREFIXES, describe, towers
 from threetowers.errors import UsageError
-from threetowers.towers import listing
-from threetowers.towers.frozen import IMAGE_LOADERS, TEXT_LOADERS, FrozenTower, load_frozen
-from threetowers.towers.listing import CURATED, PREFIXES, describe, towers
+from threetowers.towers.frozen.load import IMAGE_LOADERS, TEXT_LOADERS, FrozenTower, load_frozen
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from threetowers.config import InputConfig
 from threetowers.data.loader import Batch, BatchReader, _is_a_death, augmented_views, batches
+from threetowers.data.open import open_source
 from threetowers.data.order import Order
-from threetowers.data.sources import open_source
 from threetowers.data.tokenize import train_tokenizer
 from threetowers.data.transforms import ImageSpec, cropped_view, normalise, random_crop
 from threetowers.errors import DataError

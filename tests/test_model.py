@@ -12,9 +12,9 @@ from threetowers.data.transforms import ImageSpec
 from threetowers.model import ThreeTowers, build
 from threetowers.objective import pairs
 from threetowers.objective.pairs import Objective, Row
-from threetowers.run import load_run
-from threetowers.towers.frozen import load_frozen
-from threetowers.towers.pair import read_safetensors
+from threetowers.run.finished import load_run
+from threetowers.towers.frozen.load import load_frozen
+from threetowers.towers.weights import read_safetensors
 from threetowers.train.loop import train
 from threetowers.train.optim import adamw
 

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 from threetowers.data.decode import MAX_SIDE_RATIO, REASONS, decode
-from threetowers.data.sources import Source, open_source
+from threetowers.data.open import open_source
+from threetowers.data.source import Source
 from threetowers.errors import BadSample, CheckpointError, DataError
-from threetowers.towers.pair import read_safetensors
+from threetowers.towers.weights import read_safetensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:RuntimeWarning")
 BLOCK = 512

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from threetowers.config import RunConfig
 from threetowers.data.loader import Batch
 from threetowers.errors import UsageError
-from threetowers.prepare import Prepared, prepare
-from threetowers.towers.pair import checkpoint_activations, read_safetensors
+from threetowers.run.setup import Prepared, prepare
+from threetowers.towers.pair import checkpoint_activations
+from threetowers.towers.weights import read_safetensors
 from threetowers.towers.working_copy import KEPT, WorkingCopy
 from threetowers.train.accumulate import accumulate
 from threetowers.train.loop import train

@@ -11,7 +11,7 @@ from PIL import Image
 from threetowers.config import InputConfig, OptimConfig, PretrainConfig
 from threetowers.data.transforms import fixed_view
 from threetowers.errors import DataError, UsageError
-from threetowers.towers.frozen import load_frozen
+from threetowers.towers.frozen.load import load_frozen
 from threetowers.train.pretrain import pretrain
 
 

@@ -1,8 +1,8 @@
 import io
 import platform
 
-from threetowers.allocator import keep_freed_memory
 from threetowers.progress import Progress, duration, track
+from threetowers.run.allocator import keep_freed_memory
 
 
 class Terminal(io.StringIO):

@@ -15,8 +15,8 @@ import torch
 from threetowers.config import RunConfig
 from threetowers.data import loader
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
-from threetowers.prepare import prepare
-from threetowers.towers.pair import read_safetensors
+from threetowers.run.setup import prepare
+from threetowers.towers.weights import read_safetensors
 from threetowers.train import checkpoint, loop, session
 from threetowers.train.guards import BadSamples, FiniteGuard
 from threetowers.train.loop import train
@@ -108,7 +108,7 @@ def test_other_data_than_before_is_refused(
     unfinished(config, tmp_path / "run", monkeypatch)
     table = folder / photos.name
     table.write_text(table.read_text().replace("a red square", "a crimson square"))
-    from threetowers import prepare as prepare_module
+    from threetowers.run import setup as prepare_module
 
     prepare_module._open_splits.cache_clear()
     with pytest.raises(CheckpointError, match="training data is not what it was"):

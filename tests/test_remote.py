@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from threetowers.data import index, remote, shards
-from threetowers.data.shards import ShardSample, ShardSource, open_shards, write_shards
-from threetowers.data.sources import open_source
+from threetowers.data.open import open_source
+from threetowers.data.shards import index, remote
+from threetowers.data.shards import source as shards
+from threetowers.data.shards.source import ShardSource, open_shards
+from threetowers.data.shards.write import ShardSample, write_shards
 from threetowers.errors import DataError, UsageError
 
 SET = "memory://set/{00000..00003}.tar"
@@ -132,7 +134,7 @@ def test_shards_pass_through_a_cache_that_holds_one(
     local: Path, cache: Path, fetches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit(monkeypatch, 1.5, (local / "00000.tar").stat().st_size)
-    monkeypatch.setattr("threetowers.data.indexing.DOWNLOADS", 1)
+    monkeypatch.setattr("threetowers.data.shards.indexing.DOWNLOADS", 1)
     source = open_shards(SET)
     assert kept(cache) == 1
     assert sorted(fetches) == ["00", "01", "02", "03"], "each was indexed before it had to go"

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from threetowers.data import pictures, shapes
-from threetowers.data import scenes as scene_module
 from threetowers.data.decode import decode
-from threetowers.data.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, SIZES, SPLITS, SYNONYMS, TEXTURES
-from threetowers.data.shards import open_shards
+from threetowers.data.shards.source import open_shards
 from threetowers.errors import DataError, UsageError
+from threetowers.world import pictures
+from threetowers.world import scenes as scene_module
+from threetowers.world import write as shapes
+from threetowers.world.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, SIZES, SPLITS, SYNONYMS, TEXTURES
 
 CANONICAL = {synonym: word for word, synonym in SYNONYMS.items()}
 NOUN = rf"an? ((?:{'|'.join((*SIZES, *COLOURS, *TEXTURES, *CANONICAL))}) )*(?:{'|'.join(SHAPES)})\b"

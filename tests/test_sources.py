@@ -22,8 +22,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from threetowers.data.decode import decode
-from threetowers.data.shards import ShardSample, open_shards, write_shards
-from threetowers.data.sources import (
+from threetowers.data.formats.tables import open_table
+from threetowers.data.open import open_source, split, splits
+from threetowers.data.shards.source import open_shards
+from threetowers.data.shards.write import ShardSample, write_shards
+from threetowers.data.source import (
     MAX_CAPTION_CHARS,
     SOURCE_REASONS,
     Source,
@@ -31,11 +34,8 @@ from threetowers.data.sources import (
     Texts,
     check_problems,
     clean_captions,
-    open_source,
-    split,
-    splits,
+    describe,
 )
-from threetowers.data.tables import describe, open_table
 from threetowers.errors import BadSample, DataError, UsageError
 
 UMLAUT = unicodedata.normalize("NFC", "süße Äpfel 1")
@@ -831,7 +831,7 @@ class Named:
         return len(self.ids)
 
     def record(self, index: int) -> object:
-        from threetowers.data.sources import Record
+        from threetowers.data.source import Record
 
         return Record(self.ids[index], ("c",), 0)
 

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from threetowers.cli import main
 from threetowers.config import RunConfig
 from threetowers.data.decode import decode
-from threetowers.data.sources import Source, Subset, open_source
+from threetowers.data.open import open_source
+from threetowers.data.source import Source, Subset
 from threetowers.data.transforms import cropped_view, fixed_view
-from threetowers.embeddings import given, stored, write_store
 from threetowers.errors import BadSample, CheckpointError, DataError, UsageError
-from threetowers.prepare import prepare
-from threetowers.store import FIXED, Contents, Store, Views, layout, open_store
-from threetowers.towers.frozen import FrozenTower, load_frozen
-from threetowers.towers.frozen_text import FrozenTextTower
+from threetowers.run.setup import prepare
+from threetowers.store.embed import given, stored, write_store
+from threetowers.store.read import FIXED, Contents, Store, Views, layout, open_store
+from threetowers.towers.frozen.load import FrozenTower, load_frozen
+from threetowers.towers.frozen.text import FrozenTextTower
 
 CPU = torch.device("cpu")
 VIEWS = Views(3, (0.3, 0.8), (0.8, 1.2), True)
@@ -398,8 +399,8 @@ def test_a_text_tower_is_stored_by_caption_and_drawn_with_it(source: Source, tmp
 def test_a_text_side_third_tower_trains_and_combines_with_captions(
     tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from threetowers import prepare as prepare_module
     from threetowers.evaluate.evaluation import evaluate_run
+    from threetowers.run import setup as prepare_module
     from threetowers.train.loop import train
 
     monkeypatch.setattr(prepare_module, "load_frozen", text_tower)

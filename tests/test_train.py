@@ -28,8 +28,8 @@ from threetowers.config import (
 )
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
-from threetowers.run import load_run
-from threetowers.towers.pair import read_safetensors
+from threetowers.run.finished import load_run
+from threetowers.towers.weights import read_safetensors
 from threetowers.train import checkpoint, loop
 from threetowers.train.loop import train
 from threetowers.train.saver import Saver
@@ -339,7 +339,7 @@ def test_both_towers_start_from_given_weights_and_what_does_not_fit_is_refused(
     tiny_config: Config, tmp_path: Path
 ) -> None:
     from threetowers.export.open_clip import export_open_clip
-    from threetowers.prepare import prepare
+    from threetowers.run.setup import prepare
 
     train(tiny_config(), tmp_path / "first")
     exported = export_open_clip(tmp_path / "first", tmp_path / "exported") / "open_clip_model.safetensors"

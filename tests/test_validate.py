@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from threetowers import cli, validate
+from threetowers import cli
+from threetowers.commands import validate
 from threetowers.config import RunConfig, write_config
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
 

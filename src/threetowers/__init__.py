@@ -8,14 +8,14 @@ model.score(["a.jpg"], ["a red bicycle", "a harbour at night"])
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from threetowers.run import FinishedRun
+    from threetowers.run.finished import FinishedRun
 
 __all__ = ["load"]
 __version__ = "0.1.0"
 
 
 def load(run: str, device: str = "cpu") -> "FinishedRun":
-    """A finished run's main pair, ready to encode; see `threetowers.run.FinishedRun`."""
-    from threetowers.run import load_run  # torch is imported when a model is, not before
+    """A finished run's main pair, ready to encode; see `threetowers.run.finished.FinishedRun`."""
+    from threetowers.run.finished import load_run
 
     return load_run(run, device)

@@ -167,7 +167,7 @@ def _train(words: list[str]) -> int:
 
     from threetowers.evaluate.evaluation import evaluate_run
     from threetowers.objective.pairs import objective
-    from threetowers.prepare import check_settings, describe_data
+    from threetowers.run.setup import check_settings, describe_data
     from threetowers.train.loop import train
 
     check_settings(config)  # a mistake in the settings is said before any data is read
@@ -187,7 +187,7 @@ def _compare(words: list[str]) -> int:
     """find out which method wins: threetowers compare PRESET|FILE --data PATH --third NAME=SPEC … [--seeds 0 1 2]"""
     _, arguments = _arguments(_CompareArguments, words, "compare")
 
-    from threetowers.compare import compare
+    from threetowers.compare.runs import compare
 
     out = Path(arguments.out)
     return _report(compare(arguments.run, arguments.options, out, max_minutes=arguments.max_minutes), out)
@@ -199,7 +199,7 @@ def _demo(words: list[str]) -> int:
     default = _CompareArguments(out="runs/demo", options=options, run=PRESETS["shapes"]())
     arguments = _parse(_CompareArguments, words, "demo", default)
 
-    from threetowers.demo import demo
+    from threetowers.compare.demo import demo
 
     return _report(demo(arguments.run, arguments.options, Path(arguments.out)), Path(arguments.out))
 
@@ -288,7 +288,7 @@ def _convert(words: list[str]) -> int:
             file: A checkpoint of plain PyTorch, open_clip, timm or a trainer.
             out: The file to write, ending in .safetensors.
         """
-        from threetowers.convert import convert
+        from threetowers.commands.convert import convert
 
         print(convert(file, out).text())
 
@@ -301,7 +301,7 @@ def _validate(words: list[str]) -> int:
     name, arguments = _arguments(_TrainArguments, words, "validate")
     out = _run_folder(name, arguments)
 
-    from threetowers.validate import validate
+    from threetowers.commands.validate import validate
 
     for line in validate(arguments.run, out):
         print(line, flush=True)
@@ -317,7 +317,7 @@ def _doctor(words: list[str]) -> int:
         Args:
             folder: Where runs will be; its disk is measured.
         """
-        from threetowers.doctor import doctor, tally
+        from threetowers.commands.doctor import doctor, tally
 
         checks = []
         for check in doctor(folder):
@@ -339,7 +339,7 @@ def _towers(words: list[str]) -> int:
         Args:
             name: A word to look for in the names, or a tower as --third takes it; without it, an overview.
         """
-        from threetowers.towers.listing import towers
+        from threetowers.commands.towers import towers
 
         print(towers(name))
 
@@ -393,11 +393,11 @@ def _embed(words: list[str]) -> int:
     if arguments.batch_size < 1 or arguments.workers < 0 or arguments.views < 0:
         raise UsageError("embed: --batch-size is at least 1, --workers and --views at least 0")
 
-    from threetowers.data.sources import open_source
-    from threetowers.embeddings import write_store
-    from threetowers.prepare import pick_device
-    from threetowers.store import Views
-    from threetowers.towers.frozen import load_frozen
+    from threetowers.data.open import open_source
+    from threetowers.run.setup import pick_device
+    from threetowers.store.embed import write_store
+    from threetowers.store.read import Views
+    from threetowers.towers.frozen.load import load_frozen
 
     device = pick_device(arguments.device)
     views = Views(arguments.views, arguments.crop_scale, arguments.crop_ratio, arguments.flip)

@@ -17,8 +17,8 @@ from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.errors import UsageError
 from threetowers.objective import losses, tiled
 from threetowers.objective.pairs import Objective, Row, objective, tower_of
-from threetowers.towers.frozen import Frozen, as_image_tower
-from threetowers.towers.frozen_text import FrozenTextTower
+from threetowers.towers.frozen.load import Frozen, as_image_tower
+from threetowers.towers.frozen.text import FrozenTextTower
 from threetowers.towers.heads import head
 from threetowers.towers.pair import (
     build_image_tower,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from threetowers.config import InputConfig
 from threetowers.data.decode import check_decoder, decode_array
 from threetowers.data.order import Order, hash64
-from threetowers.data.sources import Source
+from threetowers.data.source import Source
 from threetowers.data.tokenize import Tokenizer
 from threetowers.data.transforms import Crop, ImageSpec, cropped_view, random_crop
 from threetowers.errors import BadSample, DataError, ThreeTowersError

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from threetowers.data.decode import decode
-from threetowers.data.sources import Source
+from threetowers.data.source import Source
 from threetowers.data.tokenize import Tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view
 from threetowers.errors import BadSample, DataError
 from threetowers.model import ThreeTowers
 from threetowers.objective.losses import unit
 from threetowers.objective.pairs import tower_of
-from threetowers.store import Store
+from threetowers.store.read import Store
 
 
 @dataclass

@@ -10,15 +10,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from threetowers.config import read_config
-from threetowers.data.sources import Source, open_source
+from threetowers.data.open import open_source
+from threetowers.data.source import Source
 from threetowers.evaluate.combine import Pair, Sweep, sweep
 from threetowers.evaluate.encode import Encoded, encode, encode_texts
 from threetowers.evaluate.results import clip_benchmark_result
 from threetowers.evaluate.retrieval import System, ranks_from_features, recalls
 from threetowers.evaluate.zero_shot import accuracy, class_embeddings, label_ranks, per_class_accuracy
-from threetowers.prepare import Prepared, open_classes, prepare
-from threetowers.run import read_description, restore_trained
-from threetowers.towers.pair import disk_errors
+from threetowers.run.finished import read_description, restore_trained
+from threetowers.run.setup import Prepared, open_classes, prepare
+from threetowers.towers.weights import disk_errors
 
 SCHEMA = 1
 DEFAULT_TEMPLATES = ("a photo of a {}.",)

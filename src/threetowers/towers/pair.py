@@ -1,28 +1,19 @@
 """The two main towers: open_clip modules, kept so that what is left after training is an open_clip checkpoint."""
 
-import contextlib
 import dataclasses
-import errno
-import os
-import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, _build_text_tower, _build_vision_tower
 from open_clip.transformer import TextTransformer, text_global_pool
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from threetowers.config import PairConfig, did_you_mean
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.heads import initialised
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+from threetowers.towers.weights import _first, load_strictly, read_safetensors
 
 
 def model_config(pair: PairConfig) -> dict[str, Any]:
@@ -159,63 +150,6 @@ def takes_short_text(text: nn.Module) -> bool:
         and text.pool_type in ("argmax", "eos")
         and not text.output_tokens
     )
-
-
-def load_strictly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Loads the weights; every missing, unexpected or misshapen key is an error that lists them.
-
-    Raises CheckpointError.
-    """
-    own = module.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    misshapen = [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & state.keys())
-        if own[key].shape != state[key].shape
-    ]
-    if missing or unexpected or misshapen:
-        parts = (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
-        listing = "; ".join(f"{word}: {_first(keys)}" for word, keys in parts if keys)
-        raise CheckpointError(f"{source}: these weights do not fit the model ({listing})")
-    module.load_state_dict(state)
-
-
-def _first(keys: list[str], most: int = 8) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
-def refuse_pickle(path: str | Path) -> None:
-    """Raises CheckpointError for a file of the formats that hold pickled objects."""
-    if Path(path).suffix in PICKLES:
-        raise CheckpointError(
-            f"{path}: only safetensors are read. `threetowers convert {path} --out "
-            f"{Path(path).with_suffix('.safetensors').name}` writes them, without running anything in the file"
-        )
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises CheckpointError when it is missing, damaged or of another kind."""
-    refuse_pickle(path)
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file ({error}); fetch or write it again"
-        ) from None
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what safetensors raises about the disk while it writes a file into the OSError that it stands for."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def load_pair_weights(image: nn.Module, text: nn.Module, path: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from threetowers.data.loader import Batch
-from threetowers.prepare import Prepared
+from threetowers.run.setup import Prepared
 
 RandomState = tuple[Tensor, Tensor | None]
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from threetowers.errors import CheckpointError
-from threetowers.towers.pair import load_strictly
+from threetowers.towers.weights import load_strictly
 from threetowers.train.tensor_file import write_tensors
 
 SCHEMA = 1

@@ -11,9 +11,9 @@ from threetowers.data.loader import batches
 from threetowers.errors import CheckpointError
 from threetowers.evaluate.encode import encode
 from threetowers.evaluate.retrieval import ranks_from_features, recalls
-from threetowers.prepare import Prepared
 from threetowers.progress import Progress, duration
-from threetowers.run import save_run
+from threetowers.run.finished import save_run
+from threetowers.run.setup import Prepared
 from threetowers.towers.attention import own_attention, trained_attention
 from threetowers.train import checkpoint
 from threetowers.train.accumulate import accumulate, masked_ids

@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from threetowers.allocator import keep_freed_memory
 from threetowers.config import PretrainConfig
 from threetowers.data.decode import decode
 from threetowers.data.loader import augmented_views, usable_sample
+from threetowers.data.open import splits
 from threetowers.data.order import Order, hash64
-from threetowers.data.sources import Source, splits
+from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import BadSample, DataError, UsageError
-from threetowers.prepare import pick_device, world
 from threetowers.progress import Progress
-from threetowers.towers.frozen_timm import near_timm
+from threetowers.run.allocator import keep_freed_memory
+from threetowers.run.setup import pick_device, world
+from threetowers.towers.frozen.timm import near_timm
 from threetowers.towers.heads import initialised
-from threetowers.towers.pair import disk_errors
+from threetowers.towers.weights import disk_errors
 from threetowers.train.guards import BadSamples
 from threetowers.train.optim import adamw, learning_rate, set_learning_rate
 

@@ -12,7 +12,7 @@ from threetowers.config import RunConfig, config_hash, did_you_mean
 from threetowers.data.loader import BatchReader
 from threetowers.errors import CheckpointError, NonFiniteError, UsageError
 from threetowers.evaluate.retrieval import METRICS
-from threetowers.prepare import Prepared, prepare
+from threetowers.run.setup import Prepared, prepare
 from threetowers.towers.pair import compile_towers
 from threetowers.towers.working_copy import WorkingCopy
 from threetowers.train import checkpoint

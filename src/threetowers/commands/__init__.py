@@ -1,0 +1,1 @@
+"""Commands that look and tell, and train nothing."""

@@ -1,0 +1,130 @@
+"""What people look at in a comparison: retrieval examples, sample images, and two measurements of a finished run."""
+
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from threetowers.config import read_config
+from threetowers.data.decode import decode
+from threetowers.data.order import hash64
+from threetowers.data.source import Source, Subset
+from threetowers.data.transforms import normalise
+from threetowers.errors import BadSample
+from threetowers.evaluate.encode import encode
+from threetowers.run.finished import FinishedRun, load_run, restore_trained
+from threetowers.run.setup import prepare
+
+NUM_QUERIES = 6
+NUM_ANSWERS = 5
+NUM_WORLD = 12
+THUMBNAIL = 96
+
+
+def showcase(
+    systems: list[tuple[str, str, str, dict[str, Tensor]]], train: Source, test: Source, out: Path
+) -> dict[str, Any]:
+    """compare.json's `examples` and `world`, their images written to out/images.
+
+    systems: method, third tower, label and features of each compared run, all on the same test data.
+    """
+    (out / "images").mkdir(exist_ok=True)
+    return {"examples": _examples(systems, test, out), "world": _world(train, out)}
+
+
+def _world(train: Source, out: Path) -> list[dict[str, Any]]:
+    rows = []
+    for index in (hash64("world", place) % len(train) for place in range(NUM_WORLD)):
+        image = _thumbnail(train, index, f"train-{index}", out)
+        if image:
+            rows.append({"image": image, "captions": list(train.record(index).captions)})
+    return rows
+
+
+def _examples(
+    systems: list[tuple[str, str, str, dict[str, Tensor]]], test: Source, out: Path
+) -> list[dict[str, Any]]:
+    """A few queries in both directions, chosen by hash before any answer is seen."""
+    first = systems[0][3]
+    if "test/txt" not in first:
+        return []
+    text_image, index = first["test/text_image"], first["test/index"]
+    captions = [caption for i in index.tolist() for caption in test.record(i).captions]
+    queries = sorted(range(len(captions)), key=lambda i: hash64("example", i))[: 2 * NUM_QUERIES]
+
+    def picture(row: int) -> str | None:
+        return _thumbnail(test, int(index[row]), f"test-{int(index[row])}", out)
+
+    rows: list[dict[str, Any]] = []
+    for place, query in enumerate(queries):
+        truth = int(text_image[query])
+        to_image = place % 2 == 0
+        answers = []
+        for method, third, label, tensors in systems:
+            if to_image:
+                scores = tensors["test/img"] @ tensors["test/txt"][query]
+                right = torch.arange(len(scores)) == truth
+            else:
+                scores = tensors["test/txt"] @ tensors["test/img"][truth]
+                right = text_image == truth
+            top = scores.topk(min(NUM_ANSWERS, len(scores)))
+            items = [
+                {
+                    "image": picture(i) if to_image else None,
+                    "text": None if to_image else captions[i],
+                    "right": bool(right[i]),
+                    "score": score,
+                }
+                for score, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            ]
+            answers.append({"method": method, "third": third, "label": label, "items": items})
+        rows.append({
+            "direction": "t2i" if to_image else "i2t",
+            "query": captions[query] if to_image else None,
+            "query_image": None if to_image else picture(truth),
+            "truth": picture(truth) if to_image else captions[query],
+            "answers": answers,
+        })  # fmt: skip
+    return rows
+
+
+def _thumbnail(source: Source, index: int, name: str, out: Path) -> str | None:
+    """Writes a small PNG of an image and returns its path relative to `out`; None when it cannot be read."""
+    path = out / "images" / f"{name}.png"
+    try:
+        image = decode(source.image(index), source.record(index).id)
+    except BadSample:
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(path)
+    return str(path.relative_to(out))
+
+
+@torch.inference_mode()
+def inference_rate(run: FinishedRun, num_images: int = 64, repeats: int = 3) -> float:
+    """Images per second through the image tower at inference: best of a few repeats after a warm-up."""
+    spec = run.architecture.image
+    pixels = torch.randint(0, 256, (num_images, 3, spec.size, spec.size), dtype=torch.uint8)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run.img(normalise(pixels, spec))
+        times.append(time.perf_counter() - start)
+    return num_images / min(times[1:])
+
+
+def identical_without_third(folder: Path, num_images: int = 64) -> bool:
+    """Whether a finished run's pair gives the same bits alone as it does beside its third tower."""
+    run = prepare(read_config(folder / "config.toml"), folder, saved_tokenizer=folder)
+    restore_trained(run.model, folder)
+    source = run.test if len(run.test) else run.train
+    sample = Subset(source, array("q", range(min(len(source), num_images))), f"the first of {source.name}")
+    beside = encode(run.model, sample, run.tokenizer, run.stores(sample), run.device)
+    alone = load_run(folder, run.device)
+    images = [decode(sample.image(i), sample.record(i).id) for i in beside.index.tolist()]
+    return torch.equal(alone.encode_image(images), beside.views["img"]) and torch.equal(
+        alone.encode_text(beside.captions), beside.views["txt"]
+    )

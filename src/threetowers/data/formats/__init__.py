@@ -1,0 +1,1 @@
+"""Formats of images with captions or labels that lie as files; one file a format."""

@@ -1,0 +1,213 @@
+"""Captions in a file of their own: COCO's JSON, Karpathy's split files, Flickr's token files.
+
+    {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "a cat"}]}   COCO
+    {"images": [{"filename": "a.jpg", "split": "val", "sentences": [{"raw": "a cat"}]}]}                  Karpathy
+    a.jpg#0<tab>a cat                                                                                     Flickr
+
+The images lie in a folder found beside the file or one level up.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from threetowers.data.formats.files import FileSource
+from threetowers.data.formats.places import image_folder, image_folders
+from threetowers.data.formats.rows import Row
+from threetowers.data.formats.tables import merge_rows
+from threetowers.data.source import decode_text
+from threetowers.errors import BadSample, DataError
+
+PARTS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+"""Karpathy's names of splits and the part that each belongs to."""
+
+_TOKEN_LINE = re.compile(rb"(?:\xef\xbb\xbf)?[^\t\n]+#\d+\t")
+
+
+@dataclass
+class _Annotations:
+    """What a file says: a row of each caption or list of captions, and the part of each image that has one."""
+
+    layout: str
+    rows: list[Row]
+    parts: dict[str, str] = field(default_factory=dict)
+    problems: list[BadSample] = field(default_factory=list)
+    flat: dict[str, str] = field(default_factory=dict)
+    """Image names without their folder, for a set whose folders were laid together."""
+
+
+def names_annotations(path: Path) -> bool:
+    """Whether a path means a file of captions: a JSON, or text whose first line is `name.jpg#0<tab>caption`."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() in (".json", ".token"):
+        return True
+    if path.suffix.lower() != ".txt":
+        return False
+    with path.open("rb") as file:
+        return _TOKEN_LINE.match(file.read(4096)) is not None
+
+
+def open_annotations(path: str | Path) -> FileSource:
+    """All images that the file has captions for, whatever their split.
+
+    Raises DataError when it is another kind of file, cannot be read, or none of its images is found.
+    """
+    return _source(Path(path), _read(Path(path)), "")
+
+
+def open_parts(path: str | Path) -> dict[str, FileSource]:
+    """The images of a Karpathy file by part (train with restval, val, test); empty for any other file.
+
+    Raises DataError like `open_annotations`.
+    """
+    annotations = _read(Path(path))
+    known = sorted(set(annotations.parts.values()))
+    return {part: _source(Path(path), annotations, part) for part in known}
+
+
+def _source(file: Path, annotations: _Annotations, part: str) -> FileSource:
+    names = list(dict.fromkeys(row["image"] for _, row in annotations.rows if isinstance(row["image"], str)))
+    folder, found = image_folder(file, names)
+    flat_folder, flat_found = image_folder(file, [annotations.flat.get(name, name) for name in names])
+    flat = flat_found > found
+    if not max(found, flat_found):
+        tried = ", ".join(str(place) for place in dict.fromkeys(p.resolve() for p in image_folders(file)))
+        raise DataError(
+            f"{file}: none of its images was found, for example {', '.join(names[:2]) or 'no name at all'}. "
+            f"Put the images into a folder `images` beside it; looked in {tried}"
+        )
+    source = FileSource(
+        name=f"{file.stem}/{part}" if part else file.stem,
+        layout=f"{annotations.layout} {file.name}, images in {(flat_folder if flat else folder).resolve().name}",
+        folder=str(flat_folder if flat else folder),
+        _problems=[] if part not in ("", "train") else list(annotations.problems),
+    )
+    rows = (
+        (line, row | {"image": annotations.flat.get(row["image"], row["image"])} if flat else row)
+        for line, row in annotations.rows
+        if not part or annotations.parts[row["image"]] == part
+    )
+    merged = merge_rows(source, file.name, rows, "image", ("captions",))
+    return source._fill((path, size, captions, -1) for path, (size, captions) in merged.items() if captions)
+
+
+def _read(file: Path) -> _Annotations:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: it cannot be read: {error.strerror}") from error
+    if file.suffix.lower() != ".json":
+        return _read_tokens(file, decode_text(data))
+    try:
+        document = json.loads(decode_text(data))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: it is no JSON, or a damaged one: {error}. Fetch it again") from error
+    if isinstance(document, dict) and isinstance(images := document.get("images"), list):
+        if any(isinstance(image, dict) and "sentences" in image for image in images[:10]):
+            return _read_karpathy(file, images)
+        if isinstance(document.get("annotations"), list):
+            return _read_coco(file, images, document["annotations"])
+    raise DataError(f"{file}: {_found(document)}. Known are COCO captions (images, annotations) and "
+                    "Karpathy's dataset_*.json (images with sentences); anything else can be written as JSONL, one "
+                    'object per line: {"image": "a.jpg", "caption": "…"}')  # fmt: skip
+
+
+def _found(document: Any) -> str:
+    if isinstance(document, list):
+        return f"it is a list of {len(document)} entries, which no caption format is"
+    if isinstance(document, dict):
+        keys = ", ".join(f"`{key}`" for key in list(document)[:8])
+        return f"its keys are {keys or 'none'}, which fit no caption format"
+    return "it holds a single value"
+
+
+def _read_coco(file: Path, images: list[Any], entries: list[Any]) -> _Annotations:
+    if not any(isinstance(entry, dict) and "caption" in entry for entry in entries):
+        example = next((f", but {', '.join(entry)}" for entry in entries if isinstance(entry, dict)), "")
+        raise DataError(
+            f"{file}: its annotations hold no `caption`{example}; give the captions file, captions_*.json"
+        )
+    names: dict[Any, Any] = {}
+    found = _Annotations("COCO captions", [])
+    for line, image in enumerate(images, 1):
+        known = isinstance(image, dict) and isinstance(image.get("id"), int | str)
+        name = image.get("file_name") if known else None
+        if not isinstance(name, str):
+            found.problems.append(
+                BadSample(f"{file.name}:image {line}", "no path", "no `id` or no `file_name`")
+            )
+        elif names.setdefault(image["id"], name) != name:
+            detail = f"its id {image['id']} is that of {names[image['id']]}"
+            found.problems.append(BadSample(name, "id given twice", detail))
+    captioned = set()
+    for line, entry in enumerate(entries, 1):
+        key = entry.get("image_id") if isinstance(entry, dict) else None
+        if not isinstance(key, int | str) or key not in names:
+            detail = f"image_id {key!r} is not among the images"
+            found.problems.append(BadSample(f"{file.name}:{line}", "unknown image", detail))
+            continue
+        captioned.add(key)
+        found.rows.append((line, {"image": names[key], "captions": entry.get("caption")}))
+    found.problems += [
+        BadSample(name, "no caption", f"no annotation has its id {key}")
+        for key, name in names.items()
+        if key not in captioned
+    ]
+    return found
+
+
+def _read_karpathy(file: Path, images: list[Any]) -> _Annotations:
+    found = _Annotations("Karpathy split", [])
+    unknown: list[str] = []
+    for line, image in enumerate(images, 1):
+        name = image.get("filename") if isinstance(image, dict) else None
+        if not isinstance(name, str):
+            found.problems.append(BadSample(f"{file.name}:{line}", "no path", "no `filename`"))
+            continue
+        folder = image.get("filepath")
+        path = f"{folder}/{name}" if isinstance(folder, str) and folder else name
+        if path in found.parts:
+            found.problems.append(BadSample(path, "id given twice", f"{file.name}:{line}"))
+            continue
+        found.flat[path] = name
+        split = image.get("split")
+        if split not in PARTS:
+            unknown.append(f"{path}: {split!r}")
+        found.parts[path] = PARTS.get(str(split), "train")
+        found.rows.append((line, {"image": path, "captions": list(_sentences(image.get("sentences")))}))
+    if unknown:
+        raise DataError(
+            f"{file}: {len(unknown)} images have a `split` that is none of {', '.join(PARTS)}, "
+            f"for example {unknown[0]}"
+        )
+    return found
+
+
+def _sentences(entries: Any) -> Iterator[str]:
+    for entry in entries if isinstance(entries, list) else []:
+        text = entry.get("raw") if isinstance(entry, dict) else entry
+        if isinstance(text, str):
+            yield text
+
+
+def _read_tokens(file: Path, text: str) -> _Annotations:
+    found = _Annotations("Flickr captions", [])
+    for line, row in enumerate(text.split("\n"), 1):
+        if not row.strip():
+            continue
+        name, tab, caption = row.partition("\t")
+        image, mark, number = name.rpartition("#")
+        if not tab or not mark or not number.strip().isdigit():
+            problem = BadSample(
+                f"{file.name}:{line}", "wrong number of fields", "expected name.jpg#0<tab>caption"
+            )
+            found.problems.append(problem)
+            continue
+        found.rows.append((line, {"image": image, "captions": caption}))
+    if not found.rows:
+        raise DataError(f"{file}: no line is `name.jpg#0<tab>caption`, as in Flickr30k's token file")
+    return found

@@ -1,0 +1,313 @@
+"""Folders that Hugging Face `datasets` wrote with `save_to_disk`; nothing is fetched, no image is decoded.
+
+Rows with equal image bytes are one sample with several captions, and its id is a digest of those bytes: published
+sets repeat a picture for each of its captions, and a split by row would put it into training and test.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from threetowers.config import did_you_mean
+from threetowers.data.formats.columns import cell_texts, known_captions, known_path, longest_texts
+from threetowers.data.source import Record, Texts, clean_captions
+from threetowers.errors import BadSample, DataError, UsageError
+
+PREFIX = "hfds:"
+_PART_NAMES = {
+    "train": ("train", "training"),
+    "val": ("validation", "val", "valid", "dev"),
+    "test": ("test",),
+}
+_NUM_SNIFFED = 100
+_EDGE = 4096  # bytes at both ends and in the middle that tell images apart before all of them are compared
+
+
+def names_dataset(path: str) -> bool:
+    """Whether a path means a saved dataset: by the prefix `hfds:`, or a folder with the files of one."""
+    place = Path(path.removeprefix(PREFIX))
+    saved = (place / "state.json").is_file() and (place / "dataset_info.json").is_file()
+    return path.startswith(PREFIX) or saved or (place / "dataset_dict.json").is_file()
+
+
+@dataclass(eq=False)
+class DatasetSource:
+    """The rows of a saved dataset, equal images merged; implements Source. Made by `open_dataset`."""
+
+    name: str
+    layout: str
+    folder: str
+    image_column: str
+    rows: Any
+    """A `datasets.Dataset` of the image column alone, undecoded; memory-mapped, so its pickle is a path."""
+    class_names: Sequence[str] = ()
+    templates: Sequence[str] = ()
+    fingerprint: str = ""
+    problems: Sequence[BadSample] = ()
+    _ids: Texts = field(default_factory=Texts)
+    _captions: Texts = field(default_factory=Texts)
+    _labels: "array[int]" = field(default_factory=lambda: array("q"))
+    _rows: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def record(self, index: int) -> Record:
+        id, captions, label = self._ids[index], self._captions[index], self._labels[index]
+        return Record(
+            id,
+            tuple(captions.split("\n")) if captions else (),
+            label if label >= 0 else None,
+            id.partition("~")[0],
+        )
+
+    def image(self, index: int) -> bytes:
+        id = self._ids[index]
+        try:
+            cell = self.rows[self._rows[index]][self.image_column]
+            return (
+                bytes(cell["bytes"]) if cell["bytes"] is not None else self._file(cell["path"]).read_bytes()
+            )
+        except OSError as error:
+            reason = "missing file" if isinstance(error, FileNotFoundError) else "unreadable"
+            raise BadSample(id, reason, str(error)) from error
+
+    def _file(self, path: str) -> Path:
+        return Path(self.folder, path)
+
+
+def open_dataset(
+    path: str, image_column: str = "none", caption_columns: tuple[str, ...] = ()
+) -> DatasetSource:
+    """The samples of a folder that `Dataset.save_to_disk` wrote, or of the only part of a `DatasetDict`.
+
+    The image column is the one of type Image; captions are found by name as in tables. Without captions a ClassLabel
+    column gives labels. Raises UsageError for a name on the hub or a column that is not there, DataError when the
+    folder cannot be read or holds several parts.
+    """
+    place = _place(path)
+    parts = _part_folders(place)
+    if len(parts) > 1:
+        raise DataError(
+            f"{path} holds separate parts; name one of them, for example {PREFIX}{place / next(iter(parts))}"
+        )
+    for name in parts:
+        place = place / name
+    rows = _load(place)
+    image, captions, label = _columns(place, rows, image_column, caption_columns)
+    named = (
+        f"captions in {', '.join(f'`{name}`' for name in captions)}" if captions else f"labels in `{label}`"
+    )
+    source = DatasetSource(
+        name=_name(place.resolve()),
+        layout=f"Hugging Face dataset of {rows.num_rows} rows, images in column `{image}`, {named}",
+        folder=str(place),
+        image_column=image,
+        rows=rows.select_columns([image]).with_format(None),
+        class_names=[] if captions else list(rows.features[label].names),
+    )
+    _fill(source, rows, captions, label)
+    return source
+
+
+def open_dataset_parts(
+    path: str, image_column: str = "none", caption_columns: tuple[str, ...] = ()
+) -> dict[str, DatasetSource]:
+    """The parts (train, val, test) of a saved `DatasetDict`; empty for one dataset, or a dict of one part.
+
+    Raises DataError for parts that are none of these, and like `open_dataset`.
+    """
+    place = _place(path)
+    folders = _part_folders(place)
+    if len(folders) < 2:
+        return {}
+    found = {part: [n for n in names if n in folders] for part, names in _PART_NAMES.items()}
+    extra = [name for name in folders if not any(name in names for names in _PART_NAMES.values())]
+    if extra or not found["train"] or any(len(names) > 1 for names in found.values()):
+        raise DataError(
+            f"{path}: its parts are {', '.join(folders)}; train, validation and test are known. "
+            f"Name one of them, for example {PREFIX}{place / folders[0]}, or save it with those alone"
+        )
+    return {
+        part: open_dataset(f"{PREFIX}{place / names[0]}", image_column, caption_columns)
+        for part, names in found.items()
+        if names
+    }
+
+
+def _place(path: str) -> Path:
+    place = Path(path.removeprefix(PREFIX))
+    if place.is_dir() and names_dataset(str(place)):
+        return place
+    what = "is no folder that `save_to_disk` wrote" if place.is_dir() else "there is no such folder"
+    raise UsageError(
+        f"{path}: {what}, and nothing is fetched from the hub. Save it first: "
+        f"python -c \"from datasets import load_dataset; load_dataset('{place}').save_to_disk('DIR')\", "
+        f"then give {PREFIX}DIR"
+    )
+
+
+def _name(place: Path) -> str:
+    parted = (place.parent / "dataset_dict.json").is_file()
+    return f"{place.parent.name}/{place.name}" if parted else place.name
+
+
+def _part_folders(place: Path) -> list[str]:
+    file = place / "dataset_dict.json"
+    if not file.is_file():
+        return []
+    try:
+        names = list(json.loads(file.read_bytes())["splits"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{file} is damaged; save the dataset again") from error
+    missing = [name for name in names if not isinstance(name, str) or not (place / name).is_dir()]
+    if missing or not names:
+        raise DataError(f"{place}: its parts {missing} are not there; save the dataset again")
+    return names
+
+
+def _load(place: Path) -> Any:
+    """The dataset with its image columns undecoded."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"{place}: reading it needs datasets; pip install 'threetowers[datasets]'"
+        ) from error
+    try:
+        rows = datasets.load_from_disk(str(place))
+        for name, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+        return rows.with_format("arrow")
+    except Exception as error:  # damaged metadata and arrow files raise nearly everything
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{place}: it is no saved dataset, or a damaged one: {reason}. Save it again"
+        ) from error
+
+
+def _columns(
+    place: Path, rows: Any, image_column: str, caption_columns: tuple[str, ...]
+) -> tuple[str, tuple[str, ...], str]:
+    """The columns of images, of captions and of labels; captions are empty when labels count."""
+    import datasets
+
+    features = dict(rows.features)
+    listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+    for column in (image_column, *caption_columns):
+        if column != "none" and column not in features:
+            raise UsageError(f"{place}: there is no column `{column}`{did_you_mean(column, features)}")
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if image_column == "none" and len(images) > 1 and (known := known_path(images)):
+        images = [known]
+    if image_column != "none":
+        images = [name for name in images if name == image_column]
+    if len(images) != 1:
+        raise UsageError(
+            f"{place}: {len(images)} columns of type Image can be meant. Name one as image_column. "
+            f"Its columns: {listed}"
+        )
+    if caption_columns:
+        return images[0], caption_columns, ""
+    texts = [name for name in features if name != images[0] and _is_text(features[name])]
+    if captions := known_captions(texts):
+        return images[0], captions, ""
+    for name, feature in features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            return images[0], (), name
+    head = rows.select_columns(texts)[:_NUM_SNIFFED].to_pydict() if texts else {}
+    if captions := longest_texts(head):
+        return images[0], captions, ""
+    raise UsageError(f"{place}: no column holds captions. Name it as caption_columns. Its columns: {listed}")
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a feature is a string or a list of them."""
+    inner = getattr(feature, "feature", feature)
+    inner = inner[0] if isinstance(inner, list) and inner else inner
+    return getattr(inner, "dtype", None) in ("string", "large_string")
+
+
+def _fill(source: DatasetSource, rows: Any, captions: tuple[str, ...], label: str) -> None:
+    """Takes in every row, merges rows of equal images that have captions, and signs it all."""
+    problems: list[BadSample] = []
+    seen: dict[str, int] = {}  # id → number of its sample
+    merged: list[list[str]] = []
+    digest = hashlib.sha256(repr(tuple(source.class_names)).encode())
+    for row, cell, texts, number in _cells(source, rows, captions, label):
+        where = f"{source.name}:{row}"
+        if cell is None or not len(cell):
+            problems.append(BadSample(where, "no image" if cell is None else "empty file"))
+            continue
+        cleaned, damaged = clean_captions(texts)
+        if damaged:
+            problems.append(BadSample(where, "caption is not UTF-8"))
+        if captions and not cleaned:
+            problems.append(BadSample(where, "empty caption"))
+            continue
+        if not captions and not 0 <= number < len(source.class_names):
+            problems.append(BadSample(where, "bad label", f"`{label}` is {number}"))
+            continue
+        id = _image_id(source, cell, seen, merge=bool(captions))
+        if id in seen:
+            merged[seen[id]] += cleaned
+            continue
+        seen[id] = len(merged)
+        merged.append(list(cleaned))
+        source._ids.append(id)
+        source._rows.append(row)
+        source._labels.append(number)
+    for texts in merged:
+        source._captions.append("\n".join(texts))
+    for index in range(len(source)):
+        digest.update(repr((source._ids[index], source._captions[index], source._labels[index])).encode())
+    source.fingerprint, source.problems = digest.hexdigest(), problems
+
+
+def _cells(
+    source: DatasetSource, rows: Any, captions: tuple[str, ...], label: str
+) -> Iterator[tuple[int, memoryview | None, list[str], int]]:
+    """Row number, encoded image, caption texts and label (-1: none) of each row; images are not copied."""
+    wanted = [source.image_column, *captions, *([label] if label else [])]
+    row = 0
+    for table in rows.select_columns(wanted).iter(1000):
+        images = table.column(source.image_column).combine_chunks()
+        data, paths = images.field("bytes"), images.field("path")
+        columns = [table.column(name).to_pylist() for name in captions]
+        labels = table.column(label).to_pylist() if label else []
+        for i in range(table.num_rows):
+            cell: memoryview | None = None
+            if images[i].is_valid and data[i].is_valid:
+                cell = memoryview(data[i].as_buffer()).cast("B")  # else bytes above 127 differ from `bytes`
+            elif images[i].is_valid and paths[i].is_valid:
+                file = source._file(paths[i].as_py())
+                cell = memoryview(file.read_bytes()) if file.is_file() else None
+            texts = [text for column in columns for text in cell_texts(column[i])]
+            number = labels[i] if label and labels[i] is not None else -1
+            yield row, cell, texts, number
+            row += 1
+
+
+def _image_id(source: DatasetSource, data: memoryview, seen: dict[str, int], *, merge: bool) -> str:
+    """A digest of the image: of its size and parts of it, or of all when another image has the same of those."""
+    middle = len(data) // 2
+    digest = hashlib.blake2b(str(len(data)).encode(), digest_size=8)
+    for place in (data[:_EDGE], data[middle : middle + _EDGE], data[-_EDGE:]):
+        digest.update(place)
+    id = digest.hexdigest()
+    if id in seen and source.image(seen[id]) != data:
+        id = hashlib.blake2b(data, digest_size=16).hexdigest()
+    if merge:
+        return id
+    count, plain = 1, id
+    while (
+        id in seen
+    ):  # equal images of a labelled set stay samples of their own, as their number is the set's
+        count += 1
+        id = f"{plain}~{count}"
+    return id

@@ -1,0 +1,1 @@
+"""Tar shards: found, indexed, read by offset, written."""

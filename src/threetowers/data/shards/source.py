@@ -1,0 +1,240 @@
+"""Tar shards as webdataset and img2dataset write them: read by offset, checked strictly, never extracted.
+
+A sample is the group of members that share their path up to the first dot of the file name: `00012.jpg`,
+`00012.txt` (captions, one per line), `00012.json` (img2dataset's metadata), `00012.cls` (class index).
+CLIP_benchmark's `classnames.txt` and `zeroshot_classification_templates.txt` are read where they stand beside the
+shards or one folder up. Nothing in a shard is executed: no pickle, no `pipe:`, and names are keys, never paths.
+"""
+
+import hashlib
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from threetowers.data.shards.columns import Columns
+from threetowers.data.shards.index import Shard
+from threetowers.data.shards.indexing import find_shards, open_index
+from threetowers.data.shards.remote import is_address, shown, text_beside
+from threetowers.data.shards.tar import OpenFile
+from threetowers.data.source import Record
+from threetowers.errors import BadSample, DataError, UsageError
+
+
+@lru_cache(maxsize=256)  # fewer than any system's limit of open files
+def _near(shard: Shard) -> OpenFile:
+    return shard.opened()
+
+
+@lru_cache(maxsize=32)  # what is open is not evicted, so that this much must fit into the cache
+def _far(shard: Shard) -> OpenFile:
+    return shard.opened()
+
+
+class _Problems(Sequence[BadSample]):
+    """The problems of an index, made when they are looked at."""
+
+    def __init__(self, index: Columns) -> None:
+        self._index = index
+
+    def __len__(self) -> int:
+        return self._index.length("problems_ends") // 3
+
+    @overload
+    def __getitem__(self, index: int) -> BadSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[BadSample]: ...
+    def __getitem__(self, index: int | slice) -> BadSample | list[BadSample]:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        id, reason, detail = (self._index.text("problems", 3 * places + part) for part in range(3))
+        return BadSample(id, reason, detail)
+
+
+@dataclass(eq=False)
+class ShardSource:
+    """The samples of tar shards in the shards' order; implements Source. Made by `open_shards`.
+
+    The index is a mapped file: a copy in another process maps it again. A sample's id is `stem/key`.
+    """
+
+    name: str
+    layout: str
+    class_names: Sequence[str]
+    templates: Sequence[str]
+    shards: Sequence[Shard]
+    index: Columns
+    fingerprint: str = field(init=False)
+    problems: Sequence[BadSample] = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(repr((self.class_names, self.templates)).encode())
+        digest.update(self.index.array("digests").tobytes())
+        self.fingerprint = digest.hexdigest()
+        self.problems = _Problems(self.index)
+        self._ends = np.cumsum(self.index.array("counts")).tolist()
+
+    def __len__(self) -> int:
+        return self.index.length("labels")
+
+    def _shard(self, index: int) -> Shard:
+        return self.shards[bisect_right(self._ends, index)]
+
+    def _id(self, index: int) -> str:
+        return f"{self._shard(index).stem}/{self.index.text('keys', index)}"
+
+    def record(self, index: int) -> Record:
+        index = range(len(self))[index]
+        captions, label = self.index.text("captions", index), self.index.number("labels", index)
+        return Record(
+            self._id(index), tuple(captions.split("\n")) if captions else (), label if label >= 0 else None
+        )
+
+    def image(self, index: int) -> bytes:
+        index = range(len(self))[index]
+        shard = self._shard(index)
+        offset, size = self.index.number("offsets", index), self.index.number("sizes", index)
+        if not (offset >= 0 and 0 < size <= shard.size - offset):
+            detail = f"its index points to {size} bytes at {offset} of {shard.size}"
+            raise BadSample(self._id(index), "unreadable", f"{shown(shard.place)}: {detail}")
+        try:
+            # held while reading: another thread may push it out of the cache
+            file = _far(shard) if is_address(shard.place) else _near(shard)
+            data = os.pread(file.number, size, offset)
+        except OSError as error:
+            raise BadSample(self._id(index), "unreadable", f"{shown(shard.place)}: {error}") from error
+        if len(data) != size:
+            raise BadSample(
+                self._id(index), "unreadable", f"{shown(shard.place)}: {len(data)} of {size} bytes"
+            )
+        return data
+
+    def split_draws(self, seed: int) -> np.ndarray | None:
+        """`hash64("split", seed, id)` of every sample, uint64 [n], for the seed for which it is stored: 0."""
+        return self.index.array("draws") if seed == 0 else None
+
+
+def names_shards(path: str) -> bool:
+    """Whether a path means tar shards: one that is there, a range or join of them, or a folder that holds some."""
+    several = "::" in path or (path.endswith(".tar") and "{" in path)
+    foreign = path.startswith("pipe:") or "://" in path  # refused by `open_shards`, with the reason
+    place = Path(path)
+    return several or foreign or (place.suffix == ".tar" and place.is_file()) or bool(_shards_in(place))
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return sorted(shard for shard in folder.glob("*.tar") if not shard.name.startswith("."))
+
+
+def open_shards(path: str) -> ShardSource:
+    """The samples of a folder of shards, one shard, a range `x/{00000..00011}.tar`, or several joined by `::`.
+
+    Raises DataError when a shard is missing, cut short or damaged, or holds another number of images than its
+    `_stats.json` states; the message names the shard, what was expected and what was found.
+    """
+    places = _expand(path)
+    stems = _stems(places)
+    folder = (
+        path
+        if Path(path).is_dir()
+        else places[0].rpartition("/")[0]
+        if is_address(places[0])
+        else str(Path(places[0]).parent)
+    )
+    class_names = _lines_beside(places[0], folder, "classnames.txt")
+    templates = [
+        template.replace("{c}", "{}")
+        for template in _lines_beside(places[0], folder, "zeroshot_classification_templates.txt")
+    ]
+    name = Path(stems[0]).name if len(places) == 1 else _folder_name(folder)
+    title = f"indexing {name}"
+    shards = find_shards(list(zip(places, stems, strict=True)), len(class_names), title)
+    return ShardSource(
+        name=name,
+        layout=f"{len(places)} tar shard{'s' if len(places) > 1 else ''}",
+        class_names=class_names,
+        templates=templates,
+        shards=shards,
+        index=open_index(shards, len(class_names), title),
+    )
+
+
+def _folder_name(folder: str) -> str:
+    return shown(folder).rpartition("/")[2] if is_address(folder) else Path(folder).resolve().name
+
+
+def _stems(places: Sequence[str]) -> list[str]:
+    """What the ids of each shard's samples begin with: its name, and as much of its folders as tells it apart."""
+    names = [place.partition("?")[0] if is_address(place) else place for place in places]
+    stems = [Path(name).stem for name in names]
+    if len(set(stems)) < len(stems):  # joined folders number their shards alike
+        whole = [name if is_address(name) else os.path.realpath(name) for name in names]
+        far = any(is_address(name) for name in names)
+        common = "" if far else os.path.commonpath([Path(name).parent for name in whole])
+        stems = [name.removesuffix(".tar")[len(common) :].lstrip("/") for name in whole]
+    return stems
+
+
+def _expand(path: str) -> list[str]:
+    """The shards that a path names, each once, and the local ones checked to be there."""
+    places: list[str] = []
+    for part in path.split("::"):
+        if part.startswith("pipe:"):
+            raise UsageError(f"{part}: only files and addresses of files are read, no commands")
+        if is_address(part):
+            if not part.partition("?")[0].endswith(".tar"):
+                raise UsageError(
+                    f"{shown(part)}: name the shards, for example {shown(part)}/{{00000..00011}}.tar"
+                )
+            places += _expand_braces(part)
+        elif Path(part).is_dir():
+            found = _shards_in(Path(part))
+            if not found:
+                raise DataError(f"{part}: there is no .tar in this folder")
+            places += map(str, found)
+        else:
+            places += [str(Path(place)) for place in _expand_braces(part)]
+    missing = [place for place in places if not (is_address(place) or Path(place).is_file())]
+    if missing:
+        raise DataError(
+            f"{path}: expected {len(places)} shards, found {len(places) - len(missing)}; "
+            f"missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
+        )
+    if len(
+        {place.partition("?")[0] if is_address(place) else os.path.realpath(place) for place in places}
+    ) < len(places):
+        raise UsageError(f"{path}: a shard is named twice")
+    return places
+
+
+def _expand_braces(path: str) -> list[str]:
+    """`a{08..10}.tar` as a08.tar, a09.tar, a10.tar; `{x,y}` as both; several braces multiply."""
+    brace = re.search(r"\{([^{}]*)\}", path)
+    if not brace:
+        return [path]
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
+    if bounds:
+        names = [f"{i:0{len(bounds[1])}d}" for i in range(int(bounds[1]), int(bounds[2]) + 1)]
+    else:
+        names = brace[1].split(",")
+    ends = _expand_braces(path[brace.end() :])
+    return [path[: brace.start()] + name + end for name in names for end in ends]
+
+
+def _lines_beside(shard: str, folder: str, name: str) -> list[str]:
+    """The lines of CLIP_benchmark's file in the folder or its parent; none when there is no such file."""
+    lines: list[str] = []
+    if is_address(shard):
+        lines = text_beside(shard, name).splitlines()
+    else:
+        files = (Path(folder) / name, Path(folder).resolve().parent / name)
+        file = next((file for file in files if file.is_file()), None)
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file else []
+    return [line.strip() for line in lines if line.strip()]

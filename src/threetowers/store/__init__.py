@@ -1,0 +1,1 @@
+"""Stored features of frozen towers: read, written, computed."""

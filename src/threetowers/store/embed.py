@@ -1,0 +1,340 @@
+"""Stored embeddings: what a frozen tower says of every sample of a source, computed once.
+
+    stored(tower, source, Path("embeddings"), device)        # found again, or made on first use
+    write_store(tower, source, Path("out"), device, part=(0, 4))   # one of four processes
+
+Legend: B images of a batch, V stored views of each (1 when one fixed view is stored), P the tower's width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from threetowers.data.decode import decode
+from threetowers.data.order import hash64
+from threetowers.data.source import Source
+from threetowers.data.transforms import ImageSpec, cropped_view, fixed_view, random_crop
+from threetowers.errors import BadSample, DataError, UsageError
+from threetowers.progress import Progress
+from threetowers.store.read import (
+    DESCRIPTION_FILE,
+    FIXED,
+    Contents,
+    Kind,
+    Side,
+    Store,
+    Views,
+    as_crop,
+    as_stored,
+    fitted,
+    is_store,
+)
+from threetowers.store.write import Work, finish
+from threetowers.towers.frozen.base import digest_of
+from threetowers.towers.frozen.load import Frozen, FrozenTower
+from threetowers.towers.frozen.text import FrozenTextTower
+
+FP16_LIMIT = 60_000.0  # just below the largest fp16 number
+CHUNK_SAMPLES = 4_096
+
+
+class _TooWide(Exception):  # noqa: N818 - a finding that starts the work over, not a failure
+    """A feature that fp16 cannot hold."""
+
+
+def stored(
+    tower: Frozen,
+    source: Source,
+    folder: Path,
+    device: torch.device,
+    *,
+    views: Views = FIXED,
+    prints: Mapping[str, str] | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> Store:
+    """The store of a tower's views of a source: one in the folder that fits, else computed into it.
+
+    prints: the tower's fingerprints, when they are at hand. Raises DataError when no sample of the source can be
+    embedded and CheckpointError for a damaged store.
+    """
+    prints = prints or tower.fingerprints()
+    key = digest_of({**prints, "data": source.fingerprint, "length": len(source), "views": views.as_dict()})
+    own = folder / key
+    for place in [own, *sorted(path.parent for path in folder.glob(f"*/{DESCRIPTION_FILE}"))]:
+        if is_store(place):
+            found, _ = fitted(place, prints, source, views)
+            if found is not None:
+                return found
+    made = write_store(
+        tower, source, own, device, views=views, prints=prints, batch_size=batch_size, workers=workers
+    )
+    assert made is not None  # all chunks were this call's
+    return made
+
+
+def given(folder: Path, tower: Frozen, prints: Mapping[str, str], source: Source, views: Views) -> Store:
+    """The store that a user named for a tower; raises UsageError that says which part does not fit."""
+    store, differing = fitted(folder, prints, source, views)
+    if store is None:
+        raise UsageError(
+            f"embeddings: {folder} does not fit {tower.spec!r} on {source.name}: its "
+            + "; its ".join(f"{part} differ ({how})" for part, how in differing.items())
+            + ". Name what it was made with, or embed again into another folder with `threetowers embed`"
+        )
+    return store
+
+
+def write_store(
+    tower: Frozen,
+    source: Source,
+    out: Path,
+    device: torch.device,
+    *,
+    views: Views = FIXED,
+    dtype: Kind = "fp16",
+    part: tuple[int, int] = (0, 1),
+    prints: Mapping[str, str] | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    chunk: int = CHUNK_SAMPLES,
+) -> Store | None:
+    """Embeds a source into a folder, or goes on with what is there; None when the chunks of other parts are missing.
+
+    part: (i, n), this process does every n-th chunk from the i-th. dtype: fp16 gives way to fp32 when a feature does
+    not fit. Raises UsageError for a folder with other contents, DataError when nothing can be embedded.
+    """
+    prints = prints or tower.fingerprints()
+    out = out.absolute()
+    first = _first_rows(source) if isinstance(tower, FrozenTextTower) else None
+    side: Side = "image" if first is None else "text"
+    num_rows = len(source) * max(views.num, 1) if first is None else int(first[-1])
+    contents = Contents(
+        tower.spec, side, tower.width, dtype, FIXED if first is not None else views, len(source), num_rows,
+        {**prints, "data": source.fingerprint},
+    )  # fmt: skip
+    for kind in dict.fromkeys((dtype, "fp32")):
+        if is_store(out):
+            return given(out, tower, prints, source, contents.views)
+        if out.is_dir() and any(out.iterdir()):
+            raise UsageError(f"{out}: the folder holds something else; give another --out")
+        work = Work(out.parent / f".{out.name}.{kind}.partial", replace(contents, dtype=kind), chunk)
+        try:
+            work.begin(first)
+            _fill(work, tower, source, device, part, batch_size, workers)
+            if not work.missing():
+                return finish(work, out)
+            if not is_store(out):  # else another process has made the store, and took the markers along
+                return None
+        except _TooWide:
+            work.mark_too_wide()
+        except FileNotFoundError:
+            if not is_store(out):  # else another process has just finished the same work
+                raise
+    return given(out, tower, prints, source, contents.views)
+
+
+def _first_rows(source: Source) -> np.ndarray:
+    """The first row of each sample's captions and the end of the last, int64 [n + 1]."""
+    counts = [len(source.record(index).captions) for index in range(len(source))]
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+
+def _fill(
+    work: Work,
+    tower: Frozen,
+    source: Source,
+    device: torch.device,
+    part: tuple[int, int],
+    batch_size: int,
+    workers: int,
+) -> None:
+    """Computes and writes the missing chunks of a part."""
+    index, count = part
+    mine = [number for number in work.missing() if number % count == index]
+    title = f"embedding {source.name} with {tower.spec}" + (f", part {index} of {count}" if count > 1 else "")
+    bar = Progress(title, sum(len(work.samples(number)) for number in mine), "samples")
+    done = 0
+
+    def show(more: int) -> None:
+        nonlocal done
+        if work.too_wide():
+            raise _TooWide
+        done += more
+        bar.update(done)
+
+    if isinstance(tower, FrozenTextTower):
+        for number in mine:
+            _fill_texts(work, number, tower, source, device, batch_size)
+            show(len(work.samples(number)))
+        return
+    images = max(1, batch_size // work.contents.rows_per_sample)  # a batch of the tower holds all their views
+    batches = [
+        _Task(number, samples[start : start + images], start + images >= len(samples))
+        for number in mine
+        for samples in [work.samples(number)]
+        for start in range(0, len(samples), images)
+    ]
+    loader: DataLoader[Any] = DataLoader(
+        _Pictures(source, tower.image, work.contents.views),  # type: ignore[arg-type]
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        generator=torch.Generator(),
+        collate_fn=_as_it_is,
+    )
+    parts: list[tuple[_Task, _Read, Tensor]] = []
+    if work.too_wide():
+        raise _TooWide
+    for task, read in loader:
+        parts.append((task, read, _features(tower, read.pixels, device)))
+        if task.last:
+            _write_images(work, task.chunk, parts, source)
+            parts = []
+        show(len(task.samples))
+
+
+class _Task(NamedTuple):
+    """A batch of samples, the chunk that it belongs to, and whether it is the chunk's last."""
+
+    chunk: int
+    samples: range
+    last: bool
+
+
+class _Read(NamedTuple):
+    """What was read of a batch: the readable samples, uint8 pixels [B, V, 3, H, W], crops float32 [B, K, 5]."""
+
+    kept: list[int]
+    pixels: Tensor
+    crops: np.ndarray
+    bad: list[BadSample]
+
+
+class _Pictures:
+    """The views of a batch of images; a DataLoader's dataset, so that workers decode."""
+
+    def __init__(self, source: Source, spec: ImageSpec, views: Views) -> None:
+        self.source, self.spec, self.views = source, spec, views
+
+    def __getitem__(self, task: _Task) -> tuple[_Task, _Read]:
+        kept, pixels, crops, bad = [], [], [], []
+        for index in task.samples:
+            id = self.source.record(index).id
+            try:
+                image = _decode_twice(self.source, index, id)
+            except BadSample as problem:
+                bad.append(problem)  # the loader meets the same sample, counts it and names it
+                continue
+            kept.append(index)
+            if not self.views.num:
+                pixels.append(fixed_view(image, self.spec)[None])
+                continue
+            drawn = stored_crops(self.views, id, image.size)
+            crops.append(drawn)
+            whole = np.asarray(image)
+            pixels.append(np.stack([cropped_view(whole, as_crop(row), self.spec) for row in drawn]))
+        stacked = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, dtype=torch.uint8)
+        boxes = np.stack(crops) if crops else np.empty((0, self.views.num, 5), np.float32)
+        return task, _Read(kept, stacked, boxes, bad)
+
+
+def _decode_twice(source: Source, index: int, id: str) -> Image.Image:
+    """The image; a failure is tried once more, since a disk or a network may have been at fault."""
+    try:
+        return decode(source.image(index), id)
+    except BadSample:
+        return decode(source.image(index), id)
+
+
+def stored_crops(views: Views, id: str, size: tuple[int, int]) -> np.ndarray:
+    """The random views of an image as they are stored, float32 [K, 5]; size: (width, height)."""
+    drawn = [
+        random_crop(hash64(views.seed, "view", k, id), size, views.crop_scale, views.crop_ratio, views.flip)
+        for k in range(views.num)
+    ]
+    return np.array([[*crop.box, crop.flip] for crop in drawn], dtype=np.float32)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _features(tower: FrozenTower, pixels: Tensor, device: torch.device) -> Tensor:
+    """Features float32 [B, V, P] of pixels [B, V, 3, H, W]."""
+    if not len(pixels):
+        return torch.empty(0)
+    values = tower(pixels.flatten(0, 1).to(device)).cpu()
+    return values.view(*pixels.shape[:2], -1)
+
+
+def _write_images(work: Work, number: int, parts: list[tuple[_Task, _Read, Tensor]], source: Source) -> None:
+    samples, views = work.samples(number), work.contents.views.num
+    features = torch.zeros(len(samples), work.contents.rows_per_sample, work.contents.width)
+    usable = np.zeros(len(samples), dtype=bool)
+    crops = np.zeros((len(samples), views, 5), dtype=np.float32)
+    for _, read, values in parts:
+        at = np.array(read.kept, dtype=np.int64) - samples.start
+        if len(at):
+            features[torch.from_numpy(at)] = values
+            usable[at] = True
+        if len(at) and views:
+            crops[at] = read.crops
+    arrays = {
+        "features": _checked(features, work.contents, source),
+        "usable": usable,
+        "ids": _ids(source, samples),
+    }
+    if views:
+        arrays["crops"] = crops
+    work.write(
+        number,
+        arrays,
+        dict.fromkeys(arrays, samples.start),
+        [bad for _, read, _ in parts for bad in read.bad],
+    )
+
+
+def _fill_texts(
+    work: Work, number: int, tower: FrozenTextTower, source: Source, device: torch.device, batch_size: int
+) -> None:
+    samples = work.samples(number)
+    records = [source.record(index) for index in samples]
+    captions = [caption for record in records for caption in record.captions]
+    parts = [torch.empty(0, tower.width)]
+    for start in range(0, len(captions), batch_size):
+        tokens = tower.tokenizer(captions[start : start + batch_size])
+        tokens = tokens[:, : int(tower.tokenizer.lengths(tokens).max())]
+        parts.append(tower(tokens.to(device)).cpu())
+    slot = work.layout.slots["first"]
+    first = int(np.memmap(work.path, slot.dtype, "r", slot.offset, slot.shape)[samples.start])
+    arrays = {
+        "features": _checked(torch.cat(parts), work.contents, source),
+        "usable": np.array([bool(record.captions) for record in records]),
+        "ids": _ids(source, samples),
+    }
+    starts = {"features": first, "usable": samples.start, "ids": samples.start}
+    bad = [BadSample(record.id, "no caption") for record in records if not record.captions]
+    work.write(number, arrays, starts, bad)
+
+
+def _ids(source: Source, samples: range) -> np.ndarray:
+    return np.array([hash64(source.record(index).id) for index in samples], dtype=np.uint64)
+
+
+def _checked(features: Tensor, contents: Contents, source: Source) -> np.ndarray:
+    """Features as they are stored; raises DataError when one is not finite and _TooWide when fp16 cannot hold one."""
+    if not torch.isfinite(features).all():
+        raise DataError(
+            f"{contents.spec}: some features of {source.name} are not finite; the tower cannot be used"
+        )
+    if contents.dtype == "fp16" and features.numel() and float(features.abs().max()) >= FP16_LIMIT:
+        raise _TooWide
+    return as_stored(features, contents.dtype)

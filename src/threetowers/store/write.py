@@ -1,0 +1,194 @@
+"""A store in the making, which survives being killed and can be shared by processes.
+
+The file has its final size and layout from the start. The work is cut in chunks of samples; each is written to its
+place, synced, and marked by a small file. Whoever comes goes on with the chunks that have no marker.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from threetowers.errors import BadSample, DataError, UsageError
+from threetowers.store.read import (
+    DESCRIPTION_FILE,
+    FEATURES_FILE,
+    Contents,
+    Layout,
+    Store,
+    digest_file,
+    is_store,
+    layout,
+)
+
+BAD_FILE = "bad_samples.jsonl"
+_WIDE_FILE = "too-wide"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A store in the making: the file at its final size, and a marker for each chunk that is in it."""
+
+    folder: Path
+    contents: Contents
+    chunk: int
+
+    @property
+    def layout(self) -> Layout:
+        return layout(self.contents)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / FEATURES_FILE
+
+    def samples(self, number: int) -> range:
+        return range(number * self.chunk, min((number + 1) * self.chunk, self.contents.num_samples))
+
+    def marker(self, number: int) -> Path:
+        return self.folder / "chunks" / f"{number:06d}.json"
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.contents.num_samples // self.chunk)
+
+    def missing(self) -> list[int]:
+        """The chunks that nobody has finished."""
+        return [number for number in range(self.num_chunks) if not self.marker(number).is_file()]
+
+    def begin(self, first: np.ndarray | None) -> None:
+        """Makes the file, or checks that what is there is the same work; any number of processes may do so at once."""
+        plan = self.folder / "plan.json"
+        mine = self.contents.as_dict() | {"chunk": self.chunk}
+        if plan.is_file():
+            found = json.loads(plan.read_text(encoding="utf-8"))
+            differing = [
+                key for key in mine if key != "spec" and json.loads(json.dumps(mine[key])) != found.get(key)
+            ]
+            if differing:
+                raise UsageError(
+                    f"{self.folder}: unfinished work on other embeddings ({', '.join(differing)} differ); "
+                    "delete that folder, or give another --out"
+                )
+        else:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            free, size = shutil.disk_usage(self.folder.parent).free, self.layout.size
+            if free < size:
+                raise DataError(
+                    f"{self.folder.parent}: the embeddings take {size / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are "
+                    "free; give a folder on a larger disk"
+                )
+        (self.folder / "chunks").mkdir(parents=True, exist_ok=True)
+        with _opened(self.path, os.O_RDWR | os.O_CREAT) as file:
+            os.ftruncate(file, self.layout.size)
+            os.pwrite(file, self.layout.header, 0)
+            if first is not None:
+                os.pwrite(file, first.tobytes(), self.layout.slots["first"].offset)
+            os.fsync(file)
+        _write_whole(plan, json.dumps(mine))
+
+    def write(
+        self,
+        number: int,
+        arrays: Mapping[str, np.ndarray],
+        starts: Mapping[str, int],
+        bad: Sequence[BadSample],
+    ) -> None:
+        """Puts a chunk's arrays at their rows of the file, and marks it when they are on the disk."""
+        if self.marker(number).is_file():
+            return  # another process did the same chunk
+        with _opened(self.path, os.O_WRONLY) as file:
+            for key, array in arrays.items():
+                slot = self.layout.slots[key]
+                row = slot.size // max(slot.shape[0], 1)
+                _write_at(file, np.ascontiguousarray(array).tobytes(), slot.offset + starts[key] * row)
+            os.fsync(file)
+        lines = [{"id": each.id, "reason": each.reason, "detail": each.detail} for each in bad]
+        _write_whole(self.marker(number), json.dumps(lines, ensure_ascii=False))
+
+    def too_wide(self) -> bool:
+        return (self.folder / _WIDE_FILE).is_file()
+
+    def mark_too_wide(self) -> None:
+        """Tells every process at this work that it has to be done in fp32."""
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # another process has finished that, and this work is gone
+            (self.folder / _WIDE_FILE).touch()
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """The file's descriptor; what fails on it names the path, which calls on a descriptor do not."""
+    file = os.open(path, flags, 0o644)
+    try:
+        yield file
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(file)
+
+
+def _write_at(file: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A small file that is there as a whole or not at all, on the disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def finish(work: Work, out: Path) -> Store:
+    """Makes a store of finished work; of several processes that do so at once the first one's stays."""
+    store = Store(work.folder, work.contents)
+    if not store.usable.any():
+        shutil.rmtree(work.folder)
+        raise DataError(
+            f"{work.contents.spec}: not one of {work.contents.num_samples} samples could be read and embedded"
+        )
+    lines = [
+        line
+        for number in range(work.num_chunks)
+        for line in json.loads(work.marker(number).read_text("utf-8"))
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    _write_whole(work.folder / BAD_FILE, text)
+    described = work.contents.as_dict() | {
+        "num_usable": int(store.usable.sum()),
+        "mean_square_norm": store.mean_square_norm(),
+        "sha256": digest_file(work.path),
+    }
+    _write_whole(work.folder / DESCRIPTION_FILE, json.dumps(described, indent=2, ensure_ascii=False))
+    try:
+        work.folder.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or not is_store(out):
+            raise
+    _sync_folder(out.parent)
+    shutil.rmtree(out / "chunks", ignore_errors=True)
+    (out / "plan.json").unlink(missing_ok=True)
+    for kind in ("fp16", "bf16"):
+        shutil.rmtree(out.parent / f".{out.name}.{kind}.partial", ignore_errors=True)
+    return Store(out, work.contents)

@@ -1,0 +1,1 @@
+"""Frozen towers: one file a library, and how they are loaded."""

@@ -1,0 +1,242 @@
+"""Third towers out of transformers: hf:DIR_OR_ID, a vision model with its image processor.
+
+transformers is an optional dependency (extra `hf`) and is imported when a tower asks for it.
+Legend: B images, N tokens, P the tower's width.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from threetowers.data.transforms import ImageSpec
+from threetowers.errors import CheckpointError, UsageError
+from threetowers.towers.frozen.base import Loaded, first_line, foreign, token_mean
+
+REMEDY = "Offline, give a folder that save_pretrained wrote"
+# heads that a checkpoint may bring and a tower does not have; leaving them out loses nothing
+HEADS = ("classifier.", "cls.", "lm_head.", "decoder.", "qa_outputs.")
+# steps of an image processor that ImageSpec can say; any other `do_…` that is on is refused
+KNOWN_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+
+
+class HuggingFaceVision(nn.Module):
+    """A transformers vision model: images in, features [B, P] out.
+
+    num_prefix: how many tokens (class, registers) stand before the patches.
+    """
+
+    def __init__(self, model: nn.Module, features: str, num_prefix: int) -> None:
+        super().__init__()
+        self.model, self.features, self.num_prefix = model, features, num_prefix
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.model(pixel_values=images)
+        if self.features == "pooled":
+            return found.pooler_output.flatten(1)  # type: ignore[no-any-return]
+        tokens: Tensor = found.last_hidden_state
+        if tokens.ndim == 4:
+            return tokens.mean(dim=(2, 3))
+        return tokens[:, 0] if self.features == "cls" else token_mean(tokens[:, self.num_prefix :])
+
+
+def load_hf(name: str, features: str) -> Loaded:
+    """A vision model (ViT, DINOv2, the vision tower of CLIP or SigLIP …) and its preprocessing.
+
+    Raises UsageError for features it has not or preprocessing that ImageSpec cannot say, CheckpointError for
+    files that are missing or weights that do not fit.
+    """
+    source = f"hf:{name}"
+    folder = local_folder(name, source, needs="preprocessor_config.json")
+    model, no_pooler = load_model(folder, source, features)
+    model = getattr(model, "vision_model", model)  # of an image-text model the image side is meant
+    if no_pooler:
+        model.pooler = None
+    spec = image_spec(processor_settings(folder, source), source)
+    width, num_prefix = probe(model, features, spec.size, source)
+    return HuggingFaceVision(model, features, num_prefix), width, spec, None
+
+
+def local_folder(name: str, source: str, needs: str) -> str:
+    """The name, checked when it is a folder; raises CheckpointError for what is missing in it."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise CheckpointError(f"{source}: no such folder")
+        return name
+    for file in ("config.json", needs):
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{source}: no {file} in the folder; save_pretrained writes it")
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{source}: no safetensors weights in the folder; write them with save_pretrained"
+        )
+    return name
+
+
+def load_model(name: str, source: str, features: str) -> tuple[Any, bool]:
+    """transformers' model of that name, every weight accounted for, and whether it came without its pooler.
+
+    Raises CheckpointError that lists the missing, unexpected and misshapen keys.
+    """
+    transformers = import_transformers(source)
+    with quiet(transformers), foreign(source, "the weights", REMEDY):
+        model, info = transformers.AutoModel.from_pretrained(
+            name,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # listed below like every other misfit
+            dtype=torch.float32,
+        )
+    missing = sorted(info["missing_keys"])
+    pooler = [key for key in missing if key.startswith("pooler.")]
+    if pooler and features == "pooled":
+        raise CheckpointError(
+            f"{source}: this model was saved without its pooler ({', '.join(pooler)}), and a random one would mean "
+            "nothing; take third_features = cls or mean"
+        )
+    missing = [key for key in missing if key not in pooler]
+    unexpected = [key for key in sorted(info["unexpected_keys"]) if not _is_dropped(key)]
+    parts = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("wrong shape", [str(key[0]) for key in info["mismatched_keys"]]),
+    )
+    if any(keys for _, keys in parts):
+        listing = "; ".join(f"{word}: {', '.join(keys[:8])}" for word, keys in parts if keys)
+        raise CheckpointError(f"{source}: these weights do not fit the model ({listing})")
+    return model.eval(), bool(pooler)
+
+
+def _is_dropped(key: str) -> bool:
+    # position_ids is 0, 1, 2 …, which older files kept among the weights
+    return key.startswith(HEADS) or key.endswith("position_ids")
+
+
+def import_transformers(source: str) -> Any:
+    """The library; raises UsageError with the command that installs it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            f"{source}: needs transformers ({first_line(error)}); pip install 'threetowers[hf]'"
+        ) from None
+    return transformers
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """transformers' own load reports and bars are off inside: what they say is said here as an error."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def processor_settings(name: str, source: str) -> dict[str, Any]:
+    """The image processor's settings, defaults of its class included.
+
+    The Pillow backend is the one that is matched: the one on tensors rounds its resized pixels differently.
+    """
+    transformers = import_transformers(source)
+    with quiet(transformers), foreign(source, "the image processor", REMEDY):
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            name, backend="pil", trust_remote_code=False
+        )
+        return dict(processor.to_dict())
+
+
+def image_spec(settings: dict[str, Any], source: str) -> ImageSpec:
+    """An image processor's settings as ImageSpec; raises UsageError for what it cannot say."""
+
+    def refuse(what: str) -> UsageError:
+        kind = settings.get("image_processor_type", "the image processor")
+        return UsageError(
+            f"third: {source}: {kind} {what}, which cannot be reproduced here; the same network may exist as timm:NAME"
+        )
+
+    for key, value in settings.items():
+        if key.startswith("do_") and value and key not in KNOWN_STEPS:
+            raise refuse(f"has {key} = {value!r}")
+    if settings.get("crop_pct") is not None:
+        raise refuse(f"has crop_pct = {settings['crop_pct']!r}")
+    if not settings.get("do_resize"):
+        raise refuse("does not resize")
+    factor = settings.get("rescale_factor") if settings.get("do_rescale") else None
+    if factor is None or abs(factor * 255 - 1) > 1e-6 or settings.get("offset"):
+        raise refuse(f"does not scale pixels to [0, 1] (rescale_factor {factor!r})")
+    size = {key: value for key, value in dict(settings["size"]).items() if value is not None}
+    if set(size) == {"shortest_edge"}:
+        resize, resized = "shortest", size["shortest_edge"]
+        if not settings.get("do_center_crop"):
+            raise refuse("keeps the aspect ratio without a centre crop")
+    elif set(size) == {"height", "width"} and size["height"] == size["width"]:
+        resize, resized = "squash", size["height"]
+    else:
+        raise refuse(f"resizes to {size!r}")
+    side = resized
+    if settings.get("do_center_crop"):
+        crop = {key: value for key, value in dict(settings["crop_size"]).items() if value is not None}
+        if set(crop) != {"height", "width"} or crop["height"] != crop["width"] or crop["height"] > resized:
+            raise refuse(f"crops {crop!r} out of {size!r}")
+        side = crop["height"]
+    normalises = settings.get("do_normalize")
+    mean, std = (_three(settings[key]) if normalises else None for key in ("image_mean", "image_std"))
+    return ImageSpec(
+        size=side,
+        mean=mean or (0.0, 0.0, 0.0),
+        std=std or (1.0, 1.0, 1.0),
+        interpolation=Image.Resampling(settings["resample"]).name.lower(),  # type: ignore[arg-type]
+        resize=resize,  # type: ignore[arg-type]
+        resize_size=resized,
+        centre="floor",
+    )
+
+
+def _three(value: Any) -> tuple[float, ...]:
+    return tuple(float(v) for v in value) if isinstance(value, list | tuple) else (float(value),) * 3
+
+
+@torch.no_grad()
+def probe(model: Any, features: str, size: int, source: str) -> tuple[int, int]:
+    """Width P and number of prefix tokens, from one empty image; raises UsageError for features it has not."""
+    try:
+        found = model(pixel_values=torch.zeros(1, 3, size, size, device=model.device))
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"third: {source}: not a model of images at {size} pixels ({first_line(error)})"
+        ) from error
+    if features == "pooled":
+        pooled = getattr(found, "pooler_output", None)
+        if pooled is None:
+            raise UsageError(f"third_features: {source} has no pooler; take cls or mean")
+        return pooled.flatten(1).shape[1], 0
+    tokens: Any = getattr(found, "last_hidden_state", None)
+    if tokens is not None and tokens.ndim == 4:
+        if features == "mean":
+            return tokens.shape[1], 0
+        raise UsageError(
+            f"third_features: {source} is a convolutional network without class token; take pooled or mean"
+        )
+    patch = getattr(model.config, "patch_size", None)
+    num_prefix = (
+        -1 if tokens is None or not isinstance(patch, int) else tokens.shape[1] - (size // patch) ** 2
+    )
+    if num_prefix < 0:
+        raise UsageError(
+            f"third_features: the tokens of {source} are not a class token and patches; take third_features = pooled"
+        )
+    if features == "cls" and num_prefix == 0:
+        raise UsageError(f"third_features: {source} has no class token; take pooled or mean")
+    return tokens.shape[2], num_prefix

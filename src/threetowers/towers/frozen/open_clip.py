@@ -1,0 +1,90 @@
+"""Third towers out of open_clip: open_clip:NAME@TAG|FILE, open_clip:local-dir:DIR."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+
+from threetowers.config import did_you_mean
+from threetowers.data.transforms import ImageSpec
+from threetowers.errors import CheckpointError, UsageError
+from threetowers.towers.frozen.base import Loaded, foreign, pooled_only
+from threetowers.towers.weights import refuse_pickle
+
+
+def load_open_clip(name: str, features: str) -> Loaded:
+    """The image tower of an open_clip model with the preprocessing that its weights were published with.
+
+    Raises UsageError for an unknown name or features other than pooled, CheckpointError for weights that fail.
+    """
+    source = f"open_clip:{name}"
+    pooled_only(source, features)
+    model, config = load_pair(name, source)
+    # open_clip keeps QuickGELU as a key of the whole model, which a pair with another text tower cannot take over
+    vision_cfg = None if config.get("quick_gelu") else dict(config["vision_cfg"])
+    return (
+        model.visual,
+        config["embed_dim"],
+        image_spec(open_clip.get_model_preprocess_cfg(model)),
+        vision_cfg,
+    )
+
+
+def load_pair(name: str, source: str, **options: bool) -> tuple[Any, dict[str, Any]]:
+    """The whole open_clip model of NAME@TAG, NAME@FILE or local-dir:DIR, and its model_cfg.
+
+    options: of open_clip.create_model.
+    """
+    local = name.startswith("local-dir:")
+    model_name, _, tag = (name, "", "") if local else name.partition("@")
+    if local:
+        folder = Path(name.removeprefix("local-dir:"))
+        if not (folder / "open_clip_config.json").is_file() or not list(folder.glob("*.safetensors")):
+            raise CheckpointError(
+                f"{source}: {folder} holds no open_clip_config.json with safetensors weights"
+            )
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+    else:
+        config = known_config(model_name)
+        refuse_pickle(tag)
+        known_tag(model_name, tag, source.partition(":")[0])
+    with foreign(source, "the weights"):
+        model = open_clip.create_model(
+            model_name, pretrained=tag or None, require_pretrained=not local, **options
+        )
+    return model, config
+
+
+def known_tag(model_name: str, tag: str, prefix: str) -> None:
+    """Raises UsageError, with the published tags, when no weights are named, or some that are not there."""
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    if not tag:
+        raise UsageError(
+            f"third: say which weights, {prefix}:{model_name}@TAG or @FILE. Published tags: {', '.join(tags) or 'none'}"
+        )
+    if tag.lower().replace("-", "_") not in tags and not Path(tag).exists():
+        raise UsageError(
+            f"third: {prefix}:{model_name}@{tag}: no published tag and no file{did_you_mean(tag, tags)}"
+        )
+
+
+def known_config(model_name: str) -> dict[str, Any]:
+    """open_clip's model_cfg of a name; raises UsageError with the nearest name."""
+    config = open_clip.get_model_config(model_name)
+    if config is None:
+        raise UsageError(
+            f"third: open_clip has no model {model_name!r}{did_you_mean(model_name, open_clip.list_models())}"
+        )
+    return dict(config)
+
+
+def image_spec(settings: dict[str, Any]) -> ImageSpec:
+    """open_clip's preprocess_cfg as ImageSpec."""
+    return ImageSpec(
+        size=settings["size"] if isinstance(settings["size"], int) else settings["size"][0],
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        interpolation=settings["interpolation"],
+        resize="squash" if settings["resize_mode"] == "squash" else "shortest",
+    )

@@ -1,0 +1,238 @@
+"""Text-side third towers: pretrained text models that are read and never trained."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from threetowers.errors import UsageError
+from threetowers.towers.frozen.base import (
+    digest_of,
+    feature_name,
+    first_line,
+    foreign,
+    freeze,
+    pooled_only,
+    token_mean,
+    weights_digest,
+)
+from threetowers.towers.frozen.hf import REMEDY, import_transformers, load_model, local_folder, quiet
+from threetowers.towers.frozen.open_clip import load_pair
+from threetowers.towers.pair import encode_text, takes_short_text
+
+
+class TextInput(Protocol):
+    """Captions to the ids that a frozen text tower takes."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, int64 [B, n], padded on the right."""
+        ...
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """Number of ids of each text without padding, int64 [B]."""
+        ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that differ whenever the ids of some text may differ."""
+        ...
+
+
+LoadedText = tuple[nn.Module, int, TextInput]  # network, width P of its features, tokenizer
+
+
+@dataclass(frozen=True)
+class FrozenTextTower:
+    """A pretrained text model in eval mode for ever, with a tokenizer of its own.
+
+    view, spec, width, features, precision: as of a FrozenTower. module: token ids [B, n] → features [B, P].
+    """
+
+    view: str
+    spec: str
+    module: nn.Module = field(repr=False)
+    width: int
+    tokenizer: TextInput = field(repr=False)
+    features: str = "pooled"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        freeze(self.module, self.precision)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Features float32 [B, P] of token ids int64 [B, n]; eval mode and no gradient, always."""
+        if self.module.training:
+            self.module.eval()
+        return self.module(tokens).float()  # type: ignore[no-any-return]
+
+    def to(self, device: torch.device) -> "FrozenTextTower":
+        self.module.to(device)
+        return self
+
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of the weights and of the tokenizer, and the choice of features: what the numbers depend on."""
+        return {
+            "weights": weights_digest(self.module),
+            "preprocessing": digest_of(self.tokenizer.as_dict()),
+            "features": feature_name(self.features, self.precision),
+        }
+
+    def fingerprint(self) -> str:
+        """One hex digest of all fingerprints."""
+        return digest_of(self.fingerprints())
+
+
+class HuggingFaceTokens:
+    """A transformers tokenizer: ids as its own call gives them, padded on the right.
+
+    Padding is -1, since some vocabularies pad with their end token. Tokenizers that ask for no attention mask
+    (SigLIP's) pad every text to full length with ids that their model reads, and so does this.
+    """
+
+    def __init__(self, tokenizer: Any, limit: int) -> None:
+        self._tokenizer, self.limit = tokenizer, limit
+        self.pads_fully = "attention_mask" not in tokenizer.model_input_names
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        rows = self._tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self.limit,
+            padding="max_length" if self.pads_fully else False,
+        )["input_ids"]
+        tokens = torch.full((len(rows), max([1, *map(len, rows)])), -1, dtype=torch.int64)
+        for index, row in enumerate(rows):
+            # an empty text without special tokens still needs one token to be the mean of
+            tokens[index, : max(len(row), 1)] = torch.tensor(row or [pad_id(self._tokenizer)])
+        return tokens
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        return (tokens >= 0).sum(dim=1)
+
+    def as_dict(self) -> dict[str, Any]:
+        if self._tokenizer.is_fast:
+            rules = json.loads(self._tokenizer.backend_tokenizer.to_str())
+            rules.pop("truncation", None), rules.pop("padding", None)  # the last call's, not the vocabulary's
+        else:
+            rules = {"vocab": self._tokenizer.get_vocab(), "options": repr(self._tokenizer.init_kwargs)}
+        return {"kind": type(self._tokenizer).__name__, "limit": self.limit, "rules": digest_of(rules)}
+
+
+class HuggingFaceText(nn.Module):
+    """A transformers text model: token ids [B, n], -1 behind the text, to features [B, P]."""
+
+    def __init__(self, model: nn.Module, features: str, pad_id: int) -> None:
+        super().__init__()
+        self.model, self.features, self.pad_id = model, features, pad_id
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = tokens >= 0
+        found = self.model(input_ids=tokens.where(mask, self.pad_id), attention_mask=mask.long())
+        if self.features == "pooled":
+            return found.pooler_output  # type: ignore[no-any-return]
+        states: Tensor = found.last_hidden_state
+        return states[:, 0] if self.features == "cls" else token_mean(states, mask)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills what attention does not look at; any will do when the tokenizer names none."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def load_hf_text(name: str, features: str) -> LoadedText:
+    """A text model (BERT, sentence encoders, the text tower of CLIP or SigLIP …) with its tokenizer.
+
+    Raises UsageError for features it has not, CheckpointError for files that are missing or weights that do not fit.
+    """
+    source = f"hf-text:{name}"
+    folder = local_folder(name, source, needs="tokenizer_config.json")
+    model, no_pooler = load_model(folder, source, features)
+    model = getattr(model, "text_model", model)  # of an image-text model the text side is meant
+    if no_pooler:
+        model.pooler = None
+    tokenizer = load_hf_tokenizer(folder, source)
+    tokens = HuggingFaceTokens(tokenizer, token_limit(tokenizer, model.config))
+    module = HuggingFaceText(model, features, pad_id(tokenizer))
+    try:
+        with torch.no_grad():
+            found = module(tokens(["a", "a b c"]))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise UsageError(
+            f"third: {source}: not a model of texts that reads on its own ({first_line(error)})"
+        ) from error
+    except AttributeError:
+        found = None
+    if found is None:
+        raise UsageError(f"third_features: {source} has no {features} features; take cls or mean")
+    return module, found.shape[1], tokens
+
+
+def load_hf_tokenizer(name: str, source: str) -> Any:
+    """transformers' tokenizer of that name; raises CheckpointError."""
+    transformers = import_transformers(source)
+    with quiet(transformers), foreign(source, "the tokenizer", REMEDY):
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def token_limit(tokenizer: Any, config: Any) -> int:
+    """The longest text that tokenizer and model take, in tokens."""
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    declared = tokenizer.model_max_length
+    # an undeclared limit is a huge number; RoBERTa's kin count their positions from two
+    return min(declared, positions) if declared < 1_000_000 else max(positions - 2, 1)
+
+
+class OpenClipTokens:
+    """The tokenizer that open_clip pairs with a model: ids of the model's context length."""
+
+    def __init__(self, tokenizer: Any, text: Any, described: dict[str, Any]) -> None:
+        self._tokenizer, self._text, self._described = tokenizer, text, described
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return self._tokenizer(list(texts)).long()  # type: ignore[no-any-return]
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        if not takes_short_text(self._text):
+            # such a tower may look at its padding, which is part of the text then
+            return torch.full((len(tokens),), tokens.shape[1])
+        ends: Tensor = tokens
+        if self._text.pool_type == "eos":
+            ends = (tokens == self._text.eos_id).int()
+        return ends.argmax(dim=1) + 1
+
+    def as_dict(self) -> dict[str, Any]:
+        inner = getattr(self._tokenizer, "tokenizer", None)
+        vocabulary = self._tokenizer.encoder if inner is None else inner.get_vocab()
+        return {
+            "kind": type(self._tokenizer).__name__,
+            "text_cfg": self._described,
+            "vocabulary": digest_of(vocabulary),
+        }
+
+
+class OpenClipText(nn.Module):
+    """The text tower of an open_clip model: token ids [B, n] to features [B, P], in the pair's space."""
+
+    def __init__(self, text: nn.Module) -> None:
+        super().__init__()
+        self.text = text
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # other towers are fed at the length that their tokenizer pads to
+        short = takes_short_text(self.text)
+        return encode_text(self.text, tokens) if short else self.text(tokens)  # type: ignore[no-any-return]
+
+
+def load_open_clip_text(name: str, features: str) -> LoadedText:
+    """The text tower of an open_clip model with its own tokenizer; raises as open_clip: does."""
+    source = f"open_clip-text:{name}"
+    pooled_only(source, features)
+    model, config = load_pair(name, source, force_custom_text=True)
+    with foreign(source, "the tokenizer"):
+        tokenizer = open_clip.get_tokenizer(name if name.startswith("local-dir:") else name.partition("@")[0])
+    tokens = OpenClipTokens(tokenizer, model.text, config["text_cfg"])
+    return OpenClipText(model.text), config["embed_dim"], tokens
