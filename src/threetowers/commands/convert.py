@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.towers.weights import disk_errors
+from threetowers.files import disk_errors
 
 SAFE_SINCE = Version("2.10")
 """The first torch whose weights_only reader is trusted here."""

@@ -17,9 +17,9 @@ from threetowers.evaluate.encode import Encoded, encode, encode_texts
 from threetowers.evaluate.results import clip_benchmark_result
 from threetowers.evaluate.retrieval import System, ranks_from_features, recalls
 from threetowers.evaluate.zero_shot import accuracy, class_embeddings, label_ranks, per_class_accuracy
+from threetowers.files import disk_errors
 from threetowers.run.finished import read_description, restore_trained
 from threetowers.run.setup import Prepared, open_classes, prepare
-from threetowers.towers.weights import disk_errors
 
 SCHEMA = 1
 DEFAULT_TEMPLATES = ("a photo of a {}.",)

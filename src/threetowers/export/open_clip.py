@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from threetowers.files import disk_errors
 from threetowers.run.finished import load_run
 from threetowers.towers.pair import assemble
-from threetowers.towers.weights import disk_errors
 
 
 def export_open_clip(run: str | Path, out: str | Path) -> Path:

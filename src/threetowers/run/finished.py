@@ -26,12 +26,13 @@ from threetowers.data.decode import decode
 from threetowers.data.tokenize import Tokenizer, load_tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import BadSample, CheckpointError, DataError
+from threetowers.files import disk_errors
 from threetowers.model import Architecture, ThreeTowers
 from threetowers.objective.losses import unit
 from threetowers.towers.frozen.load import Frozen, as_image_tower
 from threetowers.towers.frozen.text import FrozenTextTower
 from threetowers.towers.pair import build_image_tower, build_text_tower, encode_text
-from threetowers.towers.weights import disk_errors, load_strictly, read_safetensors
+from threetowers.towers.weights import load_strictly, read_safetensors
 
 SCHEMA = 1
 ImageLike = str | Path | Image.Image

@@ -1,10 +1,5 @@
 """Weights from files: safetensors alone, loaded strictly."""
 
-import contextlib
-import errno
-import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -60,14 +55,3 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error}); fetch or write it again"
         ) from None
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what safetensors raises about the disk while it writes a file into the OSError that it stands for."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from None

@@ -22,12 +22,12 @@ from threetowers.data.order import Order, hash64
 from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import BadSample, DataError, UsageError
+from threetowers.files import disk_errors
 from threetowers.progress import Progress
 from threetowers.run.allocator import keep_freed_memory
 from threetowers.run.setup import pick_device, world
 from threetowers.towers.frozen.timm import near_timm
 from threetowers.towers.heads import initialised
-from threetowers.towers.weights import disk_errors
 from threetowers.train.guards import BadSamples
 from threetowers.train.optim import adamw, learning_rate, set_learning_rate
 
