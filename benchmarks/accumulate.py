@@ -12,7 +12,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
@@ -20,19 +19,14 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor, nn
 
 from measure import interleaved, report
-from step import MODEL, PAIR, SPEC, TOKENS, random_batch
+from step import MODEL, PAIR, SPEC, TOKENS, WIDTH, as_batch, random_batch
 from threetowers.config import RunConfig
-from threetowers.data.loader import Batch
 from threetowers.data.transforms import normalise
 from threetowers.model import build
-from threetowers.run.setup import Prepared, pick_device
-from threetowers.towers.attention import trained_attention
-from threetowers.towers.frozen.load import FrozenTower
-from threetowers.towers.working_copy import WorkingCopy
+from threetowers.run.setup import pick_device
+from threetowers.towers.frozen.base import FrozenTower
 from threetowers.train.accumulate import accumulate
-from threetowers.train.optim import adamw
-
-WIDTH = 512  # of the stored frozen features
+from threetowers.train.step import TrainingStep
 
 
 class Rows(nn.Module):
@@ -90,43 +84,12 @@ def open_clip_step(pixels: Tensor, tokens: Tensor, third: Tensor | None, micro: 
     return lambda: train_one_epoch(model, {"train": data}, loss, 0, optimizer, None, None, None, options)
 
 
-def prepared(config: RunConfig, device: torch.device) -> Prepared:
-    """A run without files: its model, and the bf16 copy where that is its precision."""
-    frozen = FrozenTower("third", "benchmark", nn.Identity(), WIDTH, SPEC, None)
-    model, architecture = build(
-        config, {} if config.method == "baseline" else {"third": frozen}, {"vocab_size": 49_408}
-    )
-    model.to(device).train()
-    nothing: Any = None
-    run = Prepared(config, device, nothing, nothing, nothing, nothing, {}, model, architecture, Path())
-    if config.precision == "bf16-copy":
-        run.working = WorkingCopy(model.img, model.txt)
-    return run
-
-
-def as_batch(pixels: Tensor, tokens: Tensor, third: Tensor) -> Batch:
-    ids = torch.arange(len(pixels))
-    return Batch(ids, tokens[:, :TOKENS], pixels, {"third": third}, ids, ids)
-
-
-def our_step(run: Prepared, batch: Batch) -> Callable[[], None]:
-    """A step as `train` makes it with a micro-batch size."""
-    optimizer = adamw(run.model, run.config.optim)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    @trained_attention(run.device, run.model.img, run.model.txt, bf16=run.config.precision != "fp32")
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        accumulate(run, batch)
-        if run.working:
-            run.working.hand_over()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        run.model.clamp_scale()
-        if run.working:
-            run.working.refresh()
-
-    return step
+def our_step(config: RunConfig, device: torch.device) -> TrainingStep:
+    """The step of `train` with a micro-batch size, on stored frozen features."""
+    frozen = FrozenTower("third", "benchmark", nn.Identity(), WIDTH, SPEC)
+    thirds = {} if config.method == "baseline" else {"third": frozen}
+    model, _ = build(config, thirds, {"vocab_size": 49_408})
+    return TrainingStep(config, model.to(device), device, lambda batch: batch.third_features)
 
 
 def exactness(device: torch.device, num: int = 96, micro: int = 17) -> dict[str, float]:
@@ -138,21 +101,19 @@ def exactness(device: torch.device, num: int = 96, micro: int = 17) -> dict[str,
     found = {}
     for name, dropout in (("whole batch", 0.0), ("patch dropout", 0.5)):
         pair = replace(PAIR, vision={"patch_dropout": dropout})
-        run = prepared(
-            RunConfig(method="3t", third=("timm:x",), pair=pair, micro_batch_size=micro, device=str(device)), device
-        )  # fmt: skip
+        config = RunConfig(method="3t", third=("timm:x",), pair=pair, micro_batch_size=micro)
+        step = our_step(config, device)
+        parameters = list(step.model.parameters())
         pixels, tokens = random_batch(num, device)
-        batch = as_batch(pixels, tokens, torch.randn(num, WIDTH, device=device))
+        batch = as_batch(pixels, tokens[:, :TOKENS], torch.randn(num, WIDTH, device=device))
         size = micro if dropout else num
         torch.manual_seed(1)
-        parts = [run.features(batch.part(start, start + size)) for start in range(0, num, size)]
-        loss, _ = run.model.loss({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
-        expected = torch.autograd.grad(loss, list(run.model.parameters()), allow_unused=True)
+        parts = [step.features(batch.part(start, start + size)) for start in range(0, num, size)]
+        loss, _ = step.loss({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, batch)
+        expected = torch.autograd.grad(loss, parameters, allow_unused=True)
         torch.manual_seed(1)
-        accumulate(run, batch)
-        pairs = [
-            (p.grad, g) for p, g in zip(run.model.parameters(), expected, strict=True) if p.grad is not None
-        ]
+        accumulate(batch, micro, device, step.features, step.loss)
+        pairs = [(p.grad, g) for p, g in zip(parameters, expected, strict=True) if p.grad is not None]
         assert all(g is not None for _, g in pairs)
         error = sum(
             float((a - b).double().square().sum()) for a, b in pairs if b is not None and a is not None
@@ -176,17 +137,22 @@ def main() -> None:
     errors = exactness(device)
     pixels, tokens = random_batch(arguments.num, device)
     third = torch.randn(arguments.num, WIDTH, device=device)
-    batch = as_batch(pixels, tokens, third)
-    copy = RunConfig(
-        method="3t", third=("timm:x",), pair=PAIR, precision="bf16-copy", micro_batch_size=arguments.micro
+    batch = as_batch(pixels, tokens[:, :TOKENS], third)
+    three = RunConfig(
+        method="3t", third=("timm:x",), pair=PAIR, precision="bf16-autocast", micro_batch_size=arguments.micro
     )
-    one_row = replace(copy, method="baseline", third=())
+    one_row = replace(three, method="baseline", third=())
+
+    def ours(config: RunConfig) -> Callable[[], object]:
+        step = our_step(config, device)
+        return lambda: step(batch, config.optim.lr)
+
     names = {rows: f"open_clip accum-freq, {rows}" for rows in ("CLIP", "3T")}
-    steps = {
+    steps: dict[str, Callable[[], object]] = {
         names["CLIP"]: open_clip_step(pixels, tokens, None, arguments.micro),
-        "ours, CLIP": our_step(prepared(one_row, device), batch),
+        "ours, CLIP": ours(one_row),
         names["3T"]: open_clip_step(pixels, tokens, third, arguments.micro),
-        "ours, 3T": our_step(prepared(copy, device), batch),
+        "ours, 3T": ours(three),
     }
     warm_ups = 0 if device.type == "cpu" else 2  # a step of minutes needs none
     times = interleaved(steps, arguments.rounds, device, warm_ups)

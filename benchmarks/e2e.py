@@ -136,7 +136,7 @@ def contenders(options: argparse.Namespace, place: Path) -> list[Contender]:
     for precision in OPEN_CLIP_PRECISIONS[options.device]:
         command = (sys.executable, "-m", "open_clip_train.main", *flags(theirs, precision))
         found.append(Contender("open_clip CLIP", precision, command, "logs/run/out.log", open_clip_steps))
-    chosen = [("CLIP", "bf16-copy"), ("3T stored", "bf16-copy"), ("CLIP", "fp32")]
+    chosen = [("CLIP", "bf16-autocast"), ("3T stored", "bf16-autocast"), ("CLIP", "fp32")]
     for method, precision in [*chosen, ("3T stored", "fp32")] if options.all else chosen:
         settings = ours | ({"--method": "baseline"} if method == "CLIP" else three)
         command = (program(), "train", "vit-b-32", *flags(settings, precision))

@@ -38,7 +38,7 @@ from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, fixed_view
 from threetowers.run.setup import pick_device
 from threetowers.store.embed import write_store
-from threetowers.towers.frozen.load import FrozenTower
+from threetowers.towers.frozen.base import FrozenTower
 
 MODEL, WIDTH = "ViT-B-32", 512
 SPEC = ImageSpec(224, MEAN, STD)
@@ -89,7 +89,7 @@ class OurStore:
 
     def __init__(self, tower: FrozenTower, source: Source, place: Path, device: torch.device) -> None:
         self._tower, self._source, self._place, self._device = tower, source, place, device
-        self._prints = tower.fingerprints()
+        self._fingerprints = tower.fingerprints()
         self._number = itertools.count()
 
     def __call__(self, batch_size: int, workers: int) -> Tensor:
@@ -98,7 +98,7 @@ class OurStore:
             self._source,
             self._place / f"{self._tower.precision}-{next(self._number)}",
             self._device,
-            prints=self._prints,
+            fingerprints=self._fingerprints,
             batch_size=batch_size,
             workers=workers,
         )

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from measure import interleaved, report
+from step import as_batch
 from threetowers.config import METHODS, RunConfig
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.model import build
 from threetowers.recipes import PRESETS
-from threetowers.towers.frozen.load import FrozenTower
+from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.timm import TimmTrunk
 from threetowers.towers.pair import build_image_tower, build_text_tower, model_config
-from threetowers.train.optim import adamw
+from threetowers.train.step import TrainingStep
 
 WORDS = 16  # tokens of the longest caption in a batch of the built-in world
 VOCABULARY = {"vocab_size": 512, "pool_type": "eos", "eos_id": 2}
@@ -66,28 +67,18 @@ def open_clip_step(config: RunConfig, batch: tuple[Tensor, Tensor]) -> Callable[
     return step
 
 
-def our_step(config: RunConfig, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """A training step as `train` makes it, the frozen features stored."""
+def our_step(config: RunConfig, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
+    """A step as `train` takes it, the frozen features stored."""
     trunk = timm.create_model("test_convnext2", num_classes=0)
     size = batch[0].shape[-1]
     vision_cfg = {"timm_model_name": "test_convnext2", "timm_pool": "", "image_size": size}
-    tower = FrozenTower("third", "benchmark", TimmTrunk(trunk), trunk.num_features,
-                        ImageSpec(size, config.pair.mean, config.pair.std), vision_cfg)  # fmt: skip
+    image = ImageSpec(size, config.pair.mean, config.pair.std)
+    tower = FrozenTower("third", "benchmark", TimmTrunk(trunk), trunk.num_features, image, vision_cfg)
     model, _ = build(config, {} if config.method == "baseline" else {"third": tower}, VOCABULARY)
-    optimizer = adamw(model, config.optim)
-    thirds = {"third": torch.randn(len(batch[0]), tower.width)} if model.thirds else {}
-    tokens = batch[1][:, :WORDS]
-
-    def step() -> None:
-        feats = model.features(pixels=batch[0], tokens=tokens, thirds=thirds)
-        loss, _ = model.loss(feats)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.clamp_scale()
-
-    return step
+    stored = torch.randn(len(batch[0]), tower.width) if model.thirds else None
+    inputs = as_batch(batch[0], batch[1][:, :WORDS], stored)
+    take_step = TrainingStep(config, model, torch.device("cpu"), lambda batch: batch.third_features)
+    return lambda: take_step(inputs, config.optim.lr)
 
 
 def main() -> None:
@@ -102,7 +93,7 @@ def main() -> None:
         arguments.batch_size, int(preset.pair.vision["image_size"]), int(preset.pair.text["context_length"])
     )
     peer, device = f"open_clip {open_clip.__version__}, plain loop", torch.device("cpu")
-    contenders = {peer: open_clip_step(preset, batch)}
+    contenders: dict[str, Callable[[], object]] = {peer: open_clip_step(preset, batch)}
     contenders |= {
         f"threetowers {m}": our_step(replace(preset, method=m, third=("timm:x",)), batch) for m in METHODS
     }

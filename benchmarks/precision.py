@@ -21,9 +21,7 @@ from threetowers.recipes import PRESETS
 from threetowers.train.loop import train
 from threetowers.train.pretrain import pretrain
 
-PRECISIONS: tuple[Literal["fp32", "bf16-autocast", "bf16-copy"], ...] = get_args(
-    get_type_hints(RunConfig)["precision"]
-)
+PRECISIONS: tuple[Literal["fp32", "bf16-autocast"], ...] = get_args(get_type_hints(RunConfig)["precision"])
 METRIC = "val/mean_r@1"
 
 

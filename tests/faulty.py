@@ -61,7 +61,7 @@ def install(fault: Fault) -> None:
         checkpoint.save,
         checkpoint.write_tensors,
         Path.write_bytes,
-        checkpoint._sync,
+        checkpoint.sync_to_disk,
     )
     rename, remove = os.rename, checkpoint.shutil.rmtree
 
@@ -83,7 +83,7 @@ def install(fault: Fault) -> None:
         point = "remove old" if path.name.startswith("step-") else ""
         fault.at(point, path, lambda: remove(path, *arguments, **options))
 
-    checkpoint.save, checkpoint.write_tensors, checkpoint._sync = counted, saved, synced  # type: ignore[assignment]
+    checkpoint.save, checkpoint.write_tensors, checkpoint.sync_to_disk = counted, saved, synced  # type: ignore[assignment]
     Path.write_bytes = written  # type: ignore[method-assign, assignment]
     checkpoint.os.rename = lambda a, b: fault.at("rename", a, lambda: rename(a, b))  # type: ignore[assignment]
     checkpoint.shutil.rmtree = removed  # type: ignore[assignment]

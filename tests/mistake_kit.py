@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 from threetowers import cli
-from threetowers.run import setup as prepare
+from threetowers.run import setup
 
 NUM_PHOTOS = 40
 
@@ -209,7 +209,7 @@ class Both(io.StringIO):
 
 def told(command: str, folder: Path) -> Answer:
     """What the command line answers in a folder."""
-    prepare._open_splits.cache_clear()  # the same relative path means another folder each time
+    setup._open_splits.cache_clear()  # the same relative path means another folder each time
     output = io.StringIO()
     message = Both(output)
     with (

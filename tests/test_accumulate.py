@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from threetowers.config import InputConfig, ObjectiveConfig, PairConfig, RunConfig
-from threetowers.data.loader import Batch, BatchReader
-from threetowers.run.setup import Prepared, prepare
+from threetowers.data.loader import Batch
+from threetowers.run.setup import prepare
 from threetowers.towers.weights import read_safetensors
-from threetowers.train.accumulate import accumulate, masked_ids
+from threetowers.train.accumulate import accumulate
 from threetowers.train.loop import train
+from threetowers.train.step import TrainingStep
 
 Config = Callable[..., RunConfig]
 
@@ -33,16 +34,19 @@ PATCH_DROPOUT = PairConfig(
 )
 
 
-def prepared(config: RunConfig, folder: Path) -> tuple[Prepared, Batch]:
-    run = prepare(config, folder)
-    reader: BatchReader = run.reader()
-    run.model.train()
-    return run, reader[range(config.batch_size)]
+def step_of(config: RunConfig, folder: Path) -> tuple[TrainingStep, Batch]:
+    setup = prepare(config, folder)
+    step = TrainingStep(config, setup.model, setup.device, setup.thirds.features)
+    return step, setup.reader()[range(config.batch_size)]
 
 
-def gradients(run: Prepared) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
-    run.model.zero_grad(set_to_none=True)
+def accumulated(step: TrainingStep, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    return accumulate(batch, step.config.micro_batch_size, step.device, step.features, step.loss)
+
+
+def gradients(step: TrainingStep) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None}
+    step.model.zero_grad(set_to_none=True)
     return found
 
 
@@ -69,35 +73,35 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
 def test_micro_batches_give_the_gradients_of_the_whole_batch(
     size: int, method: str, options: dict, tiny_config: Config, tmp_path: Path
 ) -> None:
-    run, batch = prepared(tiny_config(method=method, micro_batch_size=size, **options), tmp_path / "run")
-    loss, rows = run.model.loss(run.features(batch), masked_ids(run, batch))
+    step, batch = step_of(tiny_config(method=method, micro_batch_size=size, **options), tmp_path / "run")
+    loss, rows = step.loss(step.features(batch), batch)
     loss.backward()  # type: ignore[no-untyped-call]
-    expected = gradients(run)
-    total, accumulated_rows, feats = accumulate(run, batch)
-    assert float(total) == pytest.approx(float(loss), rel=1e-6)
+    expected = gradients(step)
+    total, accumulated_rows, feats = accumulated(step, batch)
+    assert total.item() == pytest.approx(loss.item(), rel=1e-6)
     assert accumulated_rows.keys() == rows.keys()
     assert all(len(value) == len(batch.index) for value in feats.values())
-    assert_same_gradients(gradients(run), expected, 2e-6)
+    assert_same_gradients(gradients(step), expected, 2e-6)
 
 
 def test_dropped_patches_are_the_same_in_both_passes(tiny_config: Config, tmp_path: Path) -> None:
     """Against one graph over the same micro-batches under the same random states."""
     config = tiny_config(pair=PATCH_DROPOUT, micro_batch_size=6)
-    run, batch = prepared(config, tmp_path / "run")
+    step, batch = step_of(config, tmp_path / "run")
     torch.manual_seed(3)
-    parts = [run.features(batch.part(start, start + 6)) for start in range(0, 16, 6)]
-    loss, _ = run.model.loss({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    parts = [step.features(batch.part(start, start + 6)) for start in range(0, 16, 6)]
+    loss, _ = step.loss({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, batch)
     loss.backward()  # type: ignore[no-untyped-call]
-    expected, after = gradients(run), torch.get_rng_state()
+    expected, after = gradients(step), torch.get_rng_state()
     torch.manual_seed(3)
-    total, _, _ = accumulate(run, batch)
+    total, _, _ = accumulated(step, batch)
     assert torch.equal(torch.get_rng_state(), after)
-    assert float(total) == pytest.approx(float(loss), rel=1e-6)
-    found = gradients(run)
+    assert total.item() == pytest.approx(loss.item(), rel=1e-6)
+    found = gradients(step)
     assert_same_gradients(found, expected, 2e-6)
     torch.manual_seed(4)
-    accumulate(run, batch)
-    assert not torch.allclose(gradients(run)["img.conv1.weight"], expected["img.conv1.weight"], rtol=1e-2)
+    accumulated(step, batch)
+    assert not torch.allclose(gradients(step)["img.conv1.weight"], expected["img.conv1.weight"], rtol=1e-2)
 
 
 def test_a_run_in_micro_batches_is_the_run(tiny_config: Config, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from threetowers import cli
+from threetowers.commands.arguments import TrainArguments, run_arguments
 from threetowers.config import read_config, replace_nested
 from threetowers.recipes import PRESETS
 
@@ -16,8 +17,8 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str,
     return int(stop.value.code or 0), captured.out, captured.err
 
 
-def parsed(words: list[str]) -> cli._TrainArguments:
-    return cli._arguments(cli._TrainArguments, words, "train")[1]
+def parsed(words: list[str]) -> TrainArguments:
+    return run_arguments(TrainArguments, words, "train")[1]
 
 
 def test_flags_come_before_the_file_and_the_file_before_its_preset(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_everyday_flags() -> None:
         3,
         4,
     )
-    assert arguments.out == "o"
+    assert arguments.out == Path("o")
     assert parsed(["tiny", "--third", "none"]).run.thirds() == {}
 
 

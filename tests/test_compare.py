@@ -17,7 +17,7 @@ from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.evaluate.retrieval import Ranks
 from threetowers.report.page import write_report
-from threetowers.run import setup as prepare_module
+from threetowers.run import thirds as thirds_module
 from threetowers.world.write import write_world
 
 Config = Callable[..., RunConfig]
@@ -35,7 +35,7 @@ def prepared(tiny_config: Config, world: Path, tower: str) -> RunConfig:
     config = tiny_config(
         data=str(world), classes=str(world / "objects" / "test"), third=(f"mine={tower}",), steps=3
     )
-    return replace(config, embeddings="none")
+    return replace(config, embeddings=None)
 
 
 def test_a_comparison_trains_all_continues_and_repeats_nothing(
@@ -177,9 +177,9 @@ def test_runs_of_other_settings_in_the_same_folder_are_refused(
 def test_a_third_tower_of_texts_is_compared_by_its_own_sides_and_refused_for_lit(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "load_frozen", text_tower)
+    monkeypatch.setattr(thirds_module, "load_frozen", text_tower)
     monkeypatch.setattr(compare_module, "load_frozen", text_tower)
-    config = tiny_config(third=("words=hf-text:tiny",), steps=3, embeddings="none")
+    config = tiny_config(third=("words=hf-text:tiny",), steps=3, embeddings=None)
     with pytest.raises(UsageError, match=r"image tower of lit .* reads texts"):
         compare(config, replace(OPTIONS, seeds=(0,), lrs=(1e-3,)), tmp_path)
     options = replace(OPTIONS, methods=("baseline", "3t"), seeds=(0,), lrs=(1e-3,))

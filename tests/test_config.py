@@ -9,6 +9,7 @@ from threetowers.config import (
     ObjectiveConfig,
     OptimConfig,
     RunConfig,
+    as_plain,
     check,
     config_hash,
     read_config,
@@ -77,6 +78,17 @@ def test_ints_pass_as_floats_and_a_lone_value_as_a_tuple() -> None:
     assert config.third == ("timm:resnet50",)
 
 
+def test_the_text_none_is_not_given_and_is_written_back() -> None:
+    config = replace_nested(RunConfig(data="x", third=("a",)), {"data": "none", "third": "none"})
+    assert config.data is None and config.third == ()
+    assert replace_nested(config, {"third": ["none"]}).third == ()
+    plain = as_plain(config)
+    assert plain["data"] == plain["embeddings"] == plain["pair"]["model"] == "none"
+    assert replace_nested(RunConfig(), plain) == config
+    with pytest.raises(UsageError, match="data: expected str, got 3"):
+        replace_nested(RunConfig(), {"data": 3})
+
+
 def test_a_file_that_is_not_toml_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("steps = \n")
@@ -88,7 +100,6 @@ def test_a_file_that_is_not_toml_is_refused_with_its_line(tmp_path: Path) -> Non
     ("third", "views"),
     [
         ((), {}),
-        (("none",), {}),
         (("timm:a",), {"third": "timm:a"}),
         (("dino=timm:a", "places=hf:b"), {"third_dino": "timm:a", "third_places": "hf:b"}),
         (("timm:a@x=y",), {"third": "timm:a@x=y"}),

@@ -21,9 +21,9 @@ from threetowers.config import ObjectiveConfig, RunConfig
 from threetowers.data.transforms import fixed_view, normalise
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.model import build
+from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.hf import image_spec
-from threetowers.towers.frozen.load import Frozen, FrozenTower, load_frozen
-from threetowers.towers.frozen.text import FrozenTextTower
+from threetowers.towers.frozen.load import load_frozen
 
 SIZES = [(48, 48), (61, 50), (33, 97), (20, 31), (301, 200)]
 NARROW = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -48,13 +48,13 @@ def pixels_of(image: Image.Image, tower: FrozenTower) -> torch.Tensor:
 
 def image_tower(spec: str, **options: str) -> FrozenTower:
     tower = load_frozen(spec, **options)
-    assert isinstance(tower, FrozenTower)
+    assert tower.reads == "images"
     return tower
 
 
-def text_tower(spec: str, **options: str) -> FrozenTextTower:
+def text_tower(spec: str, **options: str) -> FrozenTower:
     tower = load_frozen(spec, **options)
-    assert isinstance(tower, FrozenTextTower)
+    assert tower.reads == "texts"
     return tower
 
 
@@ -332,8 +332,8 @@ def every_tower(request: pytest.FixtureRequest) -> list[tuple[str, Any]]:
     ]
 
 
-def run(tower: Frozen, inputs: Any) -> torch.Tensor:
-    return tower(tower.tokenizer(inputs) if isinstance(tower, FrozenTextTower) else inputs)
+def run(tower: FrozenTower, inputs: Any) -> torch.Tensor:
+    return tower(tower.tokenizer(inputs) if tower.reads == "texts" else inputs)
 
 
 def test_every_tower_is_eval_for_ever_without_gradient(request: pytest.FixtureRequest) -> None:

@@ -81,7 +81,7 @@ def test_all_is_on_the_disk_before_the_rename_and_older_ones_go_after_it(
         return call
 
     save(root, 1, keep=1)
-    monkeypatch.setattr(checkpoint, "_sync", noted("sync", checkpoint._sync))
+    monkeypatch.setattr(checkpoint, "sync_to_disk", noted("sync", checkpoint.sync_to_disk))
     monkeypatch.setattr(checkpoint.os, "rename", noted("rename", os.rename))
     monkeypatch.setattr(checkpoint.shutil, "rmtree", noted("remove", shutil.rmtree))
     save(root, 2, keep=1)

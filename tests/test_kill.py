@@ -187,7 +187,7 @@ def test_signals_save_at_the_step_they_come_in(count: int, tiny_config: Config, 
         assert_same(whole, folder)
 
 
-MATRIX = list(itertools.product((2, 4, 7), (0, 2), (False, True), (0, 4), ("fp32", "bf16-copy")))
+MATRIX = list(itertools.product((2, 4, 7), (0, 2), (False, True), (0, 4), ("fp32", "bf16-autocast")))
 """Step of death (inside the epoch of four steps, at its end, in the second), workers, augmentation, micro-batches,
 precision."""
 

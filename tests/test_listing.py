@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from threetowers.cli import main
 from threetowers.commands import towers as listing
-from threetowers.commands.towers import CURATED, PREFIXES, describe, towers
+from threetowers.commands.towers import CURATED, describe, towers
 from threetowers.errors import UsageError
-from threetowers.towers.frozen.load import IMAGE_LOADERS, TEXT_LOADERS, FrozenTower, load_frozen
+from threetowers.towers.frozen.hf import hf_card
+from threetowers.towers.frozen.load import KINDS, load_frozen
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +34,7 @@ def test_the_overview_names_every_prefix_and_the_curated_towers(monkeypatch: pyt
     assert all(name in published for name, _ in CURATED)
     monkeypatch.setattr(listing, "CURATED", CURATED[:1])
     text = towers()
-    assert {prefix.partition(":")[0] for prefix, _ in PREFIXES} == {*IMAGE_LOADERS, *TEXT_LOADERS}
-    assert all(prefix in text for prefix, _ in PREFIXES)
+    assert all(kind.forms[0] in text and kind.help in text for kind in KINDS)
     assert f"{len(published):,} published" in text and str(len(open_clip.list_pretrained())) in text
     (row,) = (line for line in text.splitlines() if "resnet50.a1_in1k" in line)
     assert row.split()[1:5] == ["23.5", "M", "224", "2048"]
@@ -70,7 +70,6 @@ def test_names_that_mean_nothing_are_refused(name: str, words: str) -> None:
 def test_the_card_of_a_timm_name_is_the_loaded_tower(name: str, tmp_path: Path) -> None:
     save_file(timm.create_model(name).state_dict(), tmp_path / "weights.safetensors")
     tower = load_frozen(f"timm:{name}@{tmp_path / 'weights.safetensors'}")
-    assert isinstance(tower, FrozenTower)
     card = describe(f"timm:{name}")
     assert (card.width, card.image) == (tower.width, tower.image)
     assert card.num_parameters == sum(p.numel() for p in tower.module.parameters())
@@ -88,7 +87,7 @@ def test_the_card_of_an_hf_name_is_the_loaded_tower(tmp_path: Path) -> None:
     read = describe(spec)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").touch()  # a card of a hub name is made of the two small files alone
-    assert listing._hf(spec, str(tmp_path)) == read
+    assert hf_card(spec, str(tmp_path)) == read
     assert read.width == 32 and read.image is not None and read.image.size == 32
     text = read.text()
     assert (

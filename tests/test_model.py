@@ -228,7 +228,7 @@ def test_unlocked_lit_starts_at_the_frozen_towers_weights_and_moves(
 ) -> None:
     tower = load_frozen(timm_tower)
     model, architecture = build(tiny_config(method="lit-unlocked"), {"third": tower}, {"vocab_size": 300})
-    assert architecture.image == tower.image and model.spec == tower.image, "its own preprocessing"
+    assert architecture.image == tower.image and model.image == tower.image, "its own preprocessing"
     assert model.img is not None
     for key, value in tower.module.state_dict().items():
         assert torch.equal(model.img.state_dict()[key], value)
@@ -249,7 +249,7 @@ def test_every_parameter_gets_a_gradient_in_every_method(
     tower = load_frozen(timm_tower)
     thirds = {} if method == "baseline" else {"third": tower}
     model, _ = build(tiny_config(method=method), thirds, {"vocab_size": 300})
-    size = model.spec.size
+    size = model.image.size
     features = model.features(
         pixels=torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8),
         tokens=torch.randint(3, 300, (6, 16)),

@@ -1,4 +1,4 @@
-"""The bf16 working copy beside its fp32 masters, activation checkpointing, and pinned batches."""
+"""Activation checkpointing, compiled towers, and pinned batches."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,113 +12,36 @@ from torch import Tensor, nn
 from threetowers.config import RunConfig
 from threetowers.data.loader import Batch
 from threetowers.errors import UsageError
-from threetowers.run.setup import Prepared, prepare
+from threetowers.run.setup import Setup, prepare
 from threetowers.towers.pair import checkpoint_activations
 from threetowers.towers.weights import read_safetensors
-from threetowers.towers.working_copy import KEPT, WorkingCopy
-from threetowers.train.accumulate import accumulate
 from threetowers.train.loop import train
+from threetowers.train.step import TrainingStep
 
 Config = Callable[..., RunConfig]
 VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 
 
-def opened(tiny_config: Config, folder: Path, vit: bool = True, **changes: Any) -> Prepared:
+def opened(tiny_config: Config, folder: Path, vit: bool = True, **changes: Any) -> Setup:
     config = tiny_config(**changes)
     if vit:
         config = replace(config, pair=replace(config.pair, vision=VIT))
     return prepare(config, folder)
 
 
-def gradients(run: Prepared, batch: Batch) -> dict[str, Tensor]:
-    run.model.zero_grad()
-    loss, _ = run.model.loss(run.features(batch))
-    loss.backward()
-    if run.working:
-        run.working.hand_over()
-    return {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+def gradients(setup: Setup, batch: Batch) -> dict[str, Tensor]:
+    step = TrainingStep(setup.config, setup.model, setup.device, setup.thirds.features)
+    loss, _ = step.loss(step.features(batch), batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = {name: p.grad.clone() for name, p in setup.model.named_parameters() if p.grad is not None}
+    setup.model.zero_grad()
+    return found
 
 
 def error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     difference = sum((a[name] - b[name]).square().sum() for name in a)
     return float((difference / sum(value.square().sum() for value in b.values())).sqrt())
-
-
-@pytest.mark.parametrize("vit", [True, False])
-@pytest.mark.parametrize("method", ["3t", "lit", "lit-unlocked"])
-def test_gradients_of_the_copy_are_the_masters_to_bf16(
-    vit: bool, method: str, tiny_config: Config, tmp_path: Path
-) -> None:
-    run = opened(tiny_config, tmp_path / "a", vit, method=method)
-    run.model.train()
-    batch = run.reader()[range(16)]
-    exact = gradients(run, batch)
-    run.working = WorkingCopy(run.model.img, run.model.txt)
-    assert error(gradients(run, batch), exact) < 0.03
-    assert all(p.dtype == torch.float32 for p in run.model.parameters())
-
-
-def test_norms_and_embeddings_stay_the_masters_and_the_rest_is_bf16(
-    tiny_config: Config, tmp_path: Path
-) -> None:
-    run = opened(tiny_config, tmp_path / "a")
-    copy = WorkingCopy(run.model.img, run.model.txt)
-    seen: list[torch.dtype] = []
-    norms = 0
-    assert copy.img is not None
-    assert run.model.img is not None
-    for tower, masters in ((copy.img, run.model.img), (copy.txt, run.model.txt)):
-        for module, master in zip(tower.modules(), masters.modules(), strict=True):
-            own = list(module.parameters(recurse=False))
-            if isinstance(module, KEPT):
-                assert all(a is b for a, b in zip(own, master.parameters(recurse=False), strict=True))
-            else:
-                assert all(p.dtype == torch.bfloat16 for p in own)
-            if isinstance(module, nn.LayerNorm):
-                norms += 1
-                module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-    run.working = copy
-    features = run.features(run.reader()[range(4)])
-    assert norms == len(seen) and set(seen) == {torch.float32}
-    assert all(value.dtype == torch.float32 for value in features.values())
-
-
-def test_the_copy_follows_the_masters_and_frozen_ones_stay(tiny_config: Config, tmp_path: Path) -> None:
-    run = opened(tiny_config, tmp_path / "a")
-    frozen = run.model.txt.get_parameter("text_projection").requires_grad_(False)
-    run.working = WorkingCopy(run.model.img, run.model.txt)
-    own = run.working.txt.get_parameter("text_projection")
-    before = own.clone()
-    optimizer = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad], lr=0.01, fused=True)
-    assert "txt.text_projection" not in gradients(run, run.reader()[range(8)])
-    optimizer.step()
-    stale = run.working.txt.get_parameter("positional_embedding").clone()
-    run.working.refresh()
-    for name, master in run.model.txt.named_parameters():
-        value = run.working.txt.get_parameter(name)
-        assert torch.equal(value, master.to(value.dtype)), name
-    assert not torch.equal(stale, run.working.txt.get_parameter("positional_embedding"))
-    assert torch.equal(own, before) and torch.equal(own, frozen.bfloat16())
-
-
-def test_running_statistics_are_the_masters() -> None:
-    tower = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    copy = WorkingCopy(None, tower)
-    copy.txt(torch.randn(8, 3, 2, 2).bfloat16())
-    assert int(tower[1].num_batches_tracked) == 1 and tower[1].running_mean.abs().sum() > 0
-
-
-def test_micro_batches_in_the_copy(tiny_config: Config, tmp_path: Path) -> None:
-    run = opened(tiny_config, tmp_path / "a", micro_batch_size=5)
-    run.working = WorkingCopy(run.model.img, run.model.txt)
-    batch = run.reader()[range(16)]
-    whole = gradients(run, batch)
-    run.model.zero_grad()
-    accumulate(run, batch)
-    run.working.hand_over()
-    parts = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
-    assert error(parts, whole) < 0.01, "sums of micro-batches are rounded to bf16 one by one"
 
 
 @pytest.mark.parametrize("vit", [True, False])
@@ -129,8 +52,6 @@ def test_checkpointed_activations_give_the_same_gradients(
         opened(tiny_config, tmp_path / "a", vit, grad_checkpointing=spare) for spare in (False, True)
     )
     batch = plain.reader()[range(8)]
-    for run in (plain, spared):
-        run.model.train()
     assert error(gradients(spared, batch), gradients(plain, batch)) < 1e-6
 
 
@@ -146,7 +67,7 @@ def test_dropped_patches_are_the_same_ones_when_activations_are_computed_again(
         torch.testing.assert_close(spared[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-copy"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-autocast"])
 def test_compiled_towers_train_the_same_weights_under_the_same_names(
     precision: str, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

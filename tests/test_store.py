@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given as given_values
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
@@ -29,10 +28,10 @@ from threetowers.data.source import Source, Subset
 from threetowers.data.transforms import cropped_view, fixed_view
 from threetowers.errors import BadSample, CheckpointError, DataError, UsageError
 from threetowers.run.setup import prepare
-from threetowers.store.embed import given, stored, write_store
+from threetowers.store.embed import find_or_make_store, store_for_training, write_store
 from threetowers.store.read import FIXED, Contents, Store, Views, layout, open_store
-from threetowers.towers.frozen.load import FrozenTower, load_frozen
-from threetowers.towers.frozen.text import FrozenTextTower
+from threetowers.towers.frozen.base import FrozenTower
+from threetowers.towers.frozen.load import load_frozen
 
 CPU = torch.device("cpu")
 VIEWS = Views(3, (0.3, 0.8), (0.8, 1.2), True)
@@ -76,8 +75,8 @@ class Sums(nn.Module):
         return (self.weight[tokens] * (tokens > 0).unsqueeze(-1)).sum(1)
 
 
-def text_tower(spec: str = "hf-text:tiny", view: str = "third", **_: str) -> FrozenTextTower:
-    return FrozenTextTower(view, spec, Sums(), 12, Letters())
+def text_tower(spec: str = "hf-text:tiny", view: str = "third", **_: str) -> FrozenTower:
+    return FrozenTower(view, spec, Sums(), 12, Letters())
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
@@ -91,7 +90,7 @@ def test_stored_features_are_the_live_ones_to_storage_rounding(
     pixels = [fixed_view(decode(source.image(i), ""), tower.image) for i in range(len(source))]
     live = tower(torch.from_numpy(np.stack(pixels)))
     everything = np.arange(len(source))
-    store = stored(tower, source, tmp_path / "a", CPU, batch_size=13)
+    store = find_or_make_store(tower, source, tmp_path / "a", CPU, batch_size=13)
     torch.testing.assert_close(store.rows(everything), live, rtol=2**-10, atol=1e-5)
     assert store.usable.all() and store.num_views == 0
     coarse = write_store(tower, source, tmp_path / "b", CPU, dtype="bf16", workers=2)
@@ -100,7 +99,7 @@ def test_stored_features_are_the_live_ones_to_storage_rounding(
     (folder,) = (tmp_path / "a").iterdir()
     before = contents_of(folder)
     assert set(before) == {"features.safetensors", "store.json", "bad_samples.jsonl"}
-    again = stored(tower, source, tmp_path / "a", CPU)
+    again = find_or_make_store(tower, source, tmp_path / "a", CPU)
     assert torch.equal(again.rows(everything), store.rows(everything)) and contents_of(folder) == before
     foreign = load_file(folder / "features.safetensors")
     assert torch.equal(foreign["features"][:, 0].float(), store.rows(everything))
@@ -136,8 +135,8 @@ def test_batches_show_the_main_tower_the_region_whose_features_they_hold(
     config = tiny_config()
     inputs = replace(config.inputs, stored_views=4, crop_scale=(0.3, 0.9), flip=True)
     run = prepare(replace(config, inputs=inputs), tmp_path / "run")
-    reader, spec = run.reader(), run.model.spec
-    store = run.stores(run.train, training=True)["third"]
+    reader, spec = run.reader(), run.model.image
+    store = run.thirds.stores(run.train, training=True)["third"]
     drawn: dict[int, set[int]] = {}
     for step in range(12):
         batch = reader[range(16 * step, 16 * step + 16)]
@@ -151,9 +150,9 @@ def test_batches_show_the_main_tower_the_region_whose_features_they_hold(
             assert sum(shown) == 1
             view = shown.index(True)
             drawn.setdefault(index, set()).add(view)
-            assert torch.equal(batch.thirds["third"][row], store.rows(np.array([index]), view)[0])
+            assert torch.equal(batch.third_features["third"][row], store.rows(np.array([index]), view)[0])
     assert max(map(len, drawn.values())) > 1, "another view in another epoch"
-    assert run.stores(run.val)["third"].num_views == 0, "evaluation takes the fixed view"
+    assert run.thirds.stores(run.val)["third"].num_views == 0, "evaluation takes the fixed view"
 
 
 def test_one_store_of_the_whole_data_serves_its_parts(
@@ -178,7 +177,7 @@ def test_one_store_of_the_whole_data_serves_its_parts(
     whole = prepare(replace(config, embeddings=str(tmp_path / "whole")), tmp_path / "runs" / "a")
     own = prepare(config, tmp_path / "runs" / "b")
     for part in ("train", "val", "test"):
-        a, b = (run.stores(getattr(run, part))["third"] for run in (whole, own))
+        a, b = (run.thirds.stores(getattr(run, part))["third"] for run in (whole, own))
         assert torch.equal(a.rows(np.arange(len(a))), b.rows(np.arange(len(b))))
     assert a.contents.num_samples == 96 > b.contents.num_samples
     assert torch.equal(whole.model.third_norms, own.model.third_norms)
@@ -190,7 +189,7 @@ def test_one_store_of_the_whole_data_serves_its_parts(
 
 
 @settings(max_examples=50, deadline=None)
-@given_values(st.lists(st.integers(0, 39), max_size=60), st.data())
+@given(st.lists(st.integers(0, 39), max_size=60), st.data())
 def test_rows_come_back_in_the_order_asked_for(samples: list[int], data: st.DataObject) -> None:
     contents = Contents("x", "image", 5, "fp32", Views(2), 40, 80)
     store = Store.__new__(Store)
@@ -210,7 +209,7 @@ def test_what_does_not_fit_is_refused_by_name(
 
     def refusal(*arguments: object) -> str:
         with pytest.raises(UsageError) as error:
-            given(tmp_path / "a", *arguments)  # type: ignore[arg-type]
+            store_for_training(tmp_path / "a", *arguments)  # type: ignore[arg-type]
         return str(error.value)
 
     changed = tmp_path / "changed"
@@ -221,7 +220,7 @@ def test_what_does_not_fit_is_refused_by_name(
     other = load_frozen(f"timm:local-dir:{changed}")
     assert isinstance(other, FrozenTower)
     assert "weights differ" in refusal(other, other.fingerprints(), source, FIXED)
-    resized = replace(tower, image=replace(tower.image, size=40))
+    resized = replace(tower, inputs=replace(tower.image, size=40))
     text = refusal(resized, resized.fingerprints(), source, FIXED)
     assert "preprocessing differ" in text and "weights" not in text and "threetowers embed" in text
     assert "features differ" in refusal(tower, {**prints, "features": "cls"}, source, FIXED)
@@ -229,7 +228,7 @@ def test_what_does_not_fit_is_refused_by_name(
     part = Subset(source, array("q", range(50)), "part")
     elsewhere = open_source(str(_other_table(tmp_path)))
     assert "data differ" in refusal(tower, prints, elsewhere, FIXED)
-    assert len(given(tmp_path / "a", tower, prints, part, FIXED)) == 50
+    assert len(store_for_training(tmp_path / "a", tower, prints, part, FIXED)) == 50
     with pytest.raises(UsageError, match="weights differ"):
         write_store(other, source, tmp_path / "a", CPU)
 
@@ -263,7 +262,7 @@ def test_a_damaged_store_is_an_error_of_one_line(
     if damage == "gone":
         path.unlink()
     with pytest.raises(CheckpointError) as error:
-        given(tmp_path / "a", tower, tower.fingerprints(), source, FIXED)
+        store_for_training(tmp_path / "a", tower, tower.fingerprints(), source, FIXED)
     assert "\n" not in str(error.value) and "embed again" in str(error.value)
 
 
@@ -400,10 +399,10 @@ def test_a_text_side_third_tower_trains_and_combines_with_captions(
     tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from threetowers.evaluate.evaluation import evaluate_run
-    from threetowers.run import setup as prepare_module
+    from threetowers.run import thirds as thirds_module
     from threetowers.train.loop import train
 
-    monkeypatch.setattr(prepare_module, "load_frozen", text_tower)
+    monkeypatch.setattr(thirds_module, "load_frozen", text_tower)
     config = tiny_config(third=("hf-text:tiny",), steps=4)
     assert train(config, tmp_path / "run").finished
     run = prepare(config, tmp_path / "run")
@@ -413,7 +412,7 @@ def test_a_text_side_third_tower_trains_and_combines_with_captions(
         captions = run.train.record(index).captions
         seen = [c for c in captions if torch.equal(_tokens(run.tokenizer, c, len(tokens)), tokens)]
         live = tower(tower.tokenizer(seen[:1]))
-        torch.testing.assert_close(batch.thirds["third"][row : row + 1], live, rtol=2**-10, atol=1e-3)
+        torch.testing.assert_close(batch.third_features["third"][row : row + 1], live, rtol=2**-10, atol=1e-3)
     result = evaluate_run(tmp_path / "run")
     features = load_file(tmp_path / "run" / "features.safetensors")
     num_texts = len(features["test/text_image"])

@@ -15,7 +15,9 @@ from torch import nn
 from threetowers.config import PairConfig
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.towers.frozen.load import FrozenTower, as_image_tower, load_frozen
+from threetowers.towers.frozen.base import FrozenTower
+from threetowers.towers.frozen.image_tower import as_image_tower
+from threetowers.towers.frozen.load import load_frozen
 from threetowers.towers.heads import head, initialised
 from threetowers.towers.pair import build_image_tower, build_text_tower, encode_text, model_config
 

@@ -209,8 +209,8 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run_with_the_samples_n
 
     real, calls = ThreeTowers.loss, {"poisoned": {2, 4}, "count": 0}
 
-    def poisoned(self: ThreeTowers, *arguments: object) -> object:
-        total, parts = real(self, *arguments)  # type: ignore[arg-type]
+    def poisoned(self: ThreeTowers, *arguments: object, **options: bool) -> object:
+        total, parts = real(self, *arguments, **options)  # type: ignore[arg-type]
         calls["count"] += 1  # type: ignore[operator]
         return (total * float("nan") if calls["count"] in calls["poisoned"] else total), parts  # type: ignore[operator]
 

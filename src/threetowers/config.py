@@ -3,7 +3,7 @@
     config = read_config("run.toml")            # unknown keys and wrong types are refused by path
     write_config(config, "runs/a/config.toml")  # the resolved file has no preset and no defaults left open
 
-There is no null in TOML: the text `none` means "not given".
+TOML has no null: there, and on the command line, the text `none` stands for None, "not given".
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ T = TypeVar("T")
 class PairConfig:
     """The two main towers, an open_clip model by name or by its inline configuration."""
 
-    model: str = "none"
+    model: str | None = None
     """An open_clip model name such as ViT-B-32; `none` when vision and text are given here."""
     embed_dim: int = 128
     """Width D of the shared space; a named model brings its own."""
@@ -45,7 +45,7 @@ class PairConfig:
     """Mean of each colour channel that the image tower is fed with, in [0, 1]; open_clip's default."""
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     """Standard deviation of each colour channel, in [0, 1]; open_clip's default."""
-    weights: str = "none"
+    weights: str | None = None
     """A safetensors file in open_clip's layout to start both towers from."""
 
 
@@ -53,7 +53,7 @@ class PairConfig:
 class InputConfig:
     """How files become batches."""
 
-    image_column: str = "none"
+    image_column: str | None = None
     """Column of image paths in a table; `none` finds it."""
     caption_columns: tuple[str, ...] = ()
     """Columns of captions in a table; empty finds them."""
@@ -130,12 +130,12 @@ class OptimConfig:
 class RunConfig:
     """One training run, complete: with the data, this file alone repeats it."""
 
-    data: str = "none"
+    data: str | None = None
     """Folder, table or tar shards with images and captions; `shapes` is the built-in world."""
-    classes: str = "none"
+    classes: str | None = None
     """Labelled images for zero-shot classification: class folders or CLIP_benchmark's layout; `shapes` is built in."""
     third: tuple[str, ...] = ()
-    """Frozen third towers: timm:NAME[@FILE], hf:…, open_clip:…, file:RUN, hf-text:…; several as NAME=SPEC; `none`."""
+    """Frozen third towers, such as timm:NAME; several as NAME=SPEC. `threetowers towers` lists what there is."""
     method: Method = "3t"
     steps: int = 1000
     batch_size: int = 256
@@ -146,7 +146,7 @@ class RunConfig:
     log_every_steps: int = 20
     eval_every_steps: int = 0
     """Validate each time this many steps are done; 0 only at the end."""
-    keep_best: str = "none"
+    keep_best: str | None = None
     """A validation metric such as val/mean_r@1: the finished run holds the weights of the step where it was highest."""
     patience: int = 0
     """End the run after this many validations in a row without a better keep_best; 0 never does."""
@@ -156,9 +156,9 @@ class RunConfig:
     """Write checkpoints in a thread, from a copy of the weights and moments in host memory."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
-    precision: Literal["fp32", "bf16-autocast", "bf16-copy"] = "fp32"
-    """Precision of the main towers; weights, heads, logits and losses are fp32 all the same. bf16-autocast casts at
-    every operation, bf16-copy once a step; `threetowers doctor` says whether the device has bf16."""
+    precision: Literal["fp32", "bf16-autocast"] = "fp32"
+    """Precision of the main towers; weights, heads and losses are fp32 all the same. `threetowers doctor` says whether
+    the device has bf16."""
     grad_checkpointing: bool = False
     """Keep fewer activations and compute them again for the gradient: less memory, about a third more time."""
     compile: bool = False
@@ -167,7 +167,7 @@ class RunConfig:
     """Precision of the frozen towers' weights and arithmetic; bf16 is faster where the device has it."""
     third_features: Literal["pooled", "cls", "mean"] = "pooled"
     """What a frozen tower gives: its own pooled features, its class token, or the mean over patches or words."""
-    embeddings: str = "none"
+    embeddings: str | None = None
     """A store that `threetowers embed` made, or the folder of several; what is missing there is made on first use.
     `none` puts the folder beside the run folder."""
     pair: PairConfig = field(default_factory=PairConfig)
@@ -180,15 +180,14 @@ class RunConfig:
 
         Raises UsageError when several towers have no names of their own, or two share one.
         """
-        given = [entry for entry in self.third if entry != "none"]
         named: dict[str, str] = {}
-        for entry in given:
+        for entry in self.third:
             label, equals, spec = entry.partition("=")
             if not equals or ":" in label:
                 label, spec = "", entry
-            if not label and len(given) > 1:
+            if not label and len(self.third) > 1:
                 raise UsageError(
-                    f"third: {entry!r} has no name, and {len(given)} third towers are given. "
+                    f"third: {entry!r} has no name, and {len(self.third)} third towers are given. "
                     f"Write each as NAME=SPEC, for example dino={spec}"
                 )
             if label and not label.isidentifier():
@@ -269,9 +268,9 @@ def check(config: RunConfig) -> None:
             for part in key.split("."):
                 value = getattr(value, part)
             raise UsageError(f"{key}: {value!r} is out of range; it must be {allowed}")
-    if config.patience and config.keep_best == "none":
+    if config.patience and config.keep_best is None:
         raise UsageError("patience: name the metric in keep_best, for example --keep-best val/mean_r@1")
-    if config.keep_best != "none" and not config.eval_every_steps:
+    if config.keep_best is not None and not config.eval_every_steps:
         raise UsageError(
             f"keep_best: {config.keep_best} needs validations to choose from; give --eval-every-steps"
         )
@@ -328,9 +327,11 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
             raise UsageError(f"{path}: expected a table of keys, got {value!r}")
         return {str(k): _coerce(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
     if origin in (Union, types.UnionType):
+        if type(None) in arguments and value == "none":
+            return None
         if any(type(value) is kind for kind in arguments):
             return value
-        names = " or ".join(kind.__name__ for kind in arguments)
+        names = " or ".join(kind.__name__ for kind in arguments if kind is not type(None))
         raise UsageError(f"{path}: expected {names}, got {value!r}")
     if hint is float and type(value) is int:
         return float(value)
@@ -342,6 +343,8 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
 def _coerce_tuple(value: Any, arguments: tuple[Any, ...], path: str) -> tuple[Any, ...]:
     values = list(value) if isinstance(value, list | tuple) else [value]
     open_ended = len(arguments) == 2 and arguments[1] is Ellipsis
+    if open_ended and values == ["none"]:
+        return ()
     if not open_ended and len(values) != len(arguments):
         raise UsageError(f"{path}: expected {len(arguments)} values, got {len(values)}")
     kinds = [arguments[0]] * len(values) if open_ended else list(arguments)
@@ -375,12 +378,16 @@ def apply_values(config: T, values: dict[str, Any], path: str | Path) -> T:
 
 
 def as_plain(config: Any) -> dict[str, Any]:
-    """The configuration as nested plain values (tuples become lists), every key present."""
-    return {
-        f.name: as_plain(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-        for f in fields(config)
-        for value in [getattr(config, f.name)]
-    }
+    """The configuration as nested values that TOML has, every key present: tuples as lists, None as `none`."""
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return as_plain(value)
+    if value is None:
+        return "none"
+    return list(value) if isinstance(value, tuple) else value
 
 
 def write_config(config: RunConfig, path: str | Path) -> None:

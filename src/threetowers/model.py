@@ -5,7 +5,7 @@ Legend: B samples, D embedding width, P a frozen tower's width.
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.errors import UsageError
 from threetowers.objective import losses, tiled
 from threetowers.objective.pairs import Objective, Row, objective, tower_of
-from threetowers.towers.frozen.load import Frozen, as_image_tower
-from threetowers.towers.frozen.text import FrozenTextTower
+from threetowers.towers.frozen.base import FrozenTower
+from threetowers.towers.frozen.image_tower import as_image_tower
 from threetowers.towers.heads import head
 from threetowers.towers.pair import (
     build_image_tower,
@@ -28,7 +28,6 @@ from threetowers.towers.pair import (
     load_pair_weights,
     model_config,
 )
-from threetowers.towers.working_copy import WorkingCopy
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,17 @@ class ThreeTowers(nn.Module):
     def __init__(
         self,
         table: Objective,
-        image: nn.Module | None,
-        text: nn.Module,
+        img: nn.Module | None,
+        txt: nn.Module,
         embed_dim: int,
         third_widths: Mapping[str, int],
         options: ObjectiveConfig,
-        spec: ImageSpec,
+        image: ImageSpec,
         seed: int,
     ) -> None:
         super().__init__()
-        self.objective, self.spec, self.embed_dim = table, spec, embed_dim
-        self.img, self.txt = image, text
+        self.objective, self.image, self.embed_dim = table, image, embed_dim
+        self.img, self.txt = img, txt
         self.thirds, self.third_widths = tuple(third_widths), dict(third_widths)
         self.register_buffer("third_norms", torch.ones(len(self.thirds)))
         widths = {"img": embed_dim, "txt": embed_dim, **third_widths}
@@ -87,21 +86,18 @@ class ThreeTowers(nn.Module):
         tokens: Tensor | None = None,
         thirds: Mapping[str, Tensor] | None = None,
         autocast: AbstractContextManager[Any] | None = None,
-        working: WorkingCopy | None = None,
     ) -> dict[str, Tensor]:
         """Features fp32 by tower name, of whichever inputs are given.
 
         pixels: uint8 [B, 3, H, W]. tokens: int64 [B, n]. thirds: frozen features [B, P] by view name, as the tower
-        gave them. autocast: a context for the towers' precision. working: a bf16 copy of the towers to use instead.
+        gave them. autocast: a context for the main towers' precision.
         """
         feats: dict[str, Tensor] = {}
-        img, txt = (working.img, working.txt) if working else (self.img, self.txt)
-        with autocast or torch.autocast("cpu", enabled=False):
-            if pixels is not None and img is not None:
-                images = normalise(pixels, self.spec)
-                feats["img"] = img(images.bfloat16() if working else images).float()
+        with autocast or nullcontext():
+            if pixels is not None and self.img is not None:
+                feats["img"] = self.img(normalise(pixels, self.image)).float()
             if tokens is not None:
-                feats["txt"] = encode_text(txt, tokens).float()
+                feats["txt"] = encode_text(self.txt, tokens).float()
         for view, norm in zip(self.thirds, self.third_norms, strict=True):
             if thirds is not None and view in thirds:
                 feats[view] = thirds[view].float() * norm
@@ -125,8 +121,10 @@ class ThreeTowers(nn.Module):
         """Keeps every scale at most its maximum; called after each optimiser step."""
         self.log_scale.clamp_(max=self.max_log_scale)
 
-    def row_loss(self, index: int, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = ()) -> Tensor:
-        """The loss of one row of the table, not weighted."""
+    def row_loss(
+        self, index: int, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = (), *, bf16: bool = False
+    ) -> Tensor:
+        """The loss of one row of the table, not weighted; see `loss`."""
         row: Row = self.objective.rows[index]
         if row.kind == "mse":
             return losses.mse_loss(self.raw_view(row.a, feats), self.raw_view(row.b, feats))
@@ -135,17 +133,20 @@ class ThreeTowers(nn.Module):
             return losses.cosine_loss(a, b)
         if row.kind == "sigmoid":
             assert self.bias is not None
-            return tiled.sigmoid_loss(a, b, self.scale(index), self.bias[index], ids)
-        return tiled.softmax_loss(a, b, self.scale(index), ids)
+            return tiled.sigmoid_loss(a, b, self.scale(index), self.bias[index], ids, bf16=bf16)
+        return tiled.softmax_loss(a, b, self.scale(index), ids, bf16=bf16)
 
     def loss(
-        self, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = ()
+        self, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = (), *, bf16: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum over the rows, and each row's own loss by the row's name.
 
-        ids: int64 [B] each; samples that share one are not each other's negatives.
+        ids: int64 [B] each; samples that share one are not each other's negatives. bf16: on CUDA, multiply in bf16
+        and add in fp32; positive pairs are fp32 all the same.
         """
-        rows = {row.name: self.row_loss(i, feats, ids) for i, row in enumerate(self.objective.rows)}
+        rows = {
+            row.name: self.row_loss(i, feats, ids, bf16=bf16) for i, row in enumerate(self.objective.rows)
+        }
         total = sum(row.weight * rows[row.name] for row in self.objective.rows)
         assert isinstance(total, Tensor)
         return total, rows
@@ -174,7 +175,7 @@ class ThreeTowers(nn.Module):
 
 
 def build(
-    config: RunConfig, thirds: Mapping[str, Frozen], text_cfg: Mapping[str, Any]
+    config: RunConfig, thirds: Mapping[str, FrozenTower], text_cfg: Mapping[str, Any]
 ) -> tuple[ThreeTowers, Architecture]:
     """The model of a configuration, freshly initialised, and the architecture of its pair.
 
@@ -184,40 +185,47 @@ def build(
     table = objective(config)
     model_cfg = model_config(config.pair)
     model_cfg["text_cfg"] = {**model_cfg["text_cfg"], **text_cfg}
-    spec = image_spec(model_cfg, config.pair)
+    image = image_spec(model_cfg, config.pair)
+    img: nn.Module | None
     if table.image == "own":
-        image: nn.Module | None = build_image_tower(model_cfg, config.seed)
+        img = build_image_tower(model_cfg, config.seed)
     else:
         (third,) = thirds.values()
-        if isinstance(third, FrozenTextTower):
-            raise UsageError(
-                f"method {config.method!r} takes its image tower from the third tower, and {third.spec!r} reads texts; "
-                "give it an image tower, or use it with method 3t"
-            )
-        spec, projection = third.image, None
-        if config.objective.lit_projection:
-            projection = head(
-                third.width, model_cfg["embed_dim"], seed=config.seed, name="img"
-            ).weight.detach()
-        else:
-            model_cfg["embed_dim"] = third.width
-        image, model_cfg["vision_cfg"] = as_image_tower(third, projection)
-        if model_cfg.get("quick_gelu") and "timm_model_name" not in model_cfg["vision_cfg"]:
-            raise UsageError(f"pair.model: {config.pair.model!r} would change the activation of {third.spec!r}; take a "
-                             "pair without quickgelu")  # fmt: skip
+        img = _image_tower_of(third, config, model_cfg)
+        image = third.image
         if table.image == "third":
-            image = None  # LiT reads the frozen tower's features; its network joins the pair when training is done
-    text = build_text_tower(model_cfg, config.seed)
-    if config.pair.weights != "none":
+            img = None  # LiT reads the frozen tower's features; its network joins the pair when training is done
+    txt = build_text_tower(model_cfg, config.seed)
+    if config.pair.weights is not None:
         if table.image != "own":
             raise UsageError(
                 f"pair.weights: method {config.method!r} takes its image tower from the third tower"
             )
-        assert image is not None
-        load_pair_weights(image, text, config.pair.weights)
+        assert img is not None
+        load_pair_weights(img, txt, config.pair.weights)
     used = {tower_of(view) for view in table.views()}
     widths = {view: t.width for view, t in thirds.items() if view in used or table.image == "third"}
-    model = ThreeTowers(
-        table, image, text, model_cfg["embed_dim"], widths, config.objective, spec, config.seed
-    )
-    return model, Architecture(model_cfg, spec)
+    model = ThreeTowers(table, img, txt, model_cfg["embed_dim"], widths, config.objective, image, config.seed)
+    return model, Architecture(model_cfg, image)
+
+
+def _image_tower_of(third: FrozenTower, config: RunConfig, model_cfg: dict[str, Any]) -> nn.Module:
+    """The frozen tower's network as image tower; writes its vision_cfg, and its width, into model_cfg."""
+    if third.reads == "texts":
+        raise UsageError(
+            f"method {config.method!r} takes its image tower from the third tower, and {third.spec!r} reads texts; "
+            "give it an image tower, or use it with method 3t"
+        )
+    projection = None
+    if config.objective.lit_projection:
+        layer = head(third.width, model_cfg["embed_dim"], seed=config.seed, name="img")
+        projection = layer.weight.detach()
+    else:
+        model_cfg["embed_dim"] = third.width
+    img, model_cfg["vision_cfg"] = as_image_tower(third, projection)
+    if model_cfg.get("quick_gelu") and "timm_model_name" not in model_cfg["vision_cfg"]:
+        raise UsageError(
+            f"pair.model: {config.pair.model!r} would change the activation of {third.spec!r}; take a pair without "
+            "quickgelu"
+        )
+    return img

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from threetowers.files import cache_folder
+from threetowers.files import cache_folder, nearest_folder
 
 State = Literal["ok", "warn", "fail"]
 
@@ -81,8 +81,7 @@ def doctor(folder: Path) -> Iterator[Check]:
     weights = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     places = {"disk here": folder, "disk of the cache": cache_folder(), "disk of weights": weights}
     for name, place in places.items():
-        there = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.exists())
-        yield check_space(name, str(place), shutil.disk_usage(there).free)
+        yield check_space(name, str(place), shutil.disk_usage(nearest_folder(place)).free)
     yield check_speed(folder)
     yield check_shared_memory(Path("/dev/shm"))
     yield check_encoding(locale.getpreferredencoding(False), sys.getfilesystemencoding(), sys.stdout.encoding)

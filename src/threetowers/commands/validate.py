@@ -16,20 +16,19 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from threetowers.config import RunConfig, replace_nested
+from threetowers.config import RunConfig
 from threetowers.data.decode import decode
 from threetowers.data.loader import Batch, BatchReader
 from threetowers.data.order import Order, hash64
 from threetowers.data.source import Source
 from threetowers.data.transforms import fixed_view
 from threetowers.errors import BadSample, CheckpointError, DataError, NonFiniteError, UsageError
+from threetowers.files import nearest_folder
 from threetowers.objective.pairs import objective
 from threetowers.progress import duration
-from threetowers.run.setup import Prepared, assemble, check_settings, describe_data, open_data
-from threetowers.towers.frozen.load import FrozenTower
-from threetowers.train.accumulate import accumulate, masked_ids
+from threetowers.run.setup import Setup, assemble, check_settings, describe_data, open_data
 from threetowers.train.guards import differing_keys
-from threetowers.train.optim import adamw
+from threetowers.train.step import StepResult, TrainingStep
 
 IMAGES = 200  # decoded
 CAPTIONED = 20_000  # images whose captions are compared
@@ -50,17 +49,17 @@ def validate(config: RunConfig, folder: Path) -> Iterator[str]:
     yield describe_data(config)
     train, val, test = open_data(config)
     yield from _images(config, train)
-    run = assemble(config, folder)
-    yield from _captions(run)
-    yield from _towers(run)
+    setup = assemble(config, folder)
+    yield from _captions(setup)
+    yield from _towers(setup)
     try:
-        yield from _step(run)
+        yield from _step(setup)
     except torch.OutOfMemoryError as error:
         raise UsageError(
-            f"batch_size: {config.batch_size} does not fit into the memory of {run.device}; take a smaller batch, "
-            "or precision bf16"
+            f"batch_size: {config.batch_size} does not fit into the memory of {setup.device}; take a smaller batch, "
+            "or precision bf16-autocast"
         ) from error
-    yield from _disk(run, folder, len(train) + len(val) + len(test))
+    yield from _disk(setup, folder, len(train) + len(val) + len(test))
     yield "valid"
 
 
@@ -103,14 +102,14 @@ def _images(config: RunConfig, source: Source) -> Iterator[str]:
         )
 
 
-def _captions(run: Prepared) -> Iterator[str]:
+def _captions(setup: Setup) -> Iterator[str]:
     """Some captions as the text tower sees them, and the shares that are cut or not unique."""
-    source, tokenizer = run.train, run.tokenizer
-    records = [source.record(index) for index in _drawn(run.config.seed, len(source), CAPTIONED)]
+    source, tokenizer = setup.train, setup.tokenizer
+    records = [source.record(index) for index in _drawn(setup.config.seed, len(source), CAPTIONED)]
     captions = [caption for record in records for caption in record.captions]
     if not captions:
         raise DataError(f"{source.name}: none of {len(records)} images drawn has a caption")
-    chosen = [captions[index] for index in _drawn(run.config.seed, len(captions), TOKENIZED)]
+    chosen = [captions[index] for index in _drawn(setup.config.seed, len(captions), TOKENIZED)]
     tokens = tokenizer(chosen)
     lengths = tokenizer.lengths(tokens)
     yield (
@@ -123,7 +122,7 @@ def _captions(run: Prepared) -> Iterator[str]:
     counts = Counter(captions)
     repeated = sum(count for count in counts.values() if count > 1) / len(captions)
     yield f"  {cut:.1%} are cut at the context length, {repeated:.1%} occur more than once"
-    if repeated > 0.1 and not run.config.inputs.mask_duplicates:
+    if repeated > 0.1 and not setup.config.inputs.mask_duplicates:
         yield "  note: equal captions count as each other's negatives, but not with --inputs.mask-duplicates True"
 
 
@@ -142,17 +141,17 @@ def _amount(size: float) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
-def _towers(run: Prepared) -> Iterator[str]:
+def _towers(setup: Setup) -> Iterator[str]:
     """Shapes and parameters of every tower, and what they take of the device's memory."""
-    model = run.model
+    model = setup.model
     if model.img is not None:
-        size = model.spec.size
+        size = model.image.size
         yield f"img: 3 × {size} × {size} → {model.embed_dim}, {_size(model.img) / 1e6:.2f} M parameters"
-    context = int(run.architecture.model_cfg["text_cfg"].get("context_length", 77))
+    context = int(setup.architecture.model_cfg["text_cfg"].get("context_length", 77))
     yield f"txt: {context} tokens → {model.embed_dim}, {_size(model.txt) / 1e6:.2f} M parameters"
-    for view, tower in run.thirds.items():
+    for view, tower in setup.thirds.towers.items():
         taken = "tokens"
-        if isinstance(tower, FrozenTower):
+        if tower.reads == "images":
             taken = f"3 × {tower.image.size} × {tower.image.size}"
         yield (
             f"{view}: {taken} → {tower.width}, {_size(tower.module) / 1e6:.2f} M parameters, frozen: {tower.spec}"
@@ -160,9 +159,9 @@ def _towers(run: Prepared) -> Iterator[str]:
     for view, layer in model.heads.items():
         yield f"head {view}: {_size(layer) / 1e6:.3f} M parameters"
     rows = ", ".join(f"{row.name} × {row.weight:.3g}" for row in model.objective.rows)
-    yield f"rows of {run.config.method}: {rows}"
+    yield f"rows of {setup.config.method}: {rows}"
     weights, trained = _bytes(dict(model.named_parameters())), _trained_bytes(model)
-    frozen = sum(_bytes(dict(tower.module.named_parameters())) for tower in run.thirds.values())
+    frozen = sum(_bytes(dict(tower.module.named_parameters())) for tower in setup.thirds.towers.values())
     total = weights + 3 * trained + frozen
     yield (
         f"memory: parameters {_amount(weights)}, gradients {_amount(trained)}, moments {_amount(2 * trained)}, "
@@ -174,45 +173,34 @@ def _trained_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _step(run: Prepared) -> Iterator[str]:
-    """Steps on one real batch; NonFiniteError when a row's loss or the gradient is not finite."""
-    config, model, live = run.config, run.model, run.live()
-    num = config.batch_size if run.device.type == "cuda" else min(config.batch_size, CPU_BATCH)
-    batch, data_seconds = _batch(run, num)
-    thirds, embed_seconds = _third_features(run, batch)
-    batch = replace(batch, thirds=thirds)
-    run = replace(
-        run, config=replace_nested(config, {"inputs": {"third_view": "fixed"}})
-    )  # they are there now
+def _step(setup: Setup) -> Iterator[str]:
+    """Training steps on one real batch; NonFiniteError when a row's loss or the gradient is not finite."""
+    config, live = setup.config, bool(setup.thirds.live)
+    num = config.batch_size if setup.device.type == "cuda" else min(config.batch_size, CPU_BATCH)
+    batch, data_seconds = _batch(setup, num)
+    features, embed_seconds = _third_features(setup, batch)
+    batch = replace(batch, third_features=features, third_pixels={})
     torch.manual_seed(config.seed)
-    optimizer = adamw(model, config.optim)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    model.train()
+    take_step = TrainingStep(config, setup.model, setup.device, lambda batch: batch.third_features)
     seconds = math.inf
     for step in range(STEPS):
         start = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        if 0 < config.micro_batch_size < num:
-            loss, rows, _ = accumulate(run, batch)
-        else:
-            loss, rows = model.loss(run.features(batch), masked_ids(run, batch))
-            loss.backward()  # type: ignore[no-untyped-call]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm or math.inf))
-        if step == 0:
-            yield _first_step(loss, rows, norm, num, config.batch_size)
-        optimizer.step()
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
+        result = take_step(batch, config.optim.lr)
+        if setup.device.type == "cuda":
+            torch.cuda.synchronize(setup.device)
         if step:
             seconds = min(seconds, time.perf_counter() - start)
-    if run.device.type == "cuda":
-        yield f"memory at the step: {_amount(torch.cuda.max_memory_allocated(run.device))}"
-    stored = 0.0 if live or not thirds else embed_seconds / num * len(run.train)
+        else:
+            yield _first_step(result, num, config.batch_size)
+    if setup.device.type == "cuda":
+        yield f"memory at the step: {_amount(torch.cuda.max_memory_allocated(setup.device))}"
+    stored = 0.0 if live or not features else embed_seconds / num * len(setup.train)
     yield _time(config, (seconds + (embed_seconds if live else 0.0)) / num, data_seconds / num, stored)
 
 
-def _first_step(loss: Tensor, rows: Mapping[str, Tensor], norm: float, num: int, batch_size: int) -> str:
-    values = {name: value.item() for name, value in rows.items()}
+def _first_step(result: StepResult, num: int, batch_size: int) -> str:
+    norm = result.norm.item()
+    values = {name: value.item() for name, value in result.rows.items()}
     shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
     if wrong or not math.isfinite(norm):
@@ -221,48 +209,47 @@ def _first_step(loss: Tensor, rows: Mapping[str, Tensor], norm: float, num: int,
             f"{'the rows ' + ', '.join(wrong) if wrong else 'objective.init_scale'}, at given weights, or take fp32"
         )
     some = f" ({num} of its {batch_size:,} samples)" if num < batch_size else ""
-    return f"step{some}: loss {loss.item():.3f} ({shown}), gradient norm {norm:.3g}"
+    return f"step{some}: loss {result.loss.item():.3f} ({shown}), gradient norm {norm:.3g}"
 
 
-def _batch(run: Prepared, num: int) -> tuple[Batch, float]:
+def _batch(setup: Setup, num: int) -> tuple[Batch, float]:
     """The first samples of the run on the device, and the seconds that a training step would wait for them."""
-    live = {view: tower.image for view, tower in run.thirds.items() if isinstance(tower, FrozenTower)}
     reader = BatchReader(
-        run.train,
-        Order(run.config.seed, len(run.train), run.config.batch_size),
-        run.tokenizer,
-        run.config.inputs,
-        image=run.model.spec,
-        live=live if run.live() else {},
+        setup.train,
+        Order(setup.config.seed, len(setup.train), setup.config.batch_size),
+        setup.tokenizer,
+        setup.config.inputs,
+        image=setup.model.image,
+        live=setup.thirds.live_images(),
     )
     start = time.perf_counter()
     batch = reader[range(num)]
     seconds = time.perf_counter() - start
-    return batch.to(run.device), seconds if run.model.needs_pixels() or run.live() else 0.0
+    return batch.to(setup.device), seconds if setup.model.needs_pixels() or setup.thirds.live else 0.0
 
 
-def _third_features(run: Prepared, batch: Batch) -> tuple[dict[str, Tensor], float]:
-    """The frozen features of a batch, whose norms the model is given, and the seconds that they took."""
+def _third_features(setup: Setup, batch: Batch) -> tuple[dict[str, Tensor], float]:
+    """The frozen features of a batch, and the seconds that they took; sets their norms in the model."""
     features: dict[str, Tensor] = {}
     start = time.perf_counter()
-    for view in run.model.thirds:
-        tower = run.thirds[view]
-        records = [run.train.record(int(index)) for index in batch.index]
-        if not isinstance(tower, FrozenTower):
-            features[view] = tower(tower.tokenizer([r.captions[0] for r in records]).to(run.device))
-        elif view in batch.thirds:
-            features[view] = tower(batch.thirds[view])
+    for view in setup.thirds.used:
+        tower = setup.thirds.towers[view]
+        records = [setup.train.record(index) for index in batch.index.tolist()]
+        if view in batch.third_pixels:
+            inputs = batch.third_pixels[view]
+        elif tower.reads == "texts":
+            inputs = tower.tokenizer([record.captions[0] for record in records])
         else:
-            indices = batch.index.tolist()
-            images = [decode(run.train.image(i), r.id) for i, r in zip(indices, records, strict=True)]
-            pixels = np.stack([fixed_view(image, tower.image) for image in images])
-            features[view] = tower(torch.from_numpy(pixels).to(run.device))
+            files = [setup.train.image(index) for index in batch.index.tolist()]
+            images = [decode(file, record.id) for file, record in zip(files, records, strict=True)]
+            inputs = torch.from_numpy(np.stack([fixed_view(image, tower.image) for image in images]))
+        features[view] = tower(inputs.to(setup.device))
         mean_square = float(features[view].square().sum(1).mean())
         if not math.isfinite(mean_square):
             raise NonFiniteError(
                 f"{tower.spec}: its features are not finite; take third_precision fp32, or another tower"
             )
-        run.model.set_third_norm(view, mean_square)
+        setup.model.set_third_norm(view, mean_square)
     return features, time.perf_counter() - start
 
 
@@ -280,16 +267,16 @@ def _time(config: RunConfig, step: float, data: float, stored: float) -> str:
     )
 
 
-def _disk(run: Prepared, folder: Path, num_images: int) -> Iterator[str]:
+def _disk(setup: Setup, folder: Path, num_images: int) -> Iterator[str]:
     """What checkpoints, model and stored embeddings take; CheckpointError when the disk cannot hold them."""
-    model = _bytes(run.model.state_dict())
-    checkpoint = model + 2 * _trained_bytes(run.model)
-    kept = run.config.keep_checkpoints + 1  # an old one goes only when the new one is there
+    model = _bytes(setup.model.state_dict())
+    checkpoint = model + 2 * _trained_bytes(setup.model)
+    kept = setup.config.keep_checkpoints + 1  # an old one goes only when the new one is there
     stores = 0
-    if not run.live():
-        stores = sum(2 * num_images * run.thirds[view].width for view in run.model.thirds)
+    if not setup.thirds.live:
+        stores = sum(2 * num_images * setup.thirds.towers[view].width for view in setup.thirds.used)
     needed = kept * checkpoint + model + stores
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    there = nearest_folder(folder)
     free = shutil.disk_usage(there).free
     yield (
         f"disk: {kept} checkpoints × {_amount(checkpoint)}, model {_amount(model)}, stored embeddings "

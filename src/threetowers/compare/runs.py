@@ -27,9 +27,9 @@ from threetowers.evaluate.statistics import bootstrap_interval, t_interval
 from threetowers.objective.pairs import objective
 from threetowers.progress import duration
 from threetowers.run.finished import load_run
-from threetowers.run.setup import captioned, check_settings, describe_data, open_data
+from threetowers.run.setup import check_settings, describe_data, open_data
+from threetowers.run.thirds import captioned
 from threetowers.towers.frozen.load import load_frozen
-from threetowers.towers.frozen.text import FrozenTextTower
 from threetowers.towers.weights import read_safetensors
 from threetowers.train.guards import differing_keys
 from threetowers.train.loop import train
@@ -100,7 +100,7 @@ def train_all(
         # a tower that cannot be used should say so before an hour of training
         tower = load_frozen(spec, name, features=config.third_features, precision=config.third_precision)
         lit = [method for method in options.methods if method.startswith("lit")]
-        if lit and isinstance(tower, FrozenTextTower):
+        if lit and tower.reads == "texts":
             raise UsageError(
                 f"compare: the image tower of {' and '.join(lit)} is the third tower, and {spec!r} reads texts. Leave "
                 "out what cannot use it: --methods baseline 3t"
@@ -159,7 +159,7 @@ def _job(config: RunConfig, thirds: dict[str, str], key: Key, seed: int, lr: flo
         method=method,  # type: ignore[arg-type]
         third=(thirds[third],) if third else (),
         seed=seed,
-        embeddings=str(out / "embeddings") if config.embeddings == "none" else config.embeddings,
+        embeddings=str(out / "embeddings") if config.embeddings is None else config.embeddings,
         optim=replace(config.optim, lr=lr),
     )
     return Job(method, third, seed, lr, own, out / "runs" / name)

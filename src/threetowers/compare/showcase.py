@@ -118,12 +118,12 @@ def inference_rate(run: FinishedRun, num_images: int = 64, repeats: int = 3) -> 
 
 def identical_without_third(folder: Path, num_images: int = 64) -> bool:
     """Whether a finished run's pair gives the same bits alone as it does beside its third tower."""
-    run = prepare(read_config(folder / "config.toml"), folder, saved_tokenizer=folder)
-    restore_trained(run.model, folder)
-    source = run.test if len(run.test) else run.train
+    setup = prepare(read_config(folder / "config.toml"), folder, saved_tokenizer=folder)
+    restore_trained(setup.model, folder)
+    source = setup.test if len(setup.test) else setup.train
     sample = Subset(source, array("q", range(min(len(source), num_images))), f"the first of {source.name}")
-    beside = encode(run.model, sample, run.tokenizer, run.stores(sample), run.device)
-    alone = load_run(folder, run.device)
+    beside = encode(setup.model, sample, setup.tokenizer, setup.thirds.stores(sample), setup.device)
+    alone = load_run(folder, setup.device)
     images = [decode(sample.image(i), sample.record(i).id) for i in beside.index.tolist()]
     return torch.equal(alone.encode_image(images), beside.views["img"]) and torch.equal(
         alone.encode_text(beside.captions), beside.views["txt"]

@@ -68,8 +68,10 @@ class Batch:
     """int64 [B, n]."""
     pixels: Tensor | None
     """uint8 [B, 3, H, W] for the main image tower; None when it is not needed."""
-    thirds: dict[str, Tensor]
-    """By view name: stored features float32 [B, P], or uint8 pixels [B, 3, H, W] for a live tower."""
+    third_features: dict[str, Tensor]
+    """Stored features of frozen towers, float32 [B, P] by view name."""
+    third_pixels: dict[str, Tensor]
+    """What frozen towers that run live take, uint8 [B, 3, H, W] by view name."""
     image_ids: Tensor
     """int64 [B], equal for equal images."""
     caption_ids: Tensor
@@ -83,7 +85,8 @@ class Batch:
             index=self.index[start:stop],
             tokens=self.tokens[start:stop],
             pixels=None if self.pixels is None else self.pixels[start:stop],
-            thirds={view: value[start:stop] for view, value in self.thirds.items()},
+            third_features={view: value[start:stop] for view, value in self.third_features.items()},
+            third_pixels={view: value[start:stop] for view, value in self.third_pixels.items()},
             image_ids=self.image_ids[start:stop],
             caption_ids=self.caption_ids[start:stop],
         )
@@ -100,7 +103,8 @@ class Batch:
             self,
             tokens=do(self.tokens),
             pixels=None if self.pixels is None else do(self.pixels),
-            thirds={view: do(value) for view, value in self.thirds.items()},
+            third_features={view: do(value) for view, value in self.third_features.items()},
+            third_pixels={view: do(value) for view, value in self.third_pixels.items()},
             image_ids=do(self.image_ids),
             caption_ids=do(self.caption_ids),
         )
@@ -145,8 +149,10 @@ class BatchReader:
             index=torch.from_numpy(index),
             tokens=tokens[:, : int(self.tokenizer.lengths(tokens).max())],
             pixels=views.pop("img", None),
-            thirds=views
-            | {name: store.rows(index, drawn[store.side]) for name, store in self.stores.items()},
+            third_features={
+                name: store.rows(index, drawn[store.side]) for name, store in self.stores.items()
+            },
+            third_pixels=views,
             image_ids=_as_ids([sample.id for sample in samples]),
             caption_ids=_as_ids(texts),
             bad=bad,

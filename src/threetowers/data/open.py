@@ -52,7 +52,7 @@ def split(
 
 def splits(
     path: str, *, val_fraction: float = 0.05, test_fraction: float = 0.05, seed: int = 0,
-    image_column: str = "none", caption_columns: tuple[str, ...] = (),
+    image_column: str | None = None, caption_columns: tuple[str, ...] = (),
 ) -> tuple[Source, Source, Source]:  # fmt: skip
     """Training, validation and test part of what a path holds.
 
@@ -94,7 +94,7 @@ def splits(
     return parts
 
 
-def _given_parts(path: str, columns: tuple[str, tuple[str, ...]]) -> dict[str, Source]:
+def _given_parts(path: str, columns: tuple[str | None, tuple[str, ...]]) -> dict[str, Source]:
     """The parts (train, val, test) that come with the data, by name; empty when it is one whole."""
     from threetowers.data.formats.annotations import names_annotations, open_parts
     from threetowers.data.formats.hf_datasets import names_dataset, open_dataset_parts
@@ -126,7 +126,9 @@ def _has_split_folders(folder: Path) -> bool:
     return not others or not others.isdisjoint((*_VAL_FOLDERS, "test"))
 
 
-def open_source(path: str, *, image_column: str = "none", caption_columns: tuple[str, ...] = ()) -> Source:
+def open_source(
+    path: str, *, image_column: str | None = None, caption_columns: tuple[str, ...] = ()
+) -> Source:
     """The source that a path means: tar shards, a table or annotation file, a folder of images, or a mix of these.
 
         open_source("cc3m/{00000..00331}.tar")     # shards; also a folder of them, one, or several joined by ::
@@ -176,13 +178,13 @@ def open_source(path: str, *, image_column: str = "none", caption_columns: tuple
     return source
 
 
-def _without_columns(path: str, columns: tuple[str, tuple[str, ...]], source: Source) -> Source:
+def _without_columns(path: str, columns: tuple[str | None, tuple[str, ...]], source: Source) -> Source:
     _refuse_columns(path, columns)
     return source
 
 
-def _refuse_columns(path: str, columns: tuple[str, tuple[str, ...]]) -> None:
-    if columns != ("none", ()):
+def _refuse_columns(path: str, columns: tuple[str | None, tuple[str, ...]]) -> None:
+    if columns != (None, ()):
         raise UsageError(
             f"{path} is no table, so image_column and caption_columns mean nothing; leave them out"
         )

@@ -143,7 +143,7 @@ def _encode_images(
     if model.needs_pixels():
         kept = []
         loader: DataLoader[Any] = DataLoader(
-            _FixedViews(source, model.spec),  # type: ignore[arg-type]
+            _FixedViews(source, model.image),  # type: ignore[arg-type]
             sampler=[wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)],
             batch_size=None,
             num_workers=workers,

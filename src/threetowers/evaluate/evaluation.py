@@ -19,7 +19,7 @@ from threetowers.evaluate.retrieval import System, ranks_from_features, recalls
 from threetowers.evaluate.zero_shot import accuracy, class_embeddings, label_ranks, per_class_accuracy
 from threetowers.files import disk_errors
 from threetowers.run.finished import read_description, restore_trained
-from threetowers.run.setup import Prepared, open_classes, prepare
+from threetowers.run.setup import Setup, autocast, open_classes, prepare
 
 SCHEMA = 1
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -67,7 +67,7 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate_run(folder: Path, *, data: str = "none", classes: str = "none") -> Evaluation:
+def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None = None) -> Evaluation:
     """Evaluates a finished run and writes evaluation.json and features.safetensors into its folder.
 
     data: other images and captions to test on (written to no file then); classes: other labelled images.
@@ -75,15 +75,15 @@ def evaluate_run(folder: Path, *, data: str = "none", classes: str = "none") -> 
     """
     read_description(folder)
     config = read_config(folder / "config.toml")
-    if classes != "none":
+    if classes is not None:
         config = replace(config, classes=classes)
-    run = prepare(config, folder, saved_tokenizer=folder)
-    restore_trained(run.model, folder)
-    own = data == "none" and classes == "none"
-    test = run.test if data == "none" else open_source(
+    setup = prepare(config, folder, saved_tokenizer=folder)
+    restore_trained(setup.model, folder)
+    own = data is None and classes is None
+    test = setup.test if data is None else open_source(
         data, image_column=config.inputs.image_column, caption_columns=config.inputs.caption_columns
     )  # fmt: skip
-    result, encoded, class_ranks = evaluate(run, test)
+    result, encoded, class_ranks = evaluate(setup, test)
     if own:
         save_features(folder / "features.safetensors", encoded, class_ranks)
         written = asdict(result) | {"schema": SCHEMA, "clip_benchmark": _clip_benchmark(result, folder)}
@@ -93,16 +93,16 @@ def evaluate_run(folder: Path, *, data: str = "none", classes: str = "none") -> 
     return result
 
 
-def evaluate(run: Prepared, test: Source) -> tuple[Evaluation, dict[str, Encoded], Tensor | None]:
+def evaluate(setup: Setup, test: Source) -> tuple[Evaluation, dict[str, Encoded], Tensor | None]:
     """The figures of a prepared run with trained weights, and what they were computed from.
 
     That is what was encoded of `val` and `test`, and the rank of the right class of every labelled image, int64 [N].
     """
     encoded = {
-        part: _encode(run, source) for part, source in (("val", run.val), ("test", test)) if len(source)
+        part: _encode(setup, source) for part, source in (("val", setup.val), ("test", test)) if len(source)
     }
     encoded = {part: each for part, each in encoded.items() if each.captions}
-    result = Evaluation(data=test.name, num_val=len(run.val), num_test=len(test))
+    result = Evaluation(data=test.name, num_val=len(setup.val), num_test=len(test))
     for part, each in encoded.items():
         setattr(result, part, recalls(ranks_from_features(*each.system("main"), each.text_image)))
         result.num_bad += len(each.bad)
@@ -110,10 +110,10 @@ def evaluate(run: Prepared, test: Source) -> tuple[Evaluation, dict[str, Encoded
         for third in encoded["test"].systems()[1:]:
             swept = sweep(pair_of(encoded["val"], third), pair_of(encoded["test"], third))
             result.combination[third] = sweep_figures(swept)
-    labelled = open_classes(run.config)
+    labelled = open_classes(setup.config)
     class_ranks = None
     if labelled is not None:
-        result.zero_shot, result.per_class, class_ranks = _zero_shot(run, labelled)
+        result.zero_shot, result.per_class, class_ranks = _zero_shot(setup, labelled)
     return result, encoded, class_ranks
 
 
@@ -146,23 +146,23 @@ def save_features(path: Path, encoded: dict[str, Encoded], class_ranks: Tensor |
     partial.replace(path)
 
 
-def _encode(run: Prepared, source: Source) -> Encoded:
+def _encode(setup: Setup, source: Source) -> Encoded:
     return encode(
-        run.model,
+        setup.model,
         source,
-        run.tokenizer,
-        run.stores(source),
-        run.device,
-        workers=run.config.inputs.workers,
-        autocast=run.autocast(),
+        setup.tokenizer,
+        setup.thirds.stores(source),
+        setup.device,
+        workers=setup.config.inputs.workers,
+        autocast=autocast(setup.config, setup.device),
     )
 
 
-def _zero_shot(run: Prepared, labelled: Source) -> tuple[dict[str, float], dict[str, float], Tensor]:
+def _zero_shot(setup: Setup, labelled: Source) -> tuple[dict[str, float], dict[str, float], Tensor]:
     """Accuracy of the main pair on labelled images, overall and by class name, and the right classes' ranks."""
-    encoded = _encode(run, labelled)
+    encoded = _encode(setup, labelled)
     classes = class_embeddings(
-        lambda texts: encode_texts(run.model, texts, run.tokenizer, run.device),
+        lambda texts: encode_texts(setup.model, texts, setup.tokenizer, setup.device),
         labelled.class_names,
         labelled.templates or DEFAULT_TEMPLATES,
     )

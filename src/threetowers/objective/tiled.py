@@ -13,7 +13,6 @@ is fp64: it costs nothing, and a logarithm of a sum keeps its digits.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +52,7 @@ def softmax_loss(
     """Symmetric contrastive loss of unit vectors a, b [N, D], as losses.softmax_loss; once differentiable.
 
     ids: int64 [N] each, as for losses.duplicate_mask. budget: bytes of tiles that may be kept. bf16: multiply in
-    bf16 and add in fp32, with the positive pairs in fp32 all the same.
+    bf16 and add in fp32, with the positive pairs in fp32 all the same; on CUDA alone, where torch has such a product.
     """
     return _apply(_softmax, ids, budget, bf16, a.float(), b.float(), scale.float())
 
@@ -77,7 +76,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, compute: Any, setting: _Setting, *inputs: Tensor) -> Tensor:
-        with torch.autocast(inputs[0].device.type, enabled=False), _products(inputs[0].device, setting.bf16):
+        with torch.autocast(inputs[0].device.type, enabled=False):
             loss, gradients = compute(setting, *inputs)
         ctx.save_for_backward(*gradients)
         assert isinstance(loss, Tensor)
@@ -205,8 +204,8 @@ def _key(at: Tile) -> tuple[int, int]:
 
 def _logits(setting: _Setting, a: Tensor, b: Tensor, scale: Tensor, at: Tile) -> Tensor:
     x, y = a[at[0]] * scale, b[at[1]].T
-    if setting.bf16 and x.is_cuda:
-        return torch.mm(x.bfloat16(), y.bfloat16(), out_dtype=torch.float32)
+    if setting.bf16:
+        return _bf16_product(x.bfloat16(), y.bfloat16())
     return x @ y
 
 
@@ -241,25 +240,10 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
     """total += x @ y in place; the sum over tiles is fp32 though x and y may be bf16."""
     if x.dtype == total.dtype:
         total.addmm_(x, y)
-    elif x.is_cuda:
-        total += torch.mm(x, y, out_dtype=torch.float32)
     else:
-        total += x @ y
+        total += _bf16_product(x, y)
 
 
-@contextmanager
-def _products(device: torch.device, bf16: bool) -> Iterator[None]:
-    """Full fp32 products, or on CPUs those that round their inputs to bf16; the caller's setting is put back.
-
-    torch's setting is global, and a caller who uses its newer form leaves the older one unreadable.
-    """
-    if device.type != "cpu" or not bf16:
-        yield
-        return
-    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = backend.fp32_precision
-    backend.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
+def _bf16_product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y of bf16 matrices, added and returned in fp32; on CUDA alone."""
+    return torch.mm(x, y, out_dtype=torch.float32)

@@ -8,7 +8,6 @@
     model.score(["a.jpg"], ["a red circle"])     # cosines [1, 1]
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +25,11 @@ from threetowers.data.decode import decode
 from threetowers.data.tokenize import Tokenizer, load_tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import BadSample, CheckpointError, DataError
-from threetowers.files import disk_errors
+from threetowers.files import digest_file, disk_errors, write_whole, writing_aside
 from threetowers.model import Architecture, ThreeTowers
 from threetowers.objective.losses import unit
-from threetowers.towers.frozen.load import Frozen, as_image_tower
-from threetowers.towers.frozen.text import FrozenTextTower
+from threetowers.towers.frozen.base import FrozenTower
+from threetowers.towers.frozen.image_tower import as_image_tower
 from threetowers.towers.pair import build_image_tower, build_text_tower, encode_text
 from threetowers.towers.weights import load_strictly, read_safetensors
 
@@ -100,7 +99,7 @@ def _open(image: ImageLike) -> Image.Image:
 
 
 def main_pair(
-    model: ThreeTowers, architecture: Architecture, thirds: Mapping[str, Frozen]
+    model: ThreeTowers, architecture: Architecture, thirds: Mapping[str, FrozenTower]
 ) -> tuple[nn.Module, Architecture]:
     """The image tower that a trained model stands for, and the architecture of the pair with it.
 
@@ -123,16 +122,18 @@ def save_run(
     model: ThreeTowers,
     architecture: Architecture,
     tokenizer: Tokenizer,
-    thirds: Mapping[str, Frozen],
+    thirds: Mapping[str, FrozenTower],
 ) -> None:
     """Writes what `load_run` needs; model.json last, since its presence says that the run is finished."""
     image, architecture = main_pair(model, architecture, thirds)
     state = {f"img.{key}": value for key, value in image.state_dict().items()}
     state |= {key: value for key, value in model.state_dict().items() if not key.startswith("img.")}
     state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    partial = folder / ".model.safetensors.partial"
-    with disk_errors(partial):
-        save_file(state, partial)
+    weights = folder / "model.safetensors"
+    with writing_aside(weights) as temporary:
+        with disk_errors(temporary):
+            save_file(state, temporary)
+        sha256 = digest_file(temporary)
     tokenizer.save(folder)
     described = {
         "schema": SCHEMA,
@@ -142,18 +143,15 @@ def save_run(
         "tokenizer": "open_clip" if config.pair.tokenizer == "open_clip" else "tokenizer.json",
         "thirds": [
             {"view": view, "spec": tower.spec, "width": tower.width, "fingerprint": tower.fingerprint(),
-             "reads": "texts" if isinstance(tower, FrozenTextTower) else "images"}
+             "reads": tower.reads}
             for view, tower in thirds.items()
             if view in model.thirds
         ],
         "num_trainable": model.num_trainable(),
         "rows": [[row.a, row.b, row.weight, row.kind] for row in model.objective.rows],
-        "sha256": hashlib.sha256(partial.read_bytes()).hexdigest(),
+        "sha256": sha256,
     }  # fmt: skip
-    partial.replace(folder / "model.safetensors")
-    description = folder / ".model.json.partial"
-    description.write_text(json.dumps(described, indent=2), encoding="utf-8")
-    description.replace(folder / "model.json")
+    write_whole(folder / "model.json", json.dumps(described, indent=2))
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -179,7 +177,7 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> FinishedRun
     described = read_description(folder)
     weights = folder / "model.safetensors"
     state = read_safetensors(weights)
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != described["sha256"]:
+    if digest_file(weights) != described["sha256"]:
         raise CheckpointError(f"{weights}: its contents are not those that the run wrote (SHA-256 differs)")
     model_cfg = described["model_cfg"]
     towers = {"img": build_image_tower(model_cfg, 0), "txt": build_text_tower(model_cfg, 0)}

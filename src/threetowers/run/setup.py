@@ -1,43 +1,36 @@
 """A configuration made real: its data opened, its towers built and loaded, its frozen features stored."""
 
-from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from threetowers.config import RunConfig, check
 from threetowers.data.decode import check_decoder
-from threetowers.data.loader import Batch, BatchReader
+from threetowers.data.loader import BatchReader
 from threetowers.data.open import open_source, splits
 from threetowers.data.order import Order
-from threetowers.data.source import Source, Subset, check_problems, describe
+from threetowers.data.source import Source, check_problems, describe
 from threetowers.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
 from threetowers.errors import UsageError
 from threetowers.model import Architecture, ThreeTowers, build
 from threetowers.objective.pairs import objective
 from threetowers.progress import Progress
 from threetowers.run.allocator import keep_freed_memory
-from threetowers.store.embed import given, stored
-from threetowers.store.read import FIXED, Store, Views, fitted, is_store
-from threetowers.towers.frozen.load import Frozen, FrozenTower, load_frozen
-from threetowers.towers.frozen.text import FrozenTextTower
+from threetowers.run.thirds import Thirds, load_thirds, stores_place
 from threetowers.towers.pair import checkpoint_activations, model_config
-from threetowers.towers.working_copy import WorkingCopy
-from threetowers.world import write as shapes
+from threetowers.world.write import write_world
 
 SHAPES_FOLDER = Path("data/shapes")
 TOKENIZER_CAPTIONS = 200_000  # enough to learn a vocabulary from, whatever the size of the data
-NORM_SAMPLES = 1_024
 
 
 @dataclass
-class Prepared:
+class Setup:
     """Everything that training and evaluation of one configuration stand on."""
 
     config: RunConfig
@@ -46,82 +39,9 @@ class Prepared:
     val: Source
     test: Source
     tokenizer: Tokenizer
-    thirds: dict[str, Frozen]
+    thirds: Thirds
     model: ThreeTowers
     architecture: Architecture
-    store_folder: Path
-    named_store: Path | None = None
-    """The one store that the configuration names; it serves what it was made of."""
-    working: WorkingCopy | None = None
-    """The towers in bf16 that training runs in, with precision bf16-copy."""
-    _stores: dict[tuple[str, str, Views], Store] = field(default_factory=dict)
-    _prints: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    def stores(self, source: Source, *, training: bool = False) -> dict[str, Store]:
-        """The stored features of a source for every frozen tower that the model reads, made on first use.
-
-        training: of the views that training takes, and none of the live towers. A tower of texts has no store of a
-        source without captions. Raises UsageError for a named store that does not fit the training data.
-        """
-        found, live = {}, self.live_thirds() if training else {}
-        for name in self.model.thirds:
-            texts = isinstance(self.thirds[name], FrozenTextTower)
-            if name in live or (texts and not captioned(source)):
-                continue
-            key = (name, source.fingerprint, self._views() if training and not texts else FIXED)
-            if key not in self._stores:
-                self._stores[key] = self._store(name, source, key[2], training)
-            found[name] = self._stores[key]
-        return found
-
-    def _store(self, name: str, source: Source, views: Views, training: bool) -> Store:
-        tower = self.thirds[name]
-        if name not in self._prints:
-            self._prints[name] = tower.fingerprints()
-        prints = self._prints[name]
-        if self.named_store is not None and training:
-            return given(self.named_store, tower, prints, source, views)
-        if self.named_store is not None:
-            store, _ = fitted(self.named_store, prints, source, views)
-            if store is not None:
-                return store
-        workers = self.config.inputs.workers
-        return stored(
-            tower, source, self.store_folder, self.device, views=views, prints=prints, workers=workers
-        )
-
-    def _views(self) -> Views:
-        """What training takes of each image: random views only where a main tower sees the same region."""
-        inputs = self.config.inputs
-        if not inputs.stored_views or not self.model.needs_pixels():
-            return FIXED
-        return Views(inputs.stored_views, inputs.crop_scale, inputs.crop_ratio, inputs.flip)
-
-    def live(self) -> bool:
-        """Whether a frozen tower computes features while the model trains."""
-        return bool(self.live_thirds())
-
-    def live_thirds(self) -> dict[str, FrozenTower]:
-        """The frozen towers that see the main tower's augmented view, batch by batch."""
-        if self.config.inputs.third_view != "same":
-            return {}
-        towers = {name: self.thirds[name] for name in self.model.thirds}
-        return {name: tower for name, tower in towers.items() if isinstance(tower, FrozenTower)}
-
-    def third_features(self, thirds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch's frozen features: as stored, or computed now from its pixels."""
-        live = self.live_thirds()
-        return {name: live[name](values) if name in live else values for name, values in thirds.items()}
-
-    def features(self, batch: Batch) -> dict[str, Tensor]:
-        """The features fp32 by tower name of a batch that lies on the device."""
-        return self.model.features(
-            pixels=batch.pixels,
-            tokens=batch.tokens,
-            thirds=self.third_features(batch.thirds),
-            autocast=None if self.working else self.autocast(),
-            working=self.working,
-        )
 
     def reader(self) -> BatchReader:
         """What makes the batches of training; raises UsageError when there is less data than one batch."""
@@ -130,14 +50,15 @@ class Prepared:
             Order(self.config.seed, len(self.train), self.config.batch_size),
             self.tokenizer,
             self.config.inputs,
-            image=self.model.spec if self.model.needs_pixels() else None,
-            live={name: tower.image for name, tower in self.live_thirds().items()},
-            stores=self.stores(self.train, training=True),
+            image=self.model.image if self.model.needs_pixels() else None,
+            live=self.thirds.live_images(),
+            stores=self.thirds.stores(self.train, training=True),
         )
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the main towers run."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision != "fp32")
+
+def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which the main towers run."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "fp32")
 
 
 def pick_device(name: str) -> torch.device:
@@ -173,13 +94,13 @@ def world(folder: Path = SHAPES_FOLDER) -> Path:
     def show(done: int, total: int) -> None:
         bars.setdefault(total, Progress("rendering the built-in world", total, "images")).update(done)
 
-    shapes.write_world(folder, num_labelled=20_000, progress=show)
+    write_world(folder, num_labelled=20_000, progress=show)
     return folder
 
 
 def open_data(config: RunConfig) -> tuple[Source, Source, Source]:
     """The training, validation and test sources of a configuration; raises DataError or UsageError."""
-    if config.data == "none":
+    if config.data is None:
         raise UsageError(
             "data: say what to train on: --data FOLDER|TABLE|SHARDS, or --data shapes for the built-in world"
         )
@@ -195,7 +116,11 @@ def open_data(config: RunConfig) -> tuple[Source, Source, Source]:
 
 @lru_cache(maxsize=2)  # a comparison opens the same data for every run
 def _open_splits(
-    path: str, image_column: str, caption_columns: tuple[str, ...], val_fraction: float, test_fraction: float
+    path: str,
+    image_column: str | None,
+    caption_columns: tuple[str, ...],
+    val_fraction: float,
+    test_fraction: float,
 ) -> tuple[Source, Source, Source]:
     return splits(
         path,
@@ -206,11 +131,6 @@ def _open_splits(
     )
 
 
-def captioned(source: Source) -> bool:
-    """Whether any sample of the source has captions."""
-    return any(source.record(index).captions for index in range(len(source)))
-
-
 def describe_data(config: RunConfig) -> str:
     """What was found in the training data, its first rows, and the sizes of the three parts."""
     train, val, test = open_data(config)
@@ -219,7 +139,7 @@ def describe_data(config: RunConfig) -> str:
 
 def open_classes(config: RunConfig) -> Source | None:
     """The labelled images for zero-shot classification, or None when the configuration names none."""
-    if config.classes == "none":
+    if config.classes is None:
         return None
     return open_source(str(world() / "objects" / "test") if config.classes == "shapes" else config.classes)
 
@@ -250,41 +170,31 @@ def _captions(source: Source, most: int) -> Iterable[str]:
             yield caption
 
 
-def assemble(config: RunConfig, run: Path, *, saved_tokenizer: Path | None = None) -> Prepared:
+def assemble(config: RunConfig, folder: Path, *, saved_tokenizer: Path | None = None) -> Setup:
     """Opens, loads and builds what a configuration names, and embeds nothing: the frozen features' norms stay 1.
 
-    run: the run folder; embeddings are stored beside it unless the configuration says where.
+    folder: the run folder; embeddings are stored beside it unless the configuration says where.
     """
     check_settings(config)
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    table = objective(config)  # a table that cannot be built should fail before anything is read
+    objective(config)  # a table that cannot be built should fail before anything is read
     train, val, test = open_data(config)
     tokenizer = make_tokenizer(config, train, saved_tokenizer)
-    needed = {} if config.method == "baseline" else config.thirds()
-    options = {"features": config.third_features, "precision": config.third_precision}
-    thirds = {view: load_frozen(spec, view, **options).to(device) for view, spec in needed.items()}
-    model, architecture = build(config, thirds, tokenizer.text_cfg())
+    towers = {} if config.method == "baseline" else load_thirds(config, device)
+    model, architecture = build(config, towers, tokenizer.text_cfg())
     if config.grad_checkpointing:
         checkpoint_activations(model.img, model.txt)
-    named = None if config.embeddings == "none" else Path(config.embeddings)
-    folder = run.parent / "embeddings" if named is None or is_store(named) else named
-    assert table == model.objective
-    return Prepared(
-        config, device, train, val, test, tokenizer, thirds, model.to(device), architecture, folder,
-        named if named is not None and is_store(named) else None,
+    thirds = Thirds(
+        towers, model.thirds, config.inputs, device, *stores_place(config, folder),
+        random_views=model.needs_pixels(),
     )  # fmt: skip
+    return Setup(config, device, train, val, test, tokenizer, thirds, model.to(device), architecture)
 
 
-def prepare(config: RunConfig, run: Path, *, saved_tokenizer: Path | None = None) -> Prepared:
+def prepare(config: RunConfig, folder: Path, *, saved_tokenizer: Path | None = None) -> Setup:
     """A configuration assembled, with the frozen features stored that training needs."""
-    prepared = assemble(config, run, saved_tokenizer=saved_tokenizer)
-    model, train = prepared.model, prepared.train
-    stores = prepared.stores(train, training=True)
-    if prepared.live_thirds():
-        sample = Subset(train, array("q", range(min(len(train), NORM_SAMPLES))), f"the first of {train.name}")
-        stores = prepared.stores(sample) | stores
-    for view, store in stores.items():
-        model.set_third_norm(view, store.mean_square_norm())
-    return prepared
+    setup = assemble(config, folder, saved_tokenizer=saved_tokenizer)
+    setup.thirds.set_norms(setup.model, setup.train)
+    return setup

@@ -1,6 +1,6 @@
-"""Stored embeddings: what a frozen tower says of every sample of a source, computed once.
+"""Stored embeddings: a frozen tower's features of every sample of a source, computed once.
 
-    stored(tower, source, Path("embeddings"), device)        # found again, or made on first use
+    find_or_make_store(tower, source, Path("embeddings"), device)
     write_store(tower, source, Path("out"), device, part=(0, 4))   # one of four processes
 
 Legend: B images of a batch, V stored views of each (1 when one fixed view is stored), P the tower's width.
@@ -33,13 +33,11 @@ from threetowers.store.read import (
     Views,
     as_crop,
     as_stored,
-    fitted,
+    find_store,
     is_store,
 )
 from threetowers.store.write import Work, finish
-from threetowers.towers.frozen.base import digest_of
-from threetowers.towers.frozen.load import Frozen, FrozenTower
-from threetowers.towers.frozen.text import FrozenTextTower
+from threetowers.towers.frozen.base import FrozenTower, digest_of
 
 FP16_LIMIT = 60_000.0  # just below the largest fp16 number
 CHUNK_SAMPLES = 4_096
@@ -49,40 +47,45 @@ class _TooWide(Exception):  # noqa: N818 - a finding that starts the work over, 
     """A feature that fp16 cannot hold."""
 
 
-def stored(
-    tower: Frozen,
+def find_or_make_store(
+    tower: FrozenTower,
     source: Source,
     folder: Path,
     device: torch.device,
     *,
     views: Views = FIXED,
-    prints: Mapping[str, str] | None = None,
+    fingerprints: Mapping[str, str] | None = None,
     batch_size: int = 256,
     workers: int = 0,
 ) -> Store:
     """The store of a tower's views of a source: one in the folder that fits, else computed into it.
 
-    prints: the tower's fingerprints, when they are at hand. Raises DataError when no sample of the source can be
+    fingerprints: the tower's, when they are at hand. Raises DataError when no sample of the source can be
     embedded and CheckpointError for a damaged store.
     """
-    prints = prints or tower.fingerprints()
-    key = digest_of({**prints, "data": source.fingerprint, "length": len(source), "views": views.as_dict()})
+    fingerprints = fingerprints or tower.fingerprints()
+    key = digest_of(
+        {**fingerprints, "data": source.fingerprint, "length": len(source), "views": views.as_dict()}
+    )
     own = folder / key
     for place in [own, *sorted(path.parent for path in folder.glob(f"*/{DESCRIPTION_FILE}"))]:
         if is_store(place):
-            found, _ = fitted(place, prints, source, views)
-            if found is not None:
-                return found
-    made = write_store(
-        tower, source, own, device, views=views, prints=prints, batch_size=batch_size, workers=workers
-    )
-    assert made is not None  # all chunks were this call's
-    return made
+            store, _ = find_store(place, fingerprints, source, views)
+            if store is not None:
+                return store
+    store = write_store(
+        tower, source, own, device,
+        views=views, fingerprints=fingerprints, batch_size=batch_size, workers=workers,
+    )  # fmt: skip
+    assert store is not None  # all chunks were this call's
+    return store
 
 
-def given(folder: Path, tower: Frozen, prints: Mapping[str, str], source: Source, views: Views) -> Store:
+def store_for_training(
+    folder: Path, tower: FrozenTower, fingerprints: Mapping[str, str], source: Source, views: Views
+) -> Store:
     """The store that a user named for a tower; raises UsageError that says which part does not fit."""
-    store, differing = fitted(folder, prints, source, views)
+    store, differing = find_store(folder, fingerprints, source, views)
     if store is None:
         raise UsageError(
             f"embeddings: {folder} does not fit {tower.spec!r} on {source.name}: its "
@@ -93,7 +96,7 @@ def given(folder: Path, tower: Frozen, prints: Mapping[str, str], source: Source
 
 
 def write_store(
-    tower: Frozen,
+    tower: FrozenTower,
     source: Source,
     out: Path,
     device: torch.device,
@@ -101,7 +104,7 @@ def write_store(
     views: Views = FIXED,
     dtype: Kind = "fp16",
     part: tuple[int, int] = (0, 1),
-    prints: Mapping[str, str] | None = None,
+    fingerprints: Mapping[str, str] | None = None,
     batch_size: int = 256,
     workers: int = 0,
     chunk: int = CHUNK_SAMPLES,
@@ -111,18 +114,18 @@ def write_store(
     part: (i, n), this process does every n-th chunk from the i-th. dtype: fp16 gives way to fp32 when a feature does
     not fit. Raises UsageError for a folder with other contents, DataError when nothing can be embedded.
     """
-    prints = prints or tower.fingerprints()
+    fingerprints = fingerprints or tower.fingerprints()
     out = out.absolute()
-    first = _first_rows(source) if isinstance(tower, FrozenTextTower) else None
+    first = _first_rows(source) if tower.reads == "texts" else None
     side: Side = "image" if first is None else "text"
     num_rows = len(source) * max(views.num, 1) if first is None else int(first[-1])
     contents = Contents(
         tower.spec, side, tower.width, dtype, FIXED if first is not None else views, len(source), num_rows,
-        {**prints, "data": source.fingerprint},
+        {**fingerprints, "data": source.fingerprint},
     )  # fmt: skip
     for kind in dict.fromkeys((dtype, "fp32")):
         if is_store(out):
-            return given(out, tower, prints, source, contents.views)
+            return store_for_training(out, tower, fingerprints, source, contents.views)
         if out.is_dir() and any(out.iterdir()):
             raise UsageError(f"{out}: the folder holds something else; give another --out")
         work = Work(out.parent / f".{out.name}.{kind}.partial", replace(contents, dtype=kind), chunk)
@@ -138,7 +141,7 @@ def write_store(
         except FileNotFoundError:
             if not is_store(out):  # else another process has just finished the same work
                 raise
-    return given(out, tower, prints, source, contents.views)
+    return store_for_training(out, tower, fingerprints, source, contents.views)
 
 
 def _first_rows(source: Source) -> np.ndarray:
@@ -149,7 +152,7 @@ def _first_rows(source: Source) -> np.ndarray:
 
 def _fill(
     work: Work,
-    tower: Frozen,
+    tower: FrozenTower,
     source: Source,
     device: torch.device,
     part: tuple[int, int],
@@ -170,7 +173,7 @@ def _fill(
         done += more
         bar.update(done)
 
-    if isinstance(tower, FrozenTextTower):
+    if tower.reads == "texts":
         for number in mine:
             _fill_texts(work, number, tower, source, device, batch_size)
             show(len(work.samples(number)))
@@ -221,8 +224,8 @@ class _Read(NamedTuple):
 class _Pictures:
     """The views of a batch of images; a DataLoader's dataset, so that workers decode."""
 
-    def __init__(self, source: Source, spec: ImageSpec, views: Views) -> None:
-        self.source, self.spec, self.views = source, spec, views
+    def __init__(self, source: Source, image: ImageSpec, views: Views) -> None:
+        self.source, self.image, self.views = source, image, views
 
     def __getitem__(self, task: _Task) -> tuple[_Task, _Read]:
         kept, pixels, crops, bad = [], [], [], []
@@ -235,12 +238,12 @@ class _Pictures:
                 continue
             kept.append(index)
             if not self.views.num:
-                pixels.append(fixed_view(image, self.spec)[None])
+                pixels.append(fixed_view(image, self.image)[None])
                 continue
             drawn = stored_crops(self.views, id, image.size)
             crops.append(drawn)
             whole = np.asarray(image)
-            pixels.append(np.stack([cropped_view(whole, as_crop(row), self.spec) for row in drawn]))
+            pixels.append(np.stack([cropped_view(whole, as_crop(row), self.image) for row in drawn]))
         stacked = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, dtype=torch.uint8)
         boxes = np.stack(crops) if crops else np.empty((0, self.views.num, 5), np.float32)
         return task, _Read(kept, stacked, boxes, bad)
@@ -303,15 +306,14 @@ def _write_images(work: Work, number: int, parts: list[tuple[_Task, _Read, Tenso
 
 
 def _fill_texts(
-    work: Work, number: int, tower: FrozenTextTower, source: Source, device: torch.device, batch_size: int
+    work: Work, number: int, tower: FrozenTower, source: Source, device: torch.device, batch_size: int
 ) -> None:
     samples = work.samples(number)
     records = [source.record(index) for index in samples]
     captions = [caption for record in records for caption in record.captions]
     parts = [torch.empty(0, tower.width)]
     for start in range(0, len(captions), batch_size):
-        tokens = tower.tokenizer(captions[start : start + batch_size])
-        tokens = tokens[:, : int(tower.tokenizer.lengths(tokens).max())]
+        tokens = tower.tokens(captions[start : start + batch_size])
         parts.append(tower(tokens.to(device)).cpu())
     slot = work.layout.slots["first"]
     first = int(np.memmap(work.path, slot.dtype, "r", slot.offset, slot.shape)[samples.start])

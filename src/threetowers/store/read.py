@@ -9,7 +9,6 @@ Legend: n samples, K views of each image, R rows (one per caption of all samples
     usable    bool [n]           False where no image could be read
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from threetowers.data.order import hash64
 from threetowers.data.source import Source, Subset
 from threetowers.data.transforms import Crop
 from threetowers.errors import CheckpointError
+from threetowers.files import digest_file, pack_header, tensor_entries
 
 SCHEMA = 1
 FEATURES_FILE, DESCRIPTION_FILE = "features.safetensors", "store.json"
@@ -131,17 +131,16 @@ def layout(contents: Contents) -> Layout:
     rows = (contents.num_rows,) if contents.side == "text" else (n, contents.rows_per_sample)
     tensors["features"] = (name, dtype, (*rows, width))
     tensors["usable"] = ("BOOL", np.bool_, (n,))
-    at, described, slots = 0, {}, {}
-    for key, (label, kind, shape) in tensors.items():
-        slots[key] = Slot(at, np.dtype(kind), shape)
-        end = at + slots[key].size
-        described[key] = {"dtype": label, "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    slots = {key: slot._replace(offset=slot.offset + len(header)) for key, slot in slots.items()}
-    return Layout(header, slots, len(header) + at)
+    slots = {key: Slot(0, np.dtype(kind), shape) for key, (_, kind, shape) in tensors.items()}
+    entries, size = tensor_entries(
+        {key: (label, shape, slots[key].size) for key, (label, _, shape) in tensors.items()}
+    )
+    header = pack_header(json.dumps(entries, separators=(",", ":")))
+    slots = {
+        key: slot._replace(offset=len(header) + entries[key]["data_offsets"][0])
+        for key, slot in slots.items()
+    }
+    return Layout(header, slots, len(header) + size)
 
 
 def as_stored(features: Tensor, dtype: Kind) -> np.ndarray:
@@ -318,23 +317,17 @@ def open_store(folder: Path, *, thorough: bool = False) -> Store:
     return Store(folder, contents)
 
 
-def digest_file(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fitted(
-    folder: Path, prints: Mapping[str, str], source: Source, views: Views
+def find_store(
+    folder: Path, fingerprints: Mapping[str, str], source: Source, views: Views
 ) -> tuple[Store | None, dict[str, str]]:
     """The store in a folder as one of the source's samples, or None and what differs: by part, how.
 
-    prints: the tower's fingerprints. A store of a source serves its subsets too. Raises as `open_store` does.
+    fingerprints: the tower's. A store of a source serves its subsets too. Raises as `open_store` does.
     """
     contents, _ = read_description(folder)
     differing = {
         part: f"{contents.fingerprints.get(part)} in the store, {value} in the tower"
-        for part, value in prints.items()
+        for part, value in fingerprints.items()
         if contents.fingerprints.get(part) != value
     }
     if contents.views.as_dict() != views.as_dict():
@@ -350,9 +343,10 @@ def fitted(
     if differing:
         return None, differing
     store = open_store(folder)
-    found = store if select is None else store.part(select)
-    found.check_ids(source)
-    return found, {}
+    if select is not None:
+        store = store.part(select)
+    store.check_ids(source)
+    return store, {}
 
 
 def _is_of(contents: Contents, source: Source) -> bool:

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from threetowers.errors import BadSample, DataError, UsageError
+from threetowers.files import digest_file, sync_to_disk, write_whole
 from threetowers.store.read import (
     DESCRIPTION_FILE,
     FEATURES_FILE,
     Contents,
     Layout,
     Store,
-    digest_file,
     is_store,
     layout,
 )
@@ -90,7 +90,7 @@ class Work:
             if first is not None:
                 os.pwrite(file, first.tobytes(), self.layout.slots["first"].offset)
             os.fsync(file)
-        _write_whole(plan, json.dumps(mine))
+        write_whole(plan, json.dumps(mine), sync=True)
 
     def write(
         self,
@@ -109,7 +109,7 @@ class Work:
                 _write_at(file, np.ascontiguousarray(array).tobytes(), slot.offset + starts[key] * row)
             os.fsync(file)
         lines = [{"id": each.id, "reason": each.reason, "detail": each.detail} for each in bad]
-        _write_whole(self.marker(number), json.dumps(lines, ensure_ascii=False))
+        write_whole(self.marker(number), json.dumps(lines, ensure_ascii=False), sync=True)
 
     def too_wide(self) -> bool:
         return (self.folder / _WIDE_FILE).is_file()
@@ -141,25 +141,6 @@ def _write_at(file: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """A small file that is there as a whole or not at all, on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def finish(work: Work, out: Path) -> Store:
     """Makes a store of finished work; of several processes that do so at once the first one's stays."""
     store = Store(work.folder, work.contents)
@@ -174,19 +155,20 @@ def finish(work: Work, out: Path) -> Store:
         for line in json.loads(work.marker(number).read_text("utf-8"))
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    _write_whole(work.folder / BAD_FILE, text)
+    write_whole(work.folder / BAD_FILE, text, sync=True)
     described = work.contents.as_dict() | {
         "num_usable": int(store.usable.sum()),
         "mean_square_norm": store.mean_square_norm(),
         "sha256": digest_file(work.path),
     }
-    _write_whole(work.folder / DESCRIPTION_FILE, json.dumps(described, indent=2, ensure_ascii=False))
+    description = json.dumps(described, indent=2, ensure_ascii=False)
+    write_whole(work.folder / DESCRIPTION_FILE, description, sync=True)
     try:
         work.folder.rename(out)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or not is_store(out):
             raise
-    _sync_folder(out.parent)
+    sync_to_disk(out.parent)
     shutil.rmtree(out / "chunks", ignore_errors=True)
     (out / "plan.json").unlink(missing_ok=True)
     for kind in ("fp16", "bf16"):

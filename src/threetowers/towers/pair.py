@@ -22,7 +22,7 @@ def model_config(pair: PairConfig) -> dict[str, Any]:
     Raises UsageError for an unknown model name or a key that open_clip's towers do not have.
     """
     config: dict[str, Any] = {"embed_dim": pair.embed_dim, "vision_cfg": {}, "text_cfg": {}}
-    if pair.model != "none":
+    if pair.model is not None:
         named = open_clip.get_model_config(pair.model)
         if named is None:
             raise UsageError(f"pair.model: open_clip has no model {pair.model!r}" + _near(pair.model))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from threetowers.errors import CheckpointError
+from threetowers.files import digest_file, sync_to_disk
 from threetowers.towers.weights import load_strictly
 from threetowers.train.tensor_file import write_tensors
 
@@ -90,11 +91,11 @@ def save(
         files["state.json"] = _describe(partial / "state.json")
         manifest = {"schema": SCHEMA, "step": step, "files": files, "environment": environment}
         _write_json(partial / "MANIFEST.json", {**manifest, "sha256": _digest(manifest)})
-        _sync(partial)
+        sync_to_disk(partial)
         if final.exists():
             _set_aside(final)
         os.rename(partial, final)  # noqa: PTH104 - the one commit point; tests put faults in its way
-        _sync(root)
+        sync_to_disk(root)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -116,7 +117,7 @@ def _need_room(root: Path, tensors: Snapshot) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     written = write_tensors(path, tensors)
-    _sync(path)
+    sync_to_disk(path)
     if path.stat().st_size != written["size"]:
         raise OSError(errno.EIO, "was not written whole", str(path))
     return written
@@ -125,7 +126,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     content = _as_text(values)
     path.write_bytes(content)
-    _sync(path)
+    sync_to_disk(path)
     if path.stat().st_size != len(content):
         raise OSError(errno.EIO, "was not written whole", str(path))
 
@@ -244,18 +245,7 @@ def _digest(values: dict[str, Any]) -> str:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"size": file.tell(), "sha256": digest}
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"size": path.stat().st_size, "sha256": digest_file(path)}
 
 
 def _set_aside(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What keeps a run honest: stop requests, one trainer a folder, finite steps, bad samples, a folder's own settings."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -15,13 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.config import RunConfig, as_plain, read_toml
+from threetowers.config import RunConfig, as_plain, read_config
 from threetowers.errors import BadSample, CheckpointError, DataError
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # type: ignore[assignment]
 
 MAY_DIFFER = {
     "log_every_steps", "keep_checkpoints", "inputs.workers", "checkpoint_every_steps", "background_saves",
@@ -65,11 +61,8 @@ class StopRequest:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Keeps a second trainer out of a run folder, as long as this process lives.
 
-    Raises CheckpointError that names the process which has it. Without fcntl (Windows) there is no lock.
+    Raises CheckpointError that names the process which has it.
     """
-    if fcntl is None:
-        yield
-        return
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader workers
@@ -180,7 +173,7 @@ class BadSamples:
 
 def differing_keys(path: Path, config: RunConfig) -> list[str]:
     """The keys, as `key: there → here`, in which a run folder's config.toml and a configuration differ."""
-    there, here = _flat(read_toml(path)), _flat(as_plain(config))
+    there, here = _flat(as_plain(read_config(path))), _flat(as_plain(config))
     return [
         f"{key}: {there.get(key)!r} → {here.get(key)!r}"
         for key in sorted(there.keys() | here.keys())

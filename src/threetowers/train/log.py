@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from threetowers.data.loader import Batch
+from threetowers.files import write_whole
 from threetowers.model import ThreeTowers
+from threetowers.train.step import StepResult
 
 
 class RunLog:
@@ -27,9 +27,7 @@ class RunLog:
         kept = [
             line for line in self._metrics.read_text(encoding="utf-8").splitlines() if _step(line) <= step
         ]
-        partial = self._metrics.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(self._metrics)
+        write_whole(self._metrics, "".join(f"{line}\n" for line in kept))
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """One row: the step and the values by metric path."""
@@ -54,13 +52,12 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-def step_metrics(
-    model: ThreeTowers, loss: Tensor, rows: dict[str, Tensor], feats: dict[str, Tensor], batch: Batch
-) -> dict[str, float]:
+def step_metrics(model: ThreeTowers, result: StepResult) -> dict[str, float]:
     """The numbers of a step, by metric path; waits for the device."""
-    values = {"train/loss": loss.item()}
-    values |= {f"train/loss/{name}": value.item() for name, value in rows.items()}
-    values |= {f"train/accuracy/{name}": value.item() for name, value in model.accuracies(feats).items()}
+    accuracies, batch = model.accuracies(result.feats), result.batch
+    values = {"train/loss": result.loss.item()}
+    values |= {f"train/loss/{name}": value.item() for name, value in result.rows.items()}
+    values |= {f"train/accuracy/{name}": value.item() for name, value in accuracies.items()}
     if len(model.log_scale) == 1:
         values["train/scale"] = model.scale().item()
     else:

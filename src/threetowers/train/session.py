@@ -1,4 +1,4 @@
-"""One process's share of a run: taken up, saved, returned to its last checkpoint, ended."""
+"""The state of a run in this process: started or continued, saved, and returned to its last checkpoint."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -12,26 +12,24 @@ from threetowers.config import RunConfig, config_hash, did_you_mean
 from threetowers.data.loader import BatchReader
 from threetowers.errors import CheckpointError, NonFiniteError, UsageError
 from threetowers.evaluate.retrieval import METRICS
-from threetowers.run.setup import Prepared, prepare
-from threetowers.towers.pair import compile_towers
-from threetowers.towers.working_copy import WorkingCopy
+from threetowers.run.setup import Setup, prepare
 from threetowers.train import checkpoint
 from threetowers.train.guards import BadSamples, FiniteGuard, StopRequest
 from threetowers.train.log import RunLog
-from threetowers.train.optim import adamw
 from threetowers.train.saver import Saver
+from threetowers.train.step import TrainingStep
 
 MAX_SKIPPED = 5  # non-finite steps in a row after which the run returns to its last checkpoint
 MAX_RETURNS = 3  # returns after which going on is pointless
 
 
 @dataclass
-class Standing:
-    """Where a run stands, beside its tensors; what a checkpoint's state.json holds of it."""
+class RunState:
+    """The counters of a run; its tensors are in the model and the optimiser."""
 
     step: int = 0
-    moved_on: int = 0
-    """Batches passed over on returns: step s takes the batch s + moved_on."""
+    skipped_batches: int = 0
+    """Batches passed over on returns: step s takes the batch s + skipped_batches."""
     returns: int = 0
     seconds: float = 0.0
     best: float | None = None
@@ -40,8 +38,18 @@ class Standing:
     stale: int = 0
     """Validations since then."""
 
-    def judge(self, value: float) -> bool:
-        """Takes note of a validation; whether it is the best so far."""
+    def as_dict(self) -> dict[str, Any]:
+        """The counters under their names in a checkpoint's state.json."""
+        return {_STATE_KEYS.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "RunState":
+        """The counters in a checkpoint's state.json; other keys are left alone."""
+        names = [field.name for field in dataclasses.fields(RunState)]
+        return RunState(**{name: values[_STATE_KEYS.get(name, name)] for name in names})
+
+    def is_best(self, value: float) -> bool:
+        """Records a validation's value of keep_best; whether it is the highest so far."""
         if self.best is None or value > self.best:
             self.best, self.best_step, self.stale = value, self.step, 0
             return True
@@ -49,19 +57,23 @@ class Standing:
         return False
 
 
+_STATE_KEYS = {"skipped_batches": "moved_on"}
+"""Names in state.json that differ from the fields'."""
+
+
 @dataclass
 class Session:
-    """One process's share of a run."""
+    """A run in this process."""
 
-    run: Prepared
+    setup: Setup
     reader: BatchReader
-    optimizer: torch.optim.Optimizer
+    take_step: TrainingStep
     folder: Path
     log: RunLog
     bad: BadSamples
     stop: StopRequest
     saver: Saver
-    at: Standing = field(default_factory=Standing)
+    state: RunState = field(default_factory=RunState)
     guard: FiniteGuard = field(default_factory=FiniteGuard)
 
     @property
@@ -70,34 +82,34 @@ class Session:
 
     @property
     def patience_over(self) -> bool:
-        return 0 < self.run.config.patience <= self.at.stale
+        return 0 < self.setup.config.patience <= self.state.stale
 
     def save(self, *, final: bool = False) -> None:
+        """Writes a checkpoint of the step; final: waits for it, and lets no failure pass."""
         state = {
-            **dataclasses.asdict(self.at),
-            **_random_state(self.run.device),
+            **self.state.as_dict(),
+            **_random_state(self.setup.device),
             "in_row": self.guard.in_row,
             "bad": self.bad.state(),
-            "data": self.run.train.fingerprint,
+            "data": self.setup.train.fingerprint,
         }
         self.saver.save(
-            self.at.step, self.run.model, self.optimizer, state, best=self.at.best_step, final=final
-        )
+            self.state.step, self.setup.model, self.take_step.optimizer, state,
+            best=self.state.best_step, final=final,
+        )  # fmt: skip
 
     def restore(self, found: checkpoint.Restored) -> None:
-        """Takes up a checkpoint; raises CheckpointError when it belongs to other data."""
+        """Continues from a checkpoint; raises CheckpointError when it belongs to other data."""
         state = found.state
-        if state["data"] != self.run.train.fingerprint:
+        if state["data"] != self.setup.train.fingerprint:
             raise CheckpointError(
                 f"{self.folder}: the training data is not what it was when this run stopped (step {found.step}): "
                 "files, captions or the split differ. Put it back, or give --fresh to start this run again"
             )
-        checkpoint.restore(found, self.run.model, self.optimizer)
-        if self.run.working:
-            self.run.working.refresh()
-        _set_random_state(self.run.device, state)
+        checkpoint.restore(found, self.setup.model, self.take_step.optimizer)
+        _set_random_state(self.setup.device, state)
         self.bad.restore(state["bad"])
-        self.at = Standing(**{f.name: state[f.name] for f in dataclasses.fields(Standing)})
+        self.state = RunState.from_dict(state)
         self.guard = FiniteGuard(state["in_row"])
         self.log.rewind(found.step)
 
@@ -107,26 +119,21 @@ def open_session(
 ) -> Session:
     """Everything a run needs, at its start or where its checkpoint left it."""
     log = RunLog(folder)
-    run = prepare(config, folder, saved_tokenizer=folder)
-    _check_keep_best(run)
-    optimizer = adamw(run.model, config.optim)
-    if config.precision == "bf16-copy":
-        run.working = WorkingCopy(run.model.img, run.model.txt)
-    if config.compile:
-        towers = run.working or run.model
-        compile_towers(towers.img, towers.txt)
-    bad = BadSamples(folder, config.inputs.max_bad_share, len(run.train))
-    bad.add(problem for source in (run.train, run.val, run.test) for problem in source.problems)
+    setup = prepare(config, folder, saved_tokenizer=folder)
+    _check_keep_best(setup)
+    take_step = TrainingStep(config, setup.model, setup.device, setup.thirds.features)
+    bad = BadSamples(folder, config.inputs.max_bad_share, len(setup.train))
+    bad.add(problem for source in (setup.train, setup.val, setup.test) for problem in source.problems)
     checkpoint.sweep(folder / "checkpoints")
     environment = _environment(config)
     saver = Saver(
         folder / "checkpoints", config.keep_checkpoints, log, environment, background=config.background_saves
     )
-    session = Session(run, run.reader(), optimizer, folder, log, bad, stop, saver)
+    session = Session(setup, setup.reader(), take_step, folder, log, bad, stop, saver)
     if found is None:
         torch.manual_seed(config.seed)
         log.rewind(0)
-        log.event(f"starting: {config.method}, {len(run.train)} training samples, {config.steps} steps")
+        log.event(f"starting: {config.method}, {len(setup.train)} training samples, {config.steps} steps")
         session.save(final=True)  # a disk that refuses is better met now than later
         return session
     for line in found.passed_over:
@@ -154,18 +161,18 @@ def _environment(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def must_return(session: Session) -> bool:
-    """Takes note of the steps that were skipped; whether there were too many in a row.
+def too_many_skipped(session: Session) -> bool:
+    """Logs the steps that were skipped since the last call; whether there were too many in a row.
 
     Raises NonFiniteError when returning has not helped.
     """
     for step, samples in session.guard.skipped():
-        ids = ", ".join(session.run.train.record(int(i)).id for i in samples[:3])
+        ids = ", ".join(session.setup.train.record(int(i)).id for i in samples[:3])
         say = session.log.warn if session.guard.in_row == 1 else session.log.event
         say(f"step {step}: loss or gradient is not finite; the step is skipped. First samples: {ids}")
         if session.guard.in_row < MAX_SKIPPED:
             continue
-        if session.at.returns >= MAX_RETURNS:
+        if session.state.returns >= MAX_RETURNS:
             raise NonFiniteError(
                 f"{MAX_SKIPPED} steps in a row gave a loss or gradients that are not finite, after {MAX_RETURNS} "
                 f"returns to the last checkpoint; the last was step {step} with the samples {ids} …. Lower optim.lr, "
@@ -176,13 +183,13 @@ def must_return(session: Session) -> bool:
 
 
 def return_to_checkpoint(session: Session) -> None:
-    """Takes up the last checkpoint again, with the batches that have been seen since passed over."""
+    """Continues from the last checkpoint, and passes over the batches that have been seen since."""
     session.saver.wait()
-    seen, returns = session.at.step + session.at.moved_on, session.at.returns + 1
+    seen, returns = session.state.step + session.state.skipped_batches, session.state.returns + 1
     found = checkpoint.find(session.checkpoints)
     assert found is not None, "the first checkpoint is written before the first step"
     session.restore(found)
-    session.at.moved_on, session.at.returns = seen - found.step, returns
+    session.state.skipped_batches, session.state.returns = seen - found.step, returns
     session.guard = FiniteGuard()
     session.log.warn(
         f"{MAX_SKIPPED} steps in a row were not finite: back to the checkpoint of step {found.step}, going on with the "
@@ -190,19 +197,19 @@ def return_to_checkpoint(session: Session) -> None:
     )
 
 
-def judge(session: Session, values: dict[str, float]) -> bool:
+def log_validation(session: Session, values: dict[str, float]) -> bool:
     """Logs a validation; whether it is the best so far by keep_best."""
-    session.log.metrics(session.at.step, values)
-    name = session.run.config.keep_best
-    return name != "none" and session.at.judge(values[name])
+    session.log.metrics(session.state.step, values)
+    name = session.setup.config.keep_best
+    return name is not None and session.state.is_best(values[name])
 
 
-def _check_keep_best(run: Prepared) -> None:
+def _check_keep_best(setup: Setup) -> None:
     """Raises UsageError for a metric that no validation of this run gives."""
-    name = run.config.keep_best
-    if name == "none":
+    name = setup.config.keep_best
+    if name is None:
         return
-    if not len(run.val):
+    if not len(setup.val):
         raise UsageError(f"keep_best: {name!r}: there is no validation data; give --inputs.val-fraction")
     known = [f"val/{metric}" for metric in METRICS]
     if name not in known:
@@ -211,19 +218,19 @@ def _check_keep_best(run: Prepared) -> None:
 
 def take_best(session: Session) -> None:
     """Puts the best checkpoint's weights into the model, when that is asked for."""
-    step = session.at.best_step
-    if step is None or step == session.at.step:
+    step = session.state.best_step
+    if step is None or step == session.state.step:
         return
     try:
-        checkpoint.restore_model(session.checkpoints, step, session.run.model)
+        checkpoint.restore_model(session.checkpoints, step, session.setup.model)
     except CheckpointError as error:
         raise CheckpointError(
             f"the best checkpoint (step {step}) cannot be used: {error}. Its weights are lost; give --fresh to train "
             "again, or --keep-best none with another --out"
         ) from None
-    name = session.run.config.keep_best
+    name = session.setup.config.keep_best
     session.log.event(
-        f"the weights are those of step {step}, where {name} was highest: {session.at.best:.4f}"
+        f"the weights are those of step {step}, where {name} was highest: {session.state.best:.4f}"
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from threetowers.errors import CheckpointError
+from threetowers.files import pack_header, tensor_entries
 
 CHUNK = 32 << 20  # bytes in the page cache at most
 
@@ -58,21 +59,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _header(names: list[str], tensors: Mapping[str, Tensor]) -> memoryview:
     """The length of the header in 8 bytes, and its JSON, padded so that the tensors begin at a multiple of 8."""
-    entries, offset = {}, 0
+    described = {}
     for name in names:
         value = tensors[name]
         if value.dtype not in DTYPES:
             raise CheckpointError(f"{name}: {value.dtype} cannot be saved; convert it to float32")
-        end = offset + value.nbytes
-        entries[name] = {
-            "dtype": DTYPES[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return memoryview(len(text).to_bytes(8, "little") + text)
+        described[name] = (DTYPES[value.dtype], list(value.shape), value.nbytes)
+    entries, _ = tensor_entries(described)
+    return memoryview(pack_header(json.dumps(entries, separators=(",", ":"), ensure_ascii=False)))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -39,17 +39,17 @@ def cell_texts(cell: Any) -> list[str]:
 
 
 def _columns(
-    path: Path, head: list[Row], image_column: str, caption_columns: tuple[str, ...]
+    path: Path, head: list[Row], image_column: str | None, caption_columns: tuple[str, ...]
 ) -> tuple[str, tuple[str, ...]]:
     names = list(dict.fromkeys(name for _, row in head for name in row))
     listed = f"Its columns: {', '.join(names)}"
     for column in (image_column, *caption_columns):
-        if column != "none" and column not in names:
+        if column is not None and column not in names:
             hint = did_you_mean(column, names)
             hint = f"{hint} {listed}" if "did you mean" in hint else f". {listed}"
             raise UsageError(f"{path}: there is no column `{column}`{hint}")
     cells = {name: [row[name] for _, row in head if row.get(name) is not None] for name in names}
-    if image_column == "none":
+    if image_column is None:
         found = _path_column(path.parent, cells)
         if found is None:
             raise UsageError(f"{path}: no column holds paths of images. Name it as image_column. {listed}")

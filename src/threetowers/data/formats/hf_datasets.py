@@ -81,7 +81,7 @@ class DatasetSource:
 
 
 def open_dataset(
-    path: str, image_column: str = "none", caption_columns: tuple[str, ...] = ()
+    path: str, image_column: str | None = None, caption_columns: tuple[str, ...] = ()
 ) -> DatasetSource:
     """The samples of a folder that `Dataset.save_to_disk` wrote, or of the only part of a `DatasetDict`.
 
@@ -115,7 +115,7 @@ def open_dataset(
 
 
 def open_dataset_parts(
-    path: str, image_column: str = "none", caption_columns: tuple[str, ...] = ()
+    path: str, image_column: str | None = None, caption_columns: tuple[str, ...] = ()
 ) -> dict[str, DatasetSource]:
     """The parts (train, val, test) of a saved `DatasetDict`; empty for one dataset, or a dict of one part.
 
@@ -192,7 +192,7 @@ def _load(place: Path) -> Any:
 
 
 def _columns(
-    place: Path, rows: Any, image_column: str, caption_columns: tuple[str, ...]
+    place: Path, rows: Any, image_column: str | None, caption_columns: tuple[str, ...]
 ) -> tuple[str, tuple[str, ...], str]:
     """The columns of images, of captions and of labels; captions are empty when labels count."""
     import datasets
@@ -200,12 +200,12 @@ def _columns(
     features = dict(rows.features)
     listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
     for column in (image_column, *caption_columns):
-        if column != "none" and column not in features:
+        if column is not None and column not in features:
             raise UsageError(f"{place}: there is no column `{column}`{did_you_mean(column, features)}")
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if image_column == "none" and len(images) > 1 and (known := known_path(images)):
+    if image_column is None and len(images) > 1 and (known := known_path(images)):
         images = [known]
-    if image_column != "none":
+    if image_column is not None:
         images = [name for name in images if name == image_column]
     if len(images) != 1:
         raise UsageError(

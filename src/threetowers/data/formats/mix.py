@@ -38,7 +38,7 @@ class Part:
 
     path: str
     weight: float = 1.0
-    image_column: str = "none"
+    image_column: str | None = None
     caption_columns: tuple[str, ...] = ()
 
 
@@ -264,7 +264,8 @@ def _entry(file: str, where: str, values: dict[str, object]) -> Part:
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(name, str) for name in captions):
         raise UsageError(f"{file}: {where}: caption_columns: expected a list of names, got {captions!r}")
-    return Part(_beside(file, path), float(weight), image, tuple(captions))  # type: ignore[arg-type]
+    column = None if image == "none" else image
+    return Part(_beside(file, path), float(weight), column, tuple(captions))  # type: ignore[arg-type]
 
 
 def _beside(file: str, path: str) -> str:

@@ -13,12 +13,12 @@ from threetowers.errors import BadSample, DataError
 
 
 def open_table(
-    path: str | Path, image_column: str = "none", caption_columns: tuple[str, ...] = ()
+    path: str | Path, image_column: str | None = None, caption_columns: tuple[str, ...] = ()
 ) -> FileSource:
     """The samples of a CSV (any delimiter), TSV, JSONL or parquet table.
 
     Image paths are relative to its folder, or to a folder of images beside it when none is found there.
-    Columns are recognised by name, else by content, when they are `none` and empty. Rows with the same image are
+    Columns are recognised by name, else by content, when they are None and empty. Rows with the same image are
     one sample with several captions, as are several caption columns, lists in JSONL and JSON lists in a cell.
     Raises UsageError for a column that is not there or cannot be recognised, DataError when nothing can be read.
     """
@@ -55,7 +55,11 @@ def _folder(table: Path, head: list[Row], image_column: str) -> Path:
 
 
 def merge_rows(
-    source: FileSource, table: str, rows: Iterator[Row], image_column: str, caption_columns: tuple[str, ...]
+    source: FileSource,
+    table: str,
+    rows: Iterator[Row],
+    image_column: str,
+    caption_columns: tuple[str, ...],
 ) -> dict[str, tuple[int, str]]:
     """Size and captions by file; every row that adds nothing is put on the source's list of problems."""
     files: dict[str, tuple[int, str]] = {}

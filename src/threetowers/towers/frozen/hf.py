@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.towers.frozen.base import Loaded, first_line, foreign, token_mean
+from threetowers.towers.frozen.base import Card, Kind, Loaded, first_line, foreign, num_parameters, token_mean
 
 REMEDY = "Offline, give a folder that save_pretrained wrote"
 # heads that a checkpoint may bring and a tower does not have; leaving them out loses nothing
@@ -58,7 +58,7 @@ def load_hf(name: str, features: str) -> Loaded:
         model.pooler = None
     spec = image_spec(processor_settings(folder, source), source)
     width, num_prefix = probe(model, features, spec.size, source)
-    return HuggingFaceVision(model, features, num_prefix), width, spec, None
+    return Loaded(HuggingFaceVision(model, features, num_prefix), width, spec)
 
 
 def local_folder(name: str, source: str, needs: str) -> str:
@@ -240,3 +240,32 @@ def probe(model: Any, features: str, size: int, source: str) -> tuple[int, int]:
     if features == "cls" and num_prefix == 0:
         raise UsageError(f"third_features: {source} has no class token; take pooled or mean")
     return tokens.shape[2], num_prefix
+
+
+def skeleton(spec: str, name: str) -> Any:
+    """transformers' model of a configuration, without memory and without weights; raises CheckpointError."""
+    transformers = import_transformers(spec)
+    folder = local_folder(name, spec, needs="config.json")
+    with quiet(transformers), foreign(spec, "the configuration", REMEDY):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            return transformers.AutoModel.from_config(config, trust_remote_code=False).eval()
+
+
+def hf_card(spec: str, name: str) -> Card:
+    """The card of a vision model; raises as `load_hf` does."""
+    whole = skeleton(spec, name)
+    model = getattr(whole, "vision_model", whole)
+    image = image_spec(processor_settings(name, spec), spec)
+    width, _ = probe(model, "pooled", image.size, spec)
+    return Card(spec, num_parameters(model), width, image)
+
+
+HF = Kind(
+    prefix="hf",
+    reads="images",
+    forms=("hf:DIR_OR_ID",),
+    help="a transformers vision model (ViT, DINOv2, CLIP, SigLIP …), safetensors only",
+    load=load_hf,
+    card=hf_card,
+)

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
+from open_clip.model import _build_vision_tower
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from threetowers.config import did_you_mean
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.towers.frozen.base import Loaded, foreign, pooled_only
+from threetowers.towers.frozen.base import Card, Kind, Loaded, foreign, num_parameters, pooled_only
 from threetowers.towers.weights import refuse_pickle
 
 
@@ -23,12 +26,8 @@ def load_open_clip(name: str, features: str) -> Loaded:
     model, config = load_pair(name, source)
     # open_clip keeps QuickGELU as a key of the whole model, which a pair with another text tower cannot take over
     vision_cfg = None if config.get("quick_gelu") else dict(config["vision_cfg"])
-    return (
-        model.visual,
-        config["embed_dim"],
-        image_spec(open_clip.get_model_preprocess_cfg(model)),
-        vision_cfg,
-    )
+    image = image_spec(open_clip.get_model_preprocess_cfg(model))
+    return Loaded(model.visual, config["embed_dim"], image, vision_cfg)
 
 
 def load_pair(name: str, source: str, **options: bool) -> tuple[Any, dict[str, Any]]:
@@ -88,3 +87,27 @@ def image_spec(settings: dict[str, Any]) -> ImageSpec:
         interpolation=settings["interpolation"],
         resize="squash" if settings["resize_mode"] == "squash" else "shortest",
     )
+
+
+def open_clip_card(spec: str, name: str) -> Card:
+    """The card of published weights; the network is built without memory."""
+    model, _, tag = name.partition("@")
+    config = known_config(model)
+    known_tag(model, tag, "open_clip")
+    with torch.device("meta"), foreign(spec, "the network"):
+        visual: Any = _build_vision_tower(
+            config["embed_dim"], dict(config["vision_cfg"]), config.get("quick_gelu", False)
+        )
+    settings = merge_preprocess_dict(PreprocessCfg(), open_clip.get_pretrained_cfg(model, tag))
+    settings["size"] = visual.image_size
+    return Card(spec, num_parameters(visual), config["embed_dim"], image_spec(settings))
+
+
+OPEN_CLIP = Kind(
+    prefix="open_clip",
+    reads="images",
+    forms=("open_clip:NAME@TAG", "open_clip:NAME@FILE", "open_clip:local-dir:DIR"),
+    help="the image tower of an open_clip model; @FILE and open_clip:local-dir:DIR read yours",
+    load=load_open_clip,
+    card=open_clip_card,
+)

@@ -1,89 +1,36 @@
-"""Text-side third towers: pretrained text models that are read and never trained."""
+"""Frozen towers that read texts: hf-text:DIR_OR_ID out of transformers, open_clip-text:NAME@TAG out of open_clip."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import open_clip
 import torch
+from open_clip.model import _build_text_tower
 from torch import Tensor, nn
 
 from threetowers.errors import UsageError
 from threetowers.towers.frozen.base import (
+    Card,
+    Kind,
+    Loaded,
     digest_of,
-    feature_name,
     first_line,
     foreign,
-    freeze,
+    num_parameters,
     pooled_only,
     token_mean,
-    weights_digest,
 )
-from threetowers.towers.frozen.hf import REMEDY, import_transformers, load_model, local_folder, quiet
-from threetowers.towers.frozen.open_clip import load_pair
+from threetowers.towers.frozen.hf import (
+    REMEDY,
+    import_transformers,
+    load_model,
+    local_folder,
+    quiet,
+    skeleton,
+)
+from threetowers.towers.frozen.open_clip import known_config, known_tag, load_pair
 from threetowers.towers.pair import encode_text, takes_short_text
-
-
-class TextInput(Protocol):
-    """Captions to the ids that a frozen text tower takes."""
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token ids, int64 [B, n], padded on the right."""
-        ...
-
-    def lengths(self, tokens: Tensor) -> Tensor:
-        """Number of ids of each text without padding, int64 [B]."""
-        ...
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values that differ whenever the ids of some text may differ."""
-        ...
-
-
-LoadedText = tuple[nn.Module, int, TextInput]  # network, width P of its features, tokenizer
-
-
-@dataclass(frozen=True)
-class FrozenTextTower:
-    """A pretrained text model in eval mode for ever, with a tokenizer of its own.
-
-    view, spec, width, features, precision: as of a FrozenTower. module: token ids [B, n] → features [B, P].
-    """
-
-    view: str
-    spec: str
-    module: nn.Module = field(repr=False)
-    width: int
-    tokenizer: TextInput = field(repr=False)
-    features: str = "pooled"
-    precision: str = "fp32"
-
-    def __post_init__(self) -> None:
-        freeze(self.module, self.precision)
-
-    @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Features float32 [B, P] of token ids int64 [B, n]; eval mode and no gradient, always."""
-        if self.module.training:
-            self.module.eval()
-        return self.module(tokens).float()  # type: ignore[no-any-return]
-
-    def to(self, device: torch.device) -> "FrozenTextTower":
-        self.module.to(device)
-        return self
-
-    def fingerprints(self) -> dict[str, str]:
-        """Digests of the weights and of the tokenizer, and the choice of features: what the numbers depend on."""
-        return {
-            "weights": weights_digest(self.module),
-            "preprocessing": digest_of(self.tokenizer.as_dict()),
-            "features": feature_name(self.features, self.precision),
-        }
-
-    def fingerprint(self) -> str:
-        """One hex digest of all fingerprints."""
-        return digest_of(self.fingerprints())
 
 
 class HuggingFaceTokens:
@@ -143,7 +90,7 @@ def pad_id(tokenizer: Any) -> int:
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
-def load_hf_text(name: str, features: str) -> LoadedText:
+def load_hf_text(name: str, features: str) -> Loaded:
     """A text model (BERT, sentence encoders, the text tower of CLIP or SigLIP …) with its tokenizer.
 
     Raises UsageError for features it has not, CheckpointError for files that are missing or weights that do not fit.
@@ -168,7 +115,7 @@ def load_hf_text(name: str, features: str) -> LoadedText:
         found = None
     if found is None:
         raise UsageError(f"third_features: {source} has no {features} features; take cls or mean")
-    return module, found.shape[1], tokens
+    return Loaded(module, found.shape[1], tokens)
 
 
 def load_hf_tokenizer(name: str, source: str) -> Any:
@@ -227,7 +174,7 @@ class OpenClipText(nn.Module):
         return encode_text(self.text, tokens) if short else self.text(tokens)  # type: ignore[no-any-return]
 
 
-def load_open_clip_text(name: str, features: str) -> LoadedText:
+def load_open_clip_text(name: str, features: str) -> Loaded:
     """The text tower of an open_clip model with its own tokenizer; raises as open_clip: does."""
     source = f"open_clip-text:{name}"
     pooled_only(source, features)
@@ -235,4 +182,42 @@ def load_open_clip_text(name: str, features: str) -> LoadedText:
     with foreign(source, "the tokenizer"):
         tokenizer = open_clip.get_tokenizer(name if name.startswith("local-dir:") else name.partition("@")[0])
     tokens = OpenClipTokens(tokenizer, model.text, config["text_cfg"])
-    return OpenClipText(model.text), config["embed_dim"], tokens
+    return Loaded(OpenClipText(model.text), config["embed_dim"], tokens)
+
+
+def hf_text_card(spec: str, name: str) -> Card:
+    """The card of a text model; raises as `load_hf_text` does."""
+    whole = skeleton(spec, name)
+    model = getattr(whole, "text_model", whole)
+    tokenizer = load_hf_tokenizer(name, spec)
+    limit = token_limit(tokenizer, model.config)
+    return Card(spec, num_parameters(model), model.config.hidden_size, context=limit)
+
+
+def open_clip_text_card(spec: str, name: str) -> Card:
+    """The card of published weights; the network is built without memory."""
+    model, _, tag = name.partition("@")
+    config = known_config(model)
+    known_tag(model, tag, "open_clip-text")
+    section = {**config["text_cfg"], "hf_model_pretrained": False}
+    with torch.device("meta"), foreign(spec, "the network"):
+        text = _build_text_tower(config["embed_dim"], section, config.get("quick_gelu", False))
+    return Card(spec, num_parameters(text), config["embed_dim"], context=section.get("context_length", 77))
+
+
+HF_TEXT = Kind(
+    prefix="hf-text",
+    reads="texts",
+    forms=("hf-text:DIR_OR_ID",),
+    help="a transformers text model with its tokenizer, as third tower of 3t",
+    load=load_hf_text,
+    card=hf_text_card,
+)
+OPEN_CLIP_TEXT = Kind(
+    prefix="open_clip-text",
+    reads="texts",
+    forms=("open_clip-text:NAME@TAG", "open_clip-text:local-dir:DIR"),
+    help="the text tower of an open_clip model, likewise; or open_clip-text:local-dir:DIR",
+    load=load_open_clip_text,
+    card=open_clip_text_card,
+)

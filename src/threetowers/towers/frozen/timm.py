@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from threetowers.config import did_you_mean
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.towers.frozen.base import Loaded, foreign, token_mean
+from threetowers.towers.frozen.base import Card, Kind, Loaded, foreign, num_parameters, token_mean
 from threetowers.towers.weights import load_strictly, read_safetensors
 
 
@@ -68,7 +68,8 @@ def load_timm(name: str, features: str) -> Loaded:
     spec = timm_image_spec(trunk, name)
     width = pooled_width(trunk)
     if features != "pooled":
-        return TimmTrunk(trunk, features), _unpooled_width(trunk, name, features, spec.size), spec, None
+        width = _unpooled_width(trunk, name, features, spec.size)
+        return Loaded(TimmTrunk(trunk, features), width, spec)
     vision_cfg = None
     if width == trunk.num_features and (
         not local or _as_timm_builds_it(trunk)
@@ -78,7 +79,7 @@ def load_timm(name: str, features: str) -> Loaded:
             "timm_pool": "",
             "image_size": spec.size,
         }
-    return TimmTrunk(trunk), width, spec, vision_cfg
+    return Loaded(TimmTrunk(trunk), width, spec, vision_cfg)
 
 
 def known_name(name: str) -> None:
@@ -158,3 +159,23 @@ def near_timm(name: str) -> str:
         if clause.startswith(";")
         else ". `python -c 'import timm; print(timm.list_models())'` lists them"
     )
+
+
+def timm_card(spec: str, name: str) -> Card:
+    """The card of published weights; the network is built without memory."""
+    name = name.partition("@")[0]
+    known_name(name)
+    with torch.device("meta"), foreign(spec, "the network"):
+        trunk = timm.create_model(name, pretrained=False, num_classes=0)
+    image = timm_image_spec(trunk, name)
+    return Card(spec, num_parameters(trunk), pooled_width(trunk), image)
+
+
+TIMM = Kind(
+    prefix="timm",
+    reads="images",
+    forms=("timm:NAME", "timm:NAME@FILE", "timm:local-dir:DIR"),
+    help="published weights of a timm model; timm:NAME@FILE and timm:local-dir:DIR read yours",
+    load=load_timm,
+    card=timm_card,
+)

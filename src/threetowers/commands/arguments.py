@@ -1,0 +1,194 @@
+"""What the command line takes, read into dataclasses: presets and files first, then flags.
+
+Nothing heavy is imported here, so that --help is immediate.
+"""
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from threetowers.config import (
+    CompareConfig,
+    PretrainConfig,
+    RunConfig,
+    apply_values,
+    config_hash,
+    did_you_mean,
+    read_toml,
+)
+from threetowers.errors import UsageError
+from threetowers.recipes import PRESETS
+
+T = TypeVar("T")
+NONE = "none"
+"""What stands for None, "not given", on the command line as in TOML."""
+
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _optional_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """`str | None`, and `Path | None`, from one word."""
+    inner = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if get_origin(info.type) not in (Union, types.UnionType) or inner not in ([str], [Path]):
+        return None
+    kind = inner[0]
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{'PATH' if kind is Path else 'STR'}|{NONE}",
+        instance_from_str=lambda words: None if words[0] == NONE else kind(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: [NONE if value is None else str(value)],
+    )
+
+
+@REGISTRY.primitive_rule
+def _texts(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """`tuple[str, ...]` from any number of words; `none` gives none."""
+    if info.type != tuple[str, ...]:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[STR ...]|{NONE}",
+        instance_from_str=lambda words: () if words == [NONE] else tuple(words),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: list(value) or [NONE],
+    )
+
+
+def parse(kind: Callable[..., T], words: list[str], verb: str, default: T | None = None) -> T:
+    """The words read into a dataclass, or into a call of a function; ends the process for --help and mistakes."""
+    settings: dict[str, Any] = {} if default is None else {"default": default}
+    parsed: T = tyro.cli(
+        kind,
+        prog=f"threetowers {verb}",
+        args=words,
+        registry=REGISTRY,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
+        **settings,
+    )
+    return parsed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Train a model. Precedence: preset, then file, then flags."""
+
+    out: Annotated[Path | None, tyro.conf.arg(help="Run folder; none is runs/PRESET-CONFIGHASH.")] = None
+    fresh: Annotated[bool, tyro.conf.arg(help="Replace the run that is in the folder.")] = False
+    max_minutes: Annotated[
+        float, tyro.conf.arg(help="Save and stop after this long, to continue later; 0 never.")
+    ] = 0.0
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareArguments:
+    """Train and evaluate several methods on equal terms, and write report.html. Run again, it continues."""
+
+    out: Annotated[Path, tyro.conf.arg(help="Folder of the comparison.")] = Path("runs/compare")
+    max_minutes: Annotated[
+        float, tyro.conf.arg(help="Save and stop after this long, to continue later; 0 never.")
+    ] = 0.0
+    options: Annotated[CompareConfig, tyro.conf.arg(name="")] = field(default_factory=CompareConfig)
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainArguments:
+    """Train a timm classifier and save it as a tower: --third file:DIR."""
+
+    out: Annotated[Path, tyro.conf.arg(help="Folder to write.")]
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedArguments:
+    """Compute a frozen tower's features of every sample once. Run again, it continues; give the folder to train
+    as --embeddings."""
+
+    tower: Annotated[str, tyro.conf.arg(help="Such as timm:NAME; `threetowers towers` lists the kinds.")]
+    data: Annotated[str, tyro.conf.arg(help="What train is given as --data, or another source.")]
+    out: Annotated[Path, tyro.conf.arg(help="Folder of the store.")]
+    views: Annotated[int, tyro.conf.arg(help="Random views of each image; 0 is one fixed view.")] = 0
+    crop_scale: Annotated[tuple[float, float], tyro.conf.arg(help="As inputs.crop_scale of the run.")] = (
+        0.9,
+        1.0,
+    )
+    crop_ratio: Annotated[tuple[float, float], tyro.conf.arg(help="As inputs.crop_ratio of the run.")] = (
+        0.75,
+        1.3333333,
+    )
+    flip: Annotated[bool, tyro.conf.arg(help="As inputs.flip of the run.")] = False
+    dtype: Annotated[Literal["fp16", "bf16"], tyro.conf.arg(help="Of what is stored.")] = "fp16"
+    part: Annotated[str, tyro.conf.arg(help="I/N: this process does every N-th chunk from the I-th.")] = "0/1"
+    precision: Annotated[Literal["fp32", "bf16"], tyro.conf.arg(help="As third_precision of the run.")] = (
+        "fp32"
+    )
+    features: Annotated[
+        Literal["pooled", "cls", "mean"], tyro.conf.arg(help="As third_features of the run.")
+    ] = "pooled"
+    image_column: Annotated[str | None, tyro.conf.arg(help="As inputs.image_column of the run.")] = None
+    caption_columns: Annotated[tuple[str, ...], tyro.conf.arg(help="As inputs.caption_columns.")] = ()
+    batch_size: Annotated[int, tyro.conf.arg(help="Views or captions that go through the tower at once.")] = (
+        256
+    )
+    workers: Annotated[int, tyro.conf.arg(help="Processes that decode; 0 decodes in this one.")] = 2
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or cuda:1.")] = "auto"
+
+
+A = TypeVar("A", TrainArguments, CompareArguments)
+
+
+def run_arguments(kind: type[A], words: list[str], verb: str) -> tuple[str, A]:
+    """The name of the preset or file in the first word, and the arguments: its configuration under the flags."""
+    name, config, flags = _start(words, verb)
+    arguments = parse(kind, flags, f"{verb} {name}", kind(run=config))
+    return name, replace(arguments, run=_own_towers(arguments.run, config))
+
+
+def _start(words: list[str], verb: str) -> tuple[str, RunConfig, list[str]]:
+    """The preset's or file's name and configuration, and the flags that are left."""
+    if not words or words[0].startswith("-"):
+        if any(word in ("-h", "--help") for word in words):
+            return "tiny", PRESETS["tiny"](), words
+        raise UsageError(f"{verb}: name a preset or a TOML file first: {', '.join(PRESETS)}, or run.toml")
+    name = words[0]
+    if name in PRESETS:
+        return name, PRESETS[name](), words[1:]
+    if not name.endswith(".toml"):
+        raise UsageError(f"{name}: neither a preset nor a .toml file{did_you_mean(name, PRESETS)}")
+    return Path(name).stem, load_file(Path(name)), words[1:]
+
+
+def load_file(path: Path) -> RunConfig:
+    """A TOML file's configuration; a file may begin with `preset = "…"`, whose values it then overrides."""
+    values = read_toml(path)
+    preset = values.pop("preset", None)
+    if preset is None:
+        return apply_values(RunConfig(), values, path)
+    if preset not in PRESETS:
+        raise UsageError(f"{path}: preset: {preset!r} is no preset{did_you_mean(str(preset), PRESETS)}")
+    start = PRESETS[preset]()
+    return _own_towers(apply_values(start, values, path), start)
+
+
+def _own_towers(config: RunConfig, start: RunConfig) -> RunConfig:
+    """Where another open_clip model is named than at the start, the start's own towers do not shape it."""
+    pair, old = config.pair, start.pair
+    if pair.model in (None, old.model):
+        return config
+    left: dict[str, Any] = {
+        name: {} for name in ("vision", "text") if getattr(pair, name) == getattr(old, name)
+    }
+    return replace(config, pair=replace(pair, **left))
+
+
+def run_folder(name: str, arguments: TrainArguments) -> Path:
+    """The folder of a run: as given, or named after the preset or file and the configuration."""
+    return arguments.out or Path("runs") / f"{name}-{config_hash(arguments.run)}"
