@@ -1,7 +1,7 @@
 import io
 import platform
 
-from threetowers.progress import Progress, duration, track
+from threetowers.progress import Progress, duration
 from threetowers.run.allocator import keep_freed_memory
 
 
@@ -31,10 +31,6 @@ def test_the_rate_counts_only_what_this_process_did() -> None:
     bar._start -= 10  # as if ten seconds had passed
     bar.update(1_000_000)
     assert "0.1/s" in stream.getvalue()
-
-
-def test_track_yields_everything() -> None:
-    assert list(track([1, 2, 3], "counting", "numbers")) == [1, 2, 3]
 
 
 def test_glibc_takes_the_settings() -> None:

@@ -4,19 +4,19 @@ import errno
 
 
 class ThreeTowersError(Exception):
-    """Base of every error that is the user's to mend: says what is wrong, where, and what to do."""
+    """Base of the errors that a user can correct; the message says what is wrong, where, and what to do."""
 
     exit_code = 1
 
 
 class UsageError(ThreeTowersError):
-    """A command, option or configuration that cannot be meant."""
+    """A command, an option or a configuration that is not valid."""
 
     exit_code = 2
 
 
 class DataError(ThreeTowersError):
-    """Data that cannot be read or holds nothing usable."""
+    """Data that cannot be read, or that holds nothing usable."""
 
     exit_code = 3
 
@@ -58,7 +58,7 @@ REMEDIES = {
 
 
 def of_system(error: OSError) -> str:
-    """What the operating system refused, in a line: the file, the reason, and what to do where that is known."""
+    """An error of the operating system in one line: the file, the reason and, where it is known, what to do."""
     said = f"{error.filename or 'files'}: {error.strerror or error}"
     remedy = REMEDIES.get(error.errno or 0)
     return f"{said}. {remedy}" if remedy else said

@@ -41,8 +41,8 @@ class Architecture:
 class ThreeTowers(nn.Module):
     """The trainable part of every method: towers `img` and `txt`, `heads` by view name, `log_scale`, `bias`.
 
-    The frozen towers are not in here. Their features come in, multiplied by `third_norms`, the stored constants that
-    bring the mean squared norm of each to its width P.
+    The frozen towers are not part of it. It receives their features and multiplies them by `third_norms`, stored
+    constants that bring the mean squared norm of each tower's features to its width P.
     """
 
     third_norms: Tensor

@@ -2,10 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
-from typing import TextIO, TypeVar
-
-T = TypeVar("T")
+from typing import TextIO
 
 
 def duration(seconds: float) -> str:
@@ -20,9 +17,9 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Says how far a piece of work is, how fast it goes and how long it still takes.
+    """Shows how much of a piece of work is done, its rate and the remaining time.
 
-    done and total are in `unit`s. Off a terminal a line is written every `every_seconds` and at the end.
+    done and total count `unit`s. Off a terminal, a line is written every `every_seconds` and at the end.
     """
 
     def __init__(
@@ -37,7 +34,7 @@ class Progress:
         self._start = self._last = time.monotonic()
 
     def update(self, done: int, extra: str = "", *, force: bool = False) -> None:
-        """Shows the state when it is time to; `extra` stands at the end of the line."""
+        """Shows the state when a new line is due; `extra` is put at the end of the line."""
         now = time.monotonic()
         finished = done >= self.total
         if not (finished or force) and now - self._last < self._every:
@@ -53,14 +50,3 @@ class Progress:
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
-
-
-def track(items: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterator[T]:
-    """Yields the items and shows the progress through them."""
-    if total is None:
-        assert isinstance(items, Sized)
-        total = len(items)
-    bar = Progress(title, total, unit)
-    for done, item in enumerate(items, start=1):
-        yield item
-        bar.update(done)

@@ -1,1 +1,1 @@
-"""Commands that look and tell, and train nothing."""
+"""Commands beside training: what they take, and what they do."""

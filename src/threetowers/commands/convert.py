@@ -1,4 +1,4 @@
-"""Foreign PyTorch checkpoints as safetensors: the one place that opens a pickle, and it runs nothing out of it.
+"""Foreign PyTorch checkpoints as safetensors. This is the one place that opens a pickle, and it runs no code in it.
 
     threetowers convert ViT-B-32.pt --out ViT-B-32.safetensors
 
@@ -6,7 +6,6 @@
 out fits `pair.weights`, `timm:NAME@FILE` and `open_clip:NAME@FILE`.
 """
 
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -17,11 +16,10 @@ from typing import Any
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
 from packaging.version import Version
-from safetensors.torch import save_file
 from torch import Tensor
 
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.files import disk_errors
+from threetowers.towers.weights import write_safetensors
 
 SAFE_SINCE = Version("2.10")
 """The first torch whose weights_only reader is trusted here."""
@@ -67,15 +65,7 @@ def convert(path: Path, out: Path) -> Converted:
         state = convert_to_custom_text_state_dict(state)
         notes.append("laid out as open_clip's CustomTextCLIP (visual.*, text.*)")
     tensors = _on_their_own(state)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        with disk_errors(partial):
-            save_file(tensors, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_safetensors(out, tensors, sync=True)
     return Converted(
         out,
         len(tensors),

@@ -32,7 +32,7 @@ SPEED_BYTES = 64_000_000
 GIGABYTE = 10**9
 _PROBE_SECONDS = 300  # a first import from a cold network disk takes minutes
 
-# Importing torch and torchvision happens in other processes: a broken build must not take the doctor down.
+# Importing torch and torchvision happens in other processes: a broken build must not end this command.
 _TORCH_PROBE = """
 import json, torch
 devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -142,7 +142,7 @@ def _fits(version: str, demanded: str) -> bool:
     try:
         return Requirement(f"x{demanded}").specifier.contains(Version(version), prereleases=True)
     except InvalidVersion:
-        return True  # a build of one's own; its number says nothing
+        return True  # a local build, whose number cannot be compared
 
 
 def probe(program: str) -> tuple[Any, str]:

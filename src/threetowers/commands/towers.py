@@ -1,4 +1,4 @@
-"""What can serve as frozen tower, in words: `threetowers towers [TEXT|SPEC]`. Downloads no weights."""
+"""Which models can be a frozen tower: `threetowers towers [WORD|SPEC]`. Downloads no weights."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run would meet, found out in seconds: data, captions, towers, memory, disk, one step and its time.
+"""A check of a run in seconds: data, captions, towers, memory, disk, one step and its time.
 
 Nothing is trained and nothing is written: the weights of the step are thrown away and no embeddings are stored.
 """
@@ -71,7 +71,7 @@ def _drawn(seed: int, count: int, most: int) -> list[int]:
 
 
 def _images(config: RunConfig, source: Source) -> Iterator[str]:
-    """Decodes a sample of the images; DataError when their bad share cannot be as small as is let pass."""
+    """Decodes a sample of the images; DataError when the share of bad ones is significantly above the limit."""
     indices = _drawn(config.seed, len(source), IMAGES)
     bad: list[BadSample] = []
     sizes: list[int] = []

@@ -1,8 +1,8 @@
-"""The C library's allocator, told to keep what is freed.
+"""A setting of the C library's allocator: keep memory that is freed.
 
-A training step frees and takes the same large blocks again and again. glibc hands blocks of more than 32 MB back to the
-system each time, and the kernel clears them page by page when they come again. `benchmarks/allocator.py` measures what
-keeping them brings to a small convolutional tower.
+A training step frees and allocates the same large blocks again and again. By default glibc returns blocks of more than
+32 MB to the system, and the kernel clears every page when it hands them out again. `benchmarks/allocator.py` measures
+what keeping them gains for a small convolutional tower.
 """
 
 import ctypes

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from threetowers.config import RunConfig
@@ -25,13 +24,13 @@ from threetowers.data.decode import decode
 from threetowers.data.tokenize import Tokenizer, load_tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import BadSample, CheckpointError, DataError
-from threetowers.files import digest_file, disk_errors, write_whole, writing_aside
+from threetowers.files import digest_file, write_whole
 from threetowers.model import Architecture, ThreeTowers
 from threetowers.objective.losses import unit
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.image_tower import as_image_tower
 from threetowers.towers.pair import build_image_tower, build_text_tower, encode_text
-from threetowers.towers.weights import load_strictly, read_safetensors
+from threetowers.towers.weights import load_strictly, read_safetensors, write_safetensors
 
 SCHEMA = 1
 ImageLike = str | Path | Image.Image
@@ -39,7 +38,7 @@ ImageLike = str | Path | Image.Image
 
 @dataclass
 class FinishedRun:
-    """The main pair of a finished run: plain two-tower inference, no third tower, on `device`."""
+    """The main pair of a finished run, for two-tower inference without a third tower, on `device`."""
 
     img: nn.Module
     txt: nn.Module
@@ -130,10 +129,7 @@ def save_run(
     state |= {key: value for key, value in model.state_dict().items() if not key.startswith("img.")}
     state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     weights = folder / "model.safetensors"
-    with writing_aside(weights) as temporary:
-        with disk_errors(temporary):
-            save_file(state, temporary)
-        sha256 = digest_file(temporary)
+    write_safetensors(weights, state)
     tokenizer.save(folder)
     described = {
         "schema": SCHEMA,
@@ -149,7 +145,7 @@ def save_run(
         ],
         "num_trainable": model.num_trainable(),
         "rows": [[row.a, row.b, row.weight, row.kind] for row in model.objective.rows],
-        "sha256": sha256,
+        "sha256": digest_file(weights),
     }  # fmt: skip
     write_whole(folder / "model.json", json.dumps(described, indent=2))
 

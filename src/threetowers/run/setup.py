@@ -31,7 +31,7 @@ TOKENIZER_CAPTIONS = 200_000  # enough to learn a vocabulary from, whatever the 
 
 @dataclass
 class Setup:
-    """Everything that training and evaluation of one configuration stand on."""
+    """What training and evaluation of one configuration need."""
 
     config: RunConfig
     device: torch.device
@@ -44,7 +44,7 @@ class Setup:
     architecture: Architecture
 
     def reader(self) -> BatchReader:
-        """What makes the batches of training; raises UsageError when there is less data than one batch."""
+        """The reader that makes the batches of training; raises UsageError when there is less data than one batch."""
         return BatchReader(
             self.train,
             Order(self.config.seed, len(self.train), self.config.batch_size),
@@ -80,7 +80,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_settings(config: RunConfig) -> None:
-    """Raises UsageError for settings that no data could make right; reads nothing and builds nothing."""
+    """Raises UsageError for settings that are wrong whatever the data is; reads nothing and builds nothing."""
     check(config)
     check_decoder(config.inputs.decoder)
     pick_device(config.device)
@@ -132,7 +132,7 @@ def _open_splits(
 
 
 def describe_data(config: RunConfig) -> str:
-    """What was found in the training data, its first rows, and the sizes of the three parts."""
+    """A few lines for people: what the training data is, its first rows, and the sizes of the three parts."""
     train, val, test = open_data(config)
     return f"{describe(train)}\n{len(train):,} images to train on, {len(val):,} to validate, {len(test):,} to test"
 
@@ -171,7 +171,7 @@ def _captions(source: Source, most: int) -> Iterable[str]:
 
 
 def assemble(config: RunConfig, folder: Path, *, saved_tokenizer: Path | None = None) -> Setup:
-    """Opens, loads and builds what a configuration names, and embeds nothing: the frozen features' norms stay 1.
+    """Opens, loads and builds what a configuration names. Nothing is embedded, and the frozen features' norms stay 1.
 
     folder: the run folder; embeddings are stored beside it unless the configuration says where.
     """

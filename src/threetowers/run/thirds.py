@@ -1,6 +1,6 @@
-"""The frozen towers of a run: the networks, their stored features by source, and what they compute while training.
+"""The frozen towers of a run: the networks, their stored features by source, and features computed while training.
 
-Everything that concerns third towers at run time is asked for here; the model sees their features alone.
+This is the one owner of third towers at run time. The model receives nothing but their features.
 """
 
 from array import array
@@ -110,7 +110,7 @@ class Thirds:
         return batch.third_features | live
 
     def set_norms(self, model: ThreeTowers, train: Source) -> None:
-        """Stores in the model what brings the mean squared norm of each tower's features to its width.
+        """Sets the model's constants that bring the mean squared norm of each tower's features to its width.
 
         A live tower's norm is that of the fixed views of the first NORM_SAMPLES images.
         """

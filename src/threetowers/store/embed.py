@@ -43,7 +43,7 @@ FP16_LIMIT = 60_000.0  # just below the largest fp16 number
 CHUNK_SAMPLES = 4_096
 
 
-class _TooWide(Exception):  # noqa: N818 - a finding that starts the work over, not a failure
+class _TooWide(Exception):  # noqa: N818 - the work starts again in fp32; nothing has failed
     """A feature that fp16 cannot hold."""
 
 
@@ -134,7 +134,7 @@ def write_store(
             _fill(work, tower, source, device, part, batch_size, workers)
             if not work.missing():
                 return finish(work, out)
-            if not is_store(out):  # else another process has made the store, and took the markers along
+            if not is_store(out):  # else another process has made the store, and the markers went with it
                 return None
         except _TooWide:
             work.mark_too_wide()

@@ -69,7 +69,7 @@ FIXED = Views()
 
 @dataclass(frozen=True)
 class Contents:
-    """What a store holds, before it holds it; fingerprints: `weights`, `preprocessing`, `features` and `data`."""
+    """What a store holds, or will hold. fingerprints: `weights`, `preprocessing`, `features` and `data`."""
 
     spec: str
     side: Side
@@ -112,7 +112,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The file of a store as its contents determine it, byte by byte before the first feature is computed."""
+    """The layout of a store's file; it follows from the contents, before the first feature is computed."""
 
     header: bytes
     slots: dict[str, Slot]
@@ -144,7 +144,7 @@ def layout(contents: Contents) -> Layout:
 
 
 def as_stored(features: Tensor, dtype: Kind) -> np.ndarray:
-    """Features as the array that is written of them."""
+    """Features as the array that is written to the file."""
     _, kind, torch_kind = _STORED[dtype]
     stored = features.to(torch_kind)
     return (stored.view(torch.int16) if dtype == "bf16" else stored).contiguous().numpy().view(kind)
@@ -152,7 +152,7 @@ def as_stored(features: Tensor, dtype: Kind) -> np.ndarray:
 
 @dataclass(eq=False)
 class Store:
-    """A frozen tower's features of a source, by sample; nothing but the rows asked for is read.
+    """A frozen tower's features of a source, by sample; only the rows that are asked for are read.
 
     select: int64, the stored sample of each sample of a part of the source; None is the whole of it.
     """
@@ -168,7 +168,7 @@ class Store:
         return self.contents.num_samples if self.select is None else len(self.select)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What reopens the store in a loader's process: the map itself would be copied whole."""
+        """What a loader's process needs to open the store again; a pickled memory map would be a full copy."""
         return {"folder": self.folder, "contents": self.contents, "select": self.select}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -258,7 +258,7 @@ class Store:
         return np.repeat(first, counts) + within, int(counts.sum())
 
     def _read(self, rows: np.ndarray) -> Tensor:
-        order = np.argsort(rows, kind="stable")  # a disk is read forward
+        order = np.argsort(rows, kind="stable")  # so that the disk is read in one direction
         block = torch.from_numpy(self._features[rows[order]].view(_bits(self.contents.dtype)))
         values = block.view(_STORED[self.contents.dtype][2]).float()
         out = torch.empty_like(values)
@@ -267,7 +267,7 @@ class Store:
 
 
 def as_crop(row: np.ndarray) -> Crop:
-    """A stored row, float32 [5], as the crop that it means: what was rounded to be stored is what is cut out."""
+    """The crop of a stored row, float32 [5]; the region that is cut out is the one rounded to float32."""
     left, top, right, bottom, flip = row.tolist()
     return Crop((left, top, right, bottom), bool(flip))
 

@@ -1,7 +1,8 @@
-"""A store in the making, which survives being killed and can be shared by processes.
+"""An unfinished store, which survives kills and which several processes can fill.
 
-The file has its final size and layout from the start. The work is cut in chunks of samples; each is written to its
-place, synced, and marked by a small file. Whoever comes goes on with the chunks that have no marker.
+The file has its final size and layout from the start. The work is divided into chunks of samples. Each chunk is written
+to its place, synced to the disk, and marked as done by a small file. A process continues with the chunks that have no
+marker.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ _WIDE_FILE = "too-wide"
 
 @dataclass(frozen=True)
 class Work:
-    """A store in the making: the file at its final size, and a marker for each chunk that is in it."""
+    """An unfinished store: the file at its final size, and a marker for each chunk that is in it."""
 
     folder: Path
     contents: Contents
@@ -58,7 +59,7 @@ class Work:
         return -(-self.contents.num_samples // self.chunk)
 
     def missing(self) -> list[int]:
-        """The chunks that nobody has finished."""
+        """The chunks that are not finished."""
         return [number for number in range(self.num_chunks) if not self.marker(number).is_file()]
 
     def begin(self, first: np.ndarray | None) -> None:
@@ -118,13 +119,13 @@ class Work:
         """Tells every process at this work that it has to be done in fp32."""
         with contextlib.suppress(
             FileNotFoundError
-        ):  # another process has finished that, and this work is gone
+        ):  # another process has finished the store in fp32, and this folder is gone
             (self.folder / _WIDE_FILE).touch()
 
 
 @contextlib.contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    """The file's descriptor; what fails on it names the path, which calls on a descriptor do not."""
+    """The file's descriptor. Errors of calls on it name the path, which those of the system do not."""
     file = os.open(path, flags, 0o644)
     try:
         yield file

@@ -1,7 +1,8 @@
-"""Which of torch's attention kernels run, where its own choice is not the best one.
+"""Which of torch's attention kernels run, where its own choice is not the fastest.
 
-On CPUs the backward pass of its fused attention in bf16 takes several times as long as plain products and a softmax in
-fp32, and rounds more. Over long sequences the plain way loses its lead and takes memory by the square of the length.
+On CPUs the backward pass of torch's fused attention in bf16 takes several times as long as plain products with an fp32
+softmax, and rounds more. For long sequences plain attention is no faster, and its memory grows with the square of the
+length.
 `benchmarks/attention.py` has the figures.
 """
 

@@ -1,12 +1,14 @@
 """Weights from files: safetensors alone, loaded strictly."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from threetowers.errors import CheckpointError
+from threetowers.files import disk_errors, writing_aside
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -55,3 +57,12 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error}); fetch or write it again"
         ) from None
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, sync: bool = False) -> None:
+    """Writes tensors as a safetensors file that appears whole or not at all.
+
+    sync: wait until it is on the disk. Raises OSError, naming the file, when the disk refuses.
+    """
+    with writing_aside(path, sync=sync) as temporary, disk_errors(temporary):
+        save_file(dict(tensors), temporary)

@@ -1,7 +1,7 @@
-"""Checkpoints that can be trusted: written beside, verified when read, never half there.
+"""Checkpoints: written beside their place and renamed when complete, verified when they are read.
 
 `checkpoints/step-00001200/` holds model.safetensors, optim.safetensors, state.json and MANIFEST.json with the size and
-SHA-256 of each. A checkpoint exists from the moment its folder has its name; there is no pointer to the latest one.
+SHA-256 of each. A checkpoint exists once its folder has its final name; there is no pointer to the latest one.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ Snapshot = dict[str, dict[str, Tensor]]
 
 @dataclass
 class Restored:
-    """A verified checkpoint: what it holds, and a line for each newer one that had to be passed over."""
+    """A verified checkpoint, and a line for each newer one that is damaged."""
 
     step: int
     state: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What keeps a run honest: stop requests, one trainer a folder, finite steps, bad samples, a folder's own settings."""
+"""Guards of a run: stop requests, one trainer per folder, finite steps, bad samples, and a folder's own settings."""
 
 import contextlib
 import fcntl

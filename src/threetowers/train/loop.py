@@ -34,7 +34,7 @@ WRITTEN = (
 
 @dataclass(frozen=True)
 class Trained:
-    """What a call of `train` came to: the run is finished or not, and whether a stop was asked for meanwhile."""
+    """The outcome of a call of `train`. stopped: whether a stop was requested meanwhile."""
 
     folder: Path
     finished: bool
@@ -100,7 +100,7 @@ def _steps(session: Session) -> bool:
         if end or (config.eval_every_steps and state.step % config.eval_every_steps == 0):
             improved = log_validation(session, validate(setup))
         stop = session.stop.requested
-        # in the midst of skipped steps the weights may be broken already: no place to return to
+        # while steps are being skipped the weights may be bad already, and a run must not return to them
         due = state.step % config.checkpoint_every_steps == 0 and not session.guard.in_row
         if stop or end or improved or due or session.patience_over:
             state.seconds = clock.seconds()
@@ -131,7 +131,7 @@ def validate(setup: Setup) -> dict[str, float]:
 
 
 def _claim(config: RunConfig, folder: Path, fresh: bool) -> checkpoint.Restored | None:
-    """Makes the folder this run's: writes its config, or checks that what is there belongs to it."""
+    """Claims the folder for the run: writes its config, or checks that what is there belongs to the run."""
     path = folder / "config.toml"
     # a first try that failed before its first checkpoint has nothing to protect
     claimed = (folder / "model.json").is_file() or bool(checkpoint.checkpoints(folder / "checkpoints"))

@@ -22,7 +22,7 @@ from threetowers.data.order import Order, hash64
 from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import BadSample, DataError, UsageError
-from threetowers.files import disk_errors
+from threetowers.files import disk_errors, write_whole
 from threetowers.progress import Progress
 from threetowers.run.allocator import keep_freed_memory
 from threetowers.run.setup import pick_device, world
@@ -70,7 +70,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
         "classes": len(train.class_names),
         "steps": config.steps,
     }
-    report.write_text(json.dumps(described, indent=2), encoding="utf-8")
+    write_whole(report, json.dumps(described, indent=2))
     return accuracy
 
 

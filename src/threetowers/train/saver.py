@@ -1,4 +1,4 @@
-"""Saves that do not end a run: in a thread or in the loop, loud when they fail, and given up after several."""
+"""Checkpoints saved in a thread or in the loop. A failure is reported; several in a row end the run."""
 
 import threading
 from pathlib import Path
@@ -58,7 +58,7 @@ class Saver:
     ) -> None:
         try:
             checkpoint.save(self._root, step, tensors, state, self._environment, self._keep, best)
-        except BaseException as error:  # a thread has nobody to raise it to
+        except BaseException as error:  # raised by `wait`, in the thread of the loop
             self._error = error
 
     def wait(self, *, final: bool = False) -> None:

@@ -20,7 +20,7 @@ from threetowers.train.saver import Saver
 from threetowers.train.step import TrainingStep
 
 MAX_SKIPPED = 5  # non-finite steps in a row after which the run returns to its last checkpoint
-MAX_RETURNS = 3  # returns after which going on is pointless
+MAX_RETURNS = 3  # returns after which the run ends
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Session:
 def open_session(
     config: RunConfig, folder: Path, found: checkpoint.Restored | None, stop: StopRequest
 ) -> Session:
-    """Everything a run needs, at its start or where its checkpoint left it."""
+    """The session of a run, at its start or at its last checkpoint."""
     log = RunLog(folder)
     setup = prepare(config, folder, saved_tokenizer=folder)
     _check_keep_best(setup)
@@ -134,7 +134,7 @@ def open_session(
         torch.manual_seed(config.seed)
         log.rewind(0)
         log.event(f"starting: {config.method}, {len(setup.train)} training samples, {config.steps} steps")
-        session.save(final=True)  # a disk that refuses is better met now than later
+        session.save(final=True)  # a full disk is better found now than after hours
         return session
     for line in found.passed_over:
         log.warn(f"passed over a checkpoint: {line}")
@@ -151,7 +151,7 @@ def open_session(
 
 
 def _environment(config: RunConfig) -> dict[str, Any]:
-    """What the last bits of the arithmetic depend on beside the configuration, and the configuration's hash."""
+    """The configuration's hash, and what else the last bits of the result depend on."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "config": config_hash(config),

@@ -1,7 +1,7 @@
 """A safetensors file written and hashed in one pass, without copies and without filling the page cache.
 
-The library's `save_file` leaves the hash to a second reading, and a checkpoint of gigabytes in the page cache, where it
-takes the place of the images that the run reads again and again. `load_file` reads what is written here.
+With the library's `save_file` the hash takes a second reading, and a checkpoint of gigabytes stays in the page cache,
+where it displaces images that the run will read again. The library's `load_file` reads what is written here.
 """
 
 import hashlib
