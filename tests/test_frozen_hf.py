@@ -23,7 +23,7 @@ from threetowers.errors import CheckpointError, UsageError
 from threetowers.model import build
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.hf import image_spec
-from threetowers.towers.frozen.load import load_frozen
+from threetowers.towers.frozen.load import KINDS, kind_of, load_frozen
 
 SIZES = [(48, 48), (61, 50), (33, 97), (20, 31), (301, 200)]
 NARROW = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -322,14 +322,18 @@ def every_tower(request: pytest.FixtureRequest) -> list[tuple[str, Any]]:
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     larger = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
     pair = request.getfixturevalue("open_clip_pair")
-    return [
-        (request.getfixturevalue("timm_tower"), larger),
+    timm_tower = request.getfixturevalue("timm_tower")
+    towers = [
+        (timm_tower, larger),
+        (f"file:{timm_tower.removeprefix('timm:local-dir:')}", larger),
         (f"hf:{folders['vit']}", pixels),
         (f"hf:{folders['dinov2']}", pixels),
         (f"open_clip:local-dir:{pair}", pixels),
         (f"hf-text:{request.getfixturevalue('bert_folder')}", CAPTIONS),
         (f"open_clip-text:local-dir:{pair}", CAPTIONS),
     ]
+    assert {kind_of(spec)[0] for spec, _ in towers} == set(KINDS), "a kind without a tower to try it on"
+    return towers
 
 
 def run(tower: FrozenTower, inputs: Any) -> torch.Tensor:

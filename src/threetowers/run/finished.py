@@ -167,9 +167,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     return described
 
 
-def load_run(run: str | Path, device: str | torch.device = "cpu") -> FinishedRun:
+def load_run(folder: str | Path, device: str | torch.device = "cpu") -> FinishedRun:
     """A finished run's main pair in eval mode; raises CheckpointError when it is unfinished or damaged."""
-    folder = Path(run)
+    folder = Path(folder)
     described = read_description(folder)
     weights = folder / "model.safetensors"
     state = read_safetensors(weights)
