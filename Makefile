@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CODE := src tests benchmarks examples docs
 
-.PHONY: help demo test test-slow guards claims bench bench-scale check fix clean
+.PHONY: help demo test test-slow guards claims bench bench-scale docs check fix clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,14 +45,18 @@ bench-scale: $(STAMP) ## start-up, memory and cost per sample from ten thousand 
 	mkdir -p runs/bench
 	$(RUN)/python benchmarks/scale.py --out runs/bench/scale.json
 
+docs: $(STAMP) ## write the tables and figures of the documents again
+	$(RUN)/python docs/tables.py
+	$(RUN)/python docs/figures/make.py
+
 check: $(STAMP) ## format, lint and types
-	$(RUN)/ruff format --check src tests benchmarks
-	$(RUN)/ruff check src tests benchmarks
+	$(RUN)/ruff format --check $(CODE)
+	$(RUN)/ruff check $(CODE)
 	$(RUN)/mypy
 
 fix: $(STAMP) ## format and mend what ruff can
-	$(RUN)/ruff format src tests benchmarks
-	$(RUN)/ruff check --fix src tests benchmarks
+	$(RUN)/ruff format $(CODE)
+	$(RUN)/ruff check --fix $(CODE)
 
 clean: ## remove the virtual environment and caches; runs/ and data/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

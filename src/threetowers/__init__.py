@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from threetowers.run.finished import FinishedRun
 
-__all__ = ["load"]
+__all__ = ["__version__", "load"]
 __version__ = "0.1.0"
 
 
