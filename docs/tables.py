@@ -1,0 +1,108 @@
+"""The tables of the documents that are drawn from the code's lists.
+
+    python docs/tables.py            # writes every marked table of the documents again; `make docs`
+    python docs/tables.py --check    # changes nothing; exits with 1 and names the files that would change
+
+A document marks the place of a table by a pair of comments, and what stands between them is replaced:
+
+    <!-- table: methods -->
+    <!-- end -->
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from threetowers.commands.towers import PREFIXES
+from threetowers.config import Method, RunConfig
+from threetowers.objective.pairs import Objective, objective
+from threetowers.recipes import PRESETS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+FORMATS = (
+    ("a CSV, TSV, JSONL or parquet table with image paths and one or more captions", "its path"),
+    ("a folder of images with a `.txt` beside each", "the folder"),
+    ("webdataset or img2dataset tar shards", "the folder, or `'shards/{00000..00099}.tar'`; also `s3://…` and other "
+     "addresses (`pip install 'threetowers[remote]'`)"),
+    ("COCO captions JSON, Karpathy's `dataset_*.json`, Flickr's `.token` file", "its path; images are found in the "
+     "usual folders beside it, and Karpathy's splits are kept"),
+    ("a dataset saved by Hugging Face `datasets` (`pip install 'threetowers[datasets]'`)", "`hfds:DIR`; its train, "
+     "validation and test parts are kept"),
+    ("several of these", "a `mix.toml` of `[[source]]` tables: `path`, `weight`, `image_column`, `caption_columns`"),
+    ("any of these already split", "a folder with `train/`, `val/` and `test/`"),
+)  # fmt: skip
+"""What people have, and what they give as --data."""
+
+IMAGE_TOWERS = {
+    "own": "trained from scratch",
+    "third": "the frozen tower and one trained linear projection",
+    "from-third": "starts at the frozen tower's weights and trains",
+}
+
+
+def tables() -> dict[str, str]:
+    """Every table as Markdown, by the name that the documents mark its place with."""
+    return {
+        "formats": markdown(("you have", "you give as `--data`"), FORMATS),
+        "towers": markdown(("name", "meaning"), ((f"`{prefix}`", meaning) for prefix, meaning in PREFIXES)),
+        "methods": markdown(
+            ("`--method`", "rows of the objective", "image tower"),
+            ((f"`{name}`", _rows(table), IMAGE_TOWERS[table.image]) for name, table in _objectives().items()),
+        ),
+        "presets": markdown(
+            ("preset", "what it is"),
+            ((f"`{name}`", (preset.__doc__ or "").splitlines()[0]) for name, preset in PRESETS.items()),
+        ),
+    }
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a vertical bar inside a cell is escaped.
+
+    >>> print(markdown(("a", "b"), [("1", "x|y")]))
+    | a | b |
+    |---|---|
+    | 1 | x\\|y |
+    """
+    first, *others = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in (head, *rows))
+    return "\n".join([f"| {first} |", "|---" * len(head) + "|", *(f"| {line} |" for line in others)])
+
+
+def _objectives() -> dict[str, Objective]:
+    return {name: objective(RunConfig(method=name, third=("timm:NAME",))) for name in get_args(Method)}
+
+
+def _rows(table: Objective) -> str:
+    """The rows of an objective: a dot between views that are contrasted, an arrow from a prediction to its target."""
+    return ", ".join(f"{row.a} {'·' if row.contrastive else '→'} {row.b}" for row in table.rows)
+
+
+def filled(text: str, known: dict[str, str]) -> str:
+    """A document's text with every marked table replaced; raises KeyError for a name that is not in `known`."""
+    return MARKED.sub(lambda found: f"{found[1]}{known[found[2]]}\n{found[3]}", text)
+
+
+def main(words: Sequence[str]) -> int:
+    """Writes or checks the documents; returns the exit code."""
+    known, outdated = tables(), []
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        if filled(text, known) != text:
+            outdated.append(path.relative_to(ROOT))
+            if "--check" not in words:
+                path.write_text(filled(text, known), encoding="utf-8")
+    if "--check" in words:
+        print(
+            "".join(f"{path}: a table differs from the code; run `make docs`\n" for path in outdated), end=""
+        )
+        return 1 if outdated else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
