@@ -6,7 +6,11 @@ from typing import TextIO
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 3 min 05 s, 2 h 10 min."""
+    """Seconds as people write them.
+
+    >>> [duration(seconds) for seconds in (42, 185, 7800)]
+    ['42 s', '3 min 05 s', '2 h 10 min']
+    """
     seconds = max(0, round(seconds))
     if seconds < 60:
         return f"{seconds} s"

@@ -1,0 +1,130 @@
+"""What the documents show is true: their Python runs, their tables and figures are those of the code, doctests pass."""
+
+import doctest
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+
+from threetowers.config import InputConfig, PairConfig, RunConfig
+from threetowers.export.open_clip import export_open_clip
+from threetowers.train.loop import train
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^(<!-- not run -->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks() -> Iterator[tuple[str, str]]:
+    """Every Python block of the documents that is not marked as `not run`, by file and line."""
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for found in BLOCK.finditer(text):
+            if not found[1]:
+                yield f"{path.name}:{text[: found.start()].count(chr(10)) + 2}", found[2]
+
+
+def docs_module(path: str) -> ModuleType:
+    """A script under docs/, imported by its path."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "docs" / path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def workplace(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the blocks name: a finished run, its export, and two photos."""
+    folder = tmp_path_factory.mktemp("workplace")
+    config = RunConfig(
+        data=str(photos),
+        method="baseline",
+        steps=2,
+        batch_size=16,
+        pair=PairConfig(
+            embed_dim=24,
+            vision={"timm_model_name": "test_convnext2", "timm_pool": "", "image_size": 32},
+            text={"context_length": 16, "width": 32, "heads": 2, "layers": 1},
+            tokenizer="trained",
+            vocab_size=300,
+        ),
+        inputs=InputConfig(val_fraction=0.15, test_fraction=0.15, workers=0),
+    )
+    train(config, folder / "runs" / "mine")
+    export_open_clip(folder / "runs" / "mine", folder / "exported")
+    for name, colour in (("a.jpg", "red"), ("b.jpg", "blue")):
+        Image.new("RGB", (40, 40), colour).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("code", [pytest.param(code, id=name) for name, code in blocks()])
+def test_python_in_the_documents_runs(code: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    exec(compile(code, "<document>", "exec"), {"__name__": "document"})
+
+
+def test_the_documents_have_python() -> None:
+    assert {name.partition(":")[0] for name, _ in blocks()} >= {"README.md", "CONTRIBUTING.md"}
+
+
+def test_scores_are_as_the_readme_says(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threetowers
+
+    monkeypatch.chdir(workplace)
+    model = threetowers.load("runs/mine")
+    scores = model.score(["a.jpg", "b.jpg"], ["a red bicycle", "a harbour at night"])
+    assert scores.shape == (2, 2)
+    assert scores.abs().max() <= 1 + 1e-6
+    assert torch.allclose(model.encode_image(["a.jpg"]).norm(dim=-1), torch.ones(1))
+
+
+def test_tables_are_those_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert docs_module("tables.py").main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_every_table_has_a_place_and_a_changed_one_is_noticed() -> None:
+    module = docs_module("tables.py")
+    known = module.tables()
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    assert set(re.findall(r"<!-- table: ([\w-]+) -->", text)) == known.keys()
+    assert text.count("<!-- table: ") == len(module.MARKED.findall(text)), "a table without its end"
+    changed = known | {"presets": "| another |"}
+    assert "| another |" in module.filled(text, changed)
+    with pytest.raises(KeyError):
+        module.filled("<!-- table: unknown -->\n<!-- end -->", known)
+
+
+def test_figures_are_those_of_the_code() -> None:
+    drawn = docs_module("figures/make.py").figures()
+    committed = {
+        path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs/figures").glob("*.svg")
+    }
+    assert drawn == committed, "run `make docs`"
+
+
+def doctested() -> list[str]:
+    paths = sorted(path for path in SOURCE.rglob("*.py") if ">>> " in path.read_text(encoding="utf-8"))
+    return [".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in paths]
+
+
+@pytest.mark.parametrize("name", doctested())
+def test_doctests(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_doctests_of_the_scripts_of_the_documents() -> None:
+    result = doctest.testmod(docs_module("tables.py"))
+    assert result.attempted > 0
+    assert result.failed == 0
