@@ -88,6 +88,14 @@ def test_scores_are_as_the_readme_says(workplace: Path, monkeypatch: pytest.Monk
     assert torch.allclose(model.encode_image(["a.jpg"]).norm(dim=-1), torch.ones(1))
 
 
+def test_the_table_of_places_names_what_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("## Where things are")[2].partition("\n\nA module imports")[0]
+    places = re.findall(r"`([\w/]+(?:\.py|/))`", table.replace("`src/threetowers/`", ""))
+    assert len(places) > 20
+    assert [place for place in places if not (SOURCE / "threetowers" / place).exists()] == []
+
+
 def test_tables_are_those_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert docs_module("tables.py").main(["--check"]) == 0, capsys.readouterr().out
 
