@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
-from threetowers.commands.towers import PREFIXES
 from threetowers.config import Method, RunConfig
 from threetowers.objective.pairs import Objective, objective
 from threetowers.recipes import PRESETS
+from threetowers.towers.frozen.load import KINDS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -49,7 +49,7 @@ def tables() -> dict[str, str]:
     """Every table as Markdown, by the name that the documents mark its place with."""
     return {
         "formats": markdown(("you have", "you give as `--data`"), FORMATS),
-        "towers": markdown(("name", "meaning"), ((f"`{prefix}`", meaning) for prefix, meaning in PREFIXES)),
+        "towers": markdown(("name", "meaning"), ((_code(kind.forms), kind.help) for kind in KINDS)),
         "methods": markdown(
             ("`--method`", "rows of the objective", "image tower"),
             ((f"`{name}`", _rows(table), IMAGE_TOWERS[table.image]) for name, table in _objectives().items()),
@@ -71,6 +71,10 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """
     first, *others = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in (head, *rows))
     return "\n".join([f"| {first} |", "|---" * len(head) + "|", *(f"| {line} |" for line in others)])
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _objectives() -> dict[str, Objective]:

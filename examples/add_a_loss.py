@@ -50,7 +50,9 @@ def main(out: Path = Path("runs/example-loss"), steps: int = 100, weight: float 
 
     model.train()
     for step, batch in enumerate(batches(setup.reader(), 0, steps)):
-        feats = setup.features(batch.to(setup.device))
+        batch = batch.to(setup.device)
+        thirds = setup.thirds.features(batch)
+        feats = model.features(pixels=batch.pixels, tokens=batch.tokens, thirds=thirds)
         loss, rows = model.loss(feats)  # the rows of 3T, weighted
         hinge = hinge_loss(model.view("img", feats), model.view("txt", feats))
         optimizer.zero_grad()
