@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from measure import interleaved, report
-from threetowers.config import METHODS, RunConfig
+from threetowers.config import RunConfig
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.model import build
+from threetowers.objective.pairs import METHODS
 from threetowers.recipes import PRESETS
 from threetowers.towers.frozen.load import FrozenTower
 from threetowers.towers.frozen.timm import TimmTrunk
@@ -73,7 +74,7 @@ def our_step(config: RunConfig, batch: tuple[Tensor, Tensor]) -> Callable[[], No
     vision_cfg = {"timm_model_name": "test_convnext2", "timm_pool": "", "image_size": size}
     tower = FrozenTower("third", "benchmark", TimmTrunk(trunk), trunk.num_features,
                         ImageSpec(size, config.pair.mean, config.pair.std), vision_cfg)  # fmt: skip
-    model, _ = build(config, {} if config.method == "baseline" else {"third": tower}, VOCABULARY)
+    model, _ = build(config, {"third": tower} if METHODS[config.method].needs_third else {}, VOCABULARY)
     optimizer = adamw(model, config.optim)
     thirds = {"third": torch.randn(len(batch[0]), tower.width)} if model.thirds else {}
     tokens = batch[1][:, :WORDS]

@@ -18,7 +18,6 @@ from PIL import Image
 
 import threetowers
 from threetowers.config import (
-    METHODS,
     InputConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -28,6 +27,7 @@ from threetowers.config import (
 )
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.objective.pairs import METHODS
 from threetowers.run.finished import load_run
 from threetowers.towers.weights import read_safetensors
 from threetowers.train import checkpoint, loop

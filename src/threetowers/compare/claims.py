@@ -12,6 +12,7 @@ import numpy as np
 
 from threetowers.evaluate.retrieval import Ranks
 from threetowers.evaluate.statistics import Interval, bootstrap_difference, held, paired_difference
+from threetowers.objective.pairs import method_label
 
 Key = tuple[str, str]
 """Method and third tower; the baseline's third tower is empty."""
@@ -114,15 +115,11 @@ def _compared(
     if any(metric not in next(iter(runs[key].values())).metrics for a, b, metric in pairs for key in (a, b)):
         return _row(id, None, text, {}, "the data has nothing to measure it with")
     intervals = {
-        f"{_label(a)} − {_label(b)}, {metric}": difference(runs, a, b, metric) for a, b, metric in pairs
+        f"{method_label(a[0])} − {method_label(b[0])}, {metric}": difference(runs, a, b, metric)
+        for a, b, metric in pairs
     }
     figures = {name: points(interval) for name, interval in intervals.items()}
     return _row(id, all(judge(i) for i in intervals.values()), text, figures, _note(runs, pairs[0][0]))
-
-
-def _label(key: Key) -> str:
-    names = {"baseline": "baseline", "lit": "LiT", "lit-unlocked": "unlocked LiT", "3t": "3T"}
-    return names.get(key[0], key[0])
 
 
 BOTH_DIRECTIONS = ("retrieval/i2t_r@1", "retrieval/t2i_r@1")

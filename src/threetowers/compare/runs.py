@@ -24,7 +24,7 @@ from threetowers.evaluate.combine import Pair, Sweep, sweep
 from threetowers.evaluate.evaluation import evaluate_run, sweep_figures
 from threetowers.evaluate.retrieval import Ranks, System, ranks_from_features
 from threetowers.evaluate.statistics import bootstrap_interval, t_interval
-from threetowers.objective.pairs import objective
+from threetowers.objective.pairs import METHODS, method_label
 from threetowers.progress import duration
 from threetowers.run.finished import load_run
 from threetowers.run.setup import captioned, check_settings, describe_data, open_data
@@ -36,13 +36,6 @@ from threetowers.train.loop import train
 
 SCHEMA = 1
 PRIMARY = "mean_r@1"
-METHOD_LABELS = {
-    "baseline": "baseline",
-    "lit": "LiT",
-    "lit-unlocked": "LiT unlocked",
-    "3t": "3T",
-    "3t-regression": "3T regression",
-}
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ def train_all(
     for name, spec in thirds.items():
         # a tower that cannot be used should say so before an hour of training
         tower = load_frozen(spec, name, features=config.third_features, precision=config.third_precision)
-        lit = [method for method in options.methods if method.startswith("lit")]
+        lit = [method for method in options.methods if METHODS[method].image != "own"]
         if lit and isinstance(tower, FrozenTextTower):
             raise UsageError(
                 f"compare: the image tower of {' and '.join(lit)} is the third tower, and {spec!r} reads texts. Leave "
@@ -142,13 +135,14 @@ def _keys(options: CompareConfig, thirds: dict[str, str]) -> list[Key]:
     for name, values in (("methods", options.methods), ("seeds", options.seeds), ("lrs", options.lrs)):
         if len(set(values)) != len(values):
             raise UsageError(f"compare: --{name} names one twice: {', '.join(map(str, values))}")
-    if not thirds and set(options.methods) != {"baseline"}:
+    alone = [method for method in options.methods if not METHODS[method].needs_third]
+    if not thirds and len(alone) < len(options.methods):
         raise UsageError(
             "compare: the methods need a frozen tower: --third timm:NAME, or several as NAME=SPEC, "
             "for example matched=file:runs/objects"
         )
-    keys: list[Key] = [("baseline", "")] if "baseline" in options.methods else []
-    return keys + [(method, third) for third in thirds for method in options.methods if method != "baseline"]
+    keys: list[Key] = [(method, "") for method in alone]
+    return keys + [(method, third) for third in thirds for method in options.methods if method not in alone]
 
 
 def _job(config: RunConfig, thirds: dict[str, str], key: Key, seed: int, lr: float, out: Path) -> Job:
@@ -202,7 +196,7 @@ def _run(job: Job, done: int, pace: _Pace) -> bool:
 
 def _label(key: Key) -> str:
     method, third = key
-    return METHOD_LABELS[method] + (f" ({third})" if third and third != "third" else "")
+    return method_label(method, "" if third == "third" else third)
 
 
 def _evaluation(job: Job) -> dict[str, Any]:
@@ -458,7 +452,7 @@ def _describe(job: Job, trials: dict[float, float], same: list[Job]) -> dict[str
         "inference_params": sum(
             p.numel() for tower in (finished.img, finished.txt) for p in tower.parameters()
         ),
-        "third_at_inference": objective(job.config).image == "third",
+        "third_at_inference": METHODS[job.config.method].image == "third",
         "train_seconds": sum(seconds) / len(seconds),
         "examples_per_second": rates[len(rates) // 2],
         "inference_images_per_second": inference_rate(finished),

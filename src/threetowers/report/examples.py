@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from threetowers.report.tables import METHODS, Compare, Html, finite, join, tag
+from threetowers.objective.pairs import method_label
+from threetowers.report.tables import Compare, Html, finite, join, tag
 
 Picture = Callable[[str | None, str], Html]  # (path in the folder, description) → an image element
 
@@ -92,7 +93,7 @@ def _image_query(example: dict[str, Any], image: Picture) -> Html:
 
 
 def _answer(row: dict[str, Any], body: Html) -> Html:
-    name = str(row.get("label") or METHODS.get(row["method"], row["method"]))
+    name = str(row.get("label") or method_label(row["method"]))
     return tag("div", tag("span", name), body, class_="answer")
 
 

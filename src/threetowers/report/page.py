@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from threetowers.objective.pairs import METHODS, MethodEntry
 from threetowers.progress import duration
 from threetowers.report.examples import examples, more, pictures, world
 from threetowers.report.plots import PALETTE, Plot, average, draw_plots
 from threetowers.report.tables import (
-    METHODS,
     Compare,
     Curves,
     Html,
@@ -46,6 +46,7 @@ _SETTINGS = {
     "num_test": "test images",
     "primary": "deciding metric",
 }
+DRAWN = ("baseline", "lit", "3t")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -151,29 +152,19 @@ def _opening(compare: Compare, plots: list[Plot]) -> Html:
 
 
 def _towers(compare: Compare) -> Html:
-    """Three small drawings: what each method connects, and what it freezes."""
-    says = {
-        "baseline": ("Baseline.", " Image and text tower learn from scratch, from captioned images alone."),
-        "lit": ("LiT.", " The pretrained tower is the image tower, locked. Text learns to match it."),
-        "3t": (
-            "3T.",
-            " Both towers train and also learn to match a frozen third one, dropped after training.",
-        ),
-    }
-    figures = [
-        tag("figure", _drawing(method), tag("figcaption", tag("b", name), text))
-        for method, (name, text) in says.items()
-    ]
+    """What each method connects and freezes: a drawing of the basic methods, a sentence for every other one in use."""
     used = {m["method"] for m in compare["methods"]}
-    variants = {
-        "lit-unlocked": "LiT unlocked: as LiT, but the image tower goes on training from its pretrained weights.",
-        "3t-regression": "3T regression: as 3T, but vectors are pulled to the third tower's, not contrasted with it.",
-    }
-    notes = [tag("p", text, class_="muted") for method, text in variants.items() if method in used]
+    figures, notes = [], []
+    for method, entry in METHODS.items():
+        text = join(tag("b", entry.label[0].upper() + entry.label[1:] + "."), " ", entry.summary)
+        if method in DRAWN:
+            figures.append(tag("figure", _drawing(method, entry), tag("figcaption", text)))
+        elif method in used:
+            notes.append(tag("p", text, class_="muted"))
     return join(tag("div", *figures, class_="panels towers"), *notes)
 
 
-def _drawing(method: str) -> Html:
+def _drawing(method: str, entry: MethodEntry) -> Html:
     def box(x: int, y: int, name: str, state: str) -> str:
         frozen = " frozen" if state == "frozen" else ""
         return (
@@ -182,28 +173,24 @@ def _drawing(method: str) -> Html:
             f'<text class="note" x="{x + 52}" y="{y + 36}">{state}</text>'
         )
 
-    def wire(path: str, colour: str = method) -> str:
-        return f'<path class="wire" style="stroke: var(--{colour})" d="{path}"/>'
+    def wire(path: str) -> str:
+        return f'<path class="wire" style="stroke: var(--{method})" d="{path}"/>'
 
-    left = (
-        box(2, 86, "third tower p", "frozen") if method == "lit" else box(2, 86, "image tower f", "trained")
-    )
-    parts = [wire("M106 109H214"), left, box(214, 86, "text tower g", "trained")]
-    if method == "3t":
-        parts = [
-            wire("M108 52L72 86"),
-            wire("M212 52L248 86"),
-            *parts,
-            box(108, 8, "third tower p", "frozen"),
-        ]
+    left = ("third tower p", "frozen") if entry.image == "third" else ("image tower f", "trained")
+    parts = [wire("M106 109H214"), box(2, 86, *left), box(214, 86, "text tower g", "trained")]
+    beside = entry.needs_third and entry.image == "own"
+    if beside:
+        third = box(108, 8, "third tower p", "frozen")
+        parts = [wire("M108 52L72 86"), wire("M212 52L248 86"), *parts, third]
     for x, name in ((54, "image"), (266, "caption")):
         parts.append(f'<path class="input" d="M{x} 156V136M{x - 4} 141L{x} 135L{x + 4} 141"/>')
         parts.append(f'<text class="note" x="{x}" y="171">{name}</text>')
     parts.append('<text class="note" x="160" y="127">contrastive</text>')
-    title = f"What {METHODS[method]} connects"
-    top = 0 if method == "3t" else 76
-    view = f"0 {top} 320 {178 - top}"
-    return Html(f'<svg viewBox="{view}" role="img" aria-label="{title}">{"".join(parts)}</svg>')
+    top = 0 if beside else 76
+    return Html(
+        f'<svg viewBox="0 {top} 320 {178 - top}" role="img" aria-label="What {entry.label} connects">'
+        f"{''.join(parts)}</svg>"
+    )
 
 
 def _results(compare: Compare) -> Html | None:

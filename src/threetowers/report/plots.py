@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
 
+from threetowers.objective.pairs import METHODS, method_label
 from threetowers.report.tables import (
-    METHODS,
     Compare,
     Curves,
     Key,
@@ -35,19 +35,23 @@ from threetowers.report.tables import (
     row_key,
 )
 
-# Name → colour in the light, colour in the dark. Methods: Okabe and Ito's colour-blind-safe set, one family
-# each; in the light every colour must be distinct, because the SVG's colours are recognised by value.
-PALETTE = {
+# Colour in the light theme, colour in the dark theme. The methods take theirs in the order of their list, from Okabe
+# and Ito's colour-blind-safe set; a method beyond the last takes "other".
+_METHOD_COLOURS = (
+    ("#4d5560", "#b4bcc6"),
+    ("#d55e00", "#f0803c"),
+    ("#e69f00", "#f3bb45"),
+    ("#0072b2", "#58aee8"),
+    ("#009e73", "#35c79a"),
+)
+# The light colours must be distinct: `inline_svg` recognises them by value.
+PALETTE: dict[str, tuple[str, str]] = {
     "ink": ("#1c2024", "#e8eaed"),
     "muted": ("#5f6977", "#a0a9b4"),
     "line": ("#d9dde2", "#3a4048"),
     "paper": ("#ffffff", "#14171a"),
     "soft": ("#f4f5f7", "#1e2227"),
-    "baseline": ("#4d5560", "#b4bcc6"),
-    "lit": ("#d55e00", "#f0803c"),
-    "lit-unlocked": ("#e69f00", "#f3bb45"),
-    "3t": ("#0072b2", "#58aee8"),
-    "3t-regression": ("#009e73", "#35c79a"),
+    **dict(zip(METHODS, _METHOD_COLOURS, strict=False)),
     "other": ("#cc79a7", "#e39ac3"),
 }
 INK, MUTED, GRID, PAPER = (PALETTE[name][0] for name in ("ink", "muted", "line", "paper"))
@@ -95,8 +99,9 @@ def draw_plots(compare: Compare, curves: Curves) -> dict[str, list[Plot]]:
 
 
 def colour(method: str) -> str:
-    """A method's colour in the light."""
-    return PALETTE[method if method in METHODS else "other"][0]
+    """A method's colour in the light theme."""
+    known = method in METHODS and method in PALETTE
+    return PALETTE[method if known else "other"][0]
 
 
 def average(lines: Sequence[Line]) -> tuple[list[float], list[float], list[float], list[float]]:
@@ -254,7 +259,7 @@ def _curve_panel(
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     _label_ends(
         ax,
-        [(scale * y[-1], METHODS.get(key[0], key[0]), colour(key[0])) for key, (_, y, *_) in drawn.items()],
+        [(scale * y[-1], method_label(key[0]), colour(key[0])) for key, (_, y, *_) in drawn.items()],
     )
     return [_finish(figure, f"{metric}-{third or 'all'}", f"{title}, by training step")]
 
@@ -309,7 +314,7 @@ def _combination(compare: Compare, third: str, metric: str, rows: list[dict[str,
         values = [v for row in rows if (v := finite((row.get("references") or {}).get(method))) is not None]
         if values:
             look = _marker(compare, (method, "")) | {"marker": "s", "markerfacecolor": PAPER, "zorder": 5}
-            name = f"{METHODS[method]} alone"
+            name = f"{method_label(method)} alone"
             ax.plot(end, 100 * mean(values), linestyle="", label=name, clip_on=False, **look)
     ax.set(xlim=(0, 1), xlabel="α")
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])

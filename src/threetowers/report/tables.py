@@ -15,19 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from threetowers.errors import DataError
+from threetowers.objective.pairs import method_label
 
 Compare = dict[str, Any]
 Line = list[tuple[float, float]]  # (step, value), by step
 Key = tuple[str, str]  # (method, third tower): what a row of every table and a line of every plot is about
 Curves = dict[Key, dict[str, list[Line]]]  # row of the tables → metric → one line per seed
 
-METHODS = {
-    "baseline": "baseline",
-    "lit": "LiT",
-    "lit-unlocked": "LiT unlocked",
-    "3t": "3T",
-    "3t-regression": "3T regression",
-}
 COLUMNS = (
     *("retrieval/mean_r@1", "retrieval/i2t_r@1", "retrieval/t2i_r@1"),
     *("retrieval/mean_r@5", "retrieval/i2t_r@5", "retrieval/t2i_r@5"),
@@ -179,8 +173,7 @@ def label(compare: Compare, key: Key) -> str:
     for row in compare["methods"]:
         if row_key(row) == key:
             return " ".join(str(row.get("label") or key[0]).split())
-    name = METHODS.get(key[0], key[0])
-    return f"{name} ({key[1]})" if key[1] else name
+    return method_label(*key)
 
 
 def cells(compare: Compare) -> dict[Key, dict[str, Cell]]:

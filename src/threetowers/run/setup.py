@@ -20,7 +20,7 @@ from threetowers.data.source import Source, Subset, check_problems, describe
 from threetowers.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
 from threetowers.errors import UsageError
 from threetowers.model import Architecture, ThreeTowers, build
-from threetowers.objective.pairs import objective
+from threetowers.objective.pairs import METHODS, objective
 from threetowers.progress import Progress
 from threetowers.run.allocator import keep_freed_memory
 from threetowers.store.embed import given, stored
@@ -262,7 +262,7 @@ def assemble(config: RunConfig, run: Path, *, saved_tokenizer: Path | None = Non
     table = objective(config)  # a table that cannot be built should fail before anything is read
     train, val, test = open_data(config)
     tokenizer = make_tokenizer(config, train, saved_tokenizer)
-    needed = {} if config.method == "baseline" else config.thirds()
+    needed = config.thirds() if METHODS[config.method].needs_third else {}
     options = {"features": config.third_features, "precision": config.third_precision}
     thirds = {view: load_frozen(spec, view, **options).to(device) for view, spec in needed.items()}
     model, architecture = build(config, thirds, tokenizer.text_cfg())
