@@ -187,7 +187,7 @@ def _compare(words: list[str]) -> int:
     """find out which method wins: threetowers compare PRESET|FILE --data PATH --third NAME=SPEC … [--seeds 0 1 2]"""
     _, arguments = _arguments(_CompareArguments, words, "compare")
 
-    from threetowers.compare.runs import compare
+    from threetowers.compare.comparison import compare
 
     out = Path(arguments.out)
     return _report(compare(arguments.run, arguments.options, out, max_minutes=arguments.max_minutes), out)

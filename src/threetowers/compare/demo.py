@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from threetowers.compare.runs import compare
+from threetowers.compare.comparison import compare
 from threetowers.config import CompareConfig, PretrainConfig, RunConfig
 from threetowers.train.pretrain import pretrain
 

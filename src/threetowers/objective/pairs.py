@@ -99,7 +99,7 @@ def regression(
 
 
 def objective(config: RunConfig) -> Objective:
-    """The rows and the image tower of a configuration; raises UsageError for third towers or weights that do not fit."""
+    """A configuration's rows and image tower; raises UsageError for third towers or weights that do not fit."""
     method, thirds = METHODS[config.method], list(config.thirds())
     if not method.needs_third:
         thirds = []
