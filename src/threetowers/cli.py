@@ -22,6 +22,7 @@ from threetowers.config import (
     read_toml,
 )
 from threetowers.errors import ThreeTowersError, UsageError, of_system
+from threetowers.export.formats import FORMATS, formats_help
 from threetowers.recipes import PRESETS
 
 T = TypeVar("T")
@@ -258,21 +259,22 @@ def _pretrain(words: list[str]) -> int:
 def _export(words: list[str]) -> int:
     """write the main pair for another library: threetowers export RUN --to open_clip --out DIR"""
 
-    def export(run: tyro.conf.Positional[Path], *, out: Path, to: str = "open_clip") -> None:
+    def export(
+        run: tyro.conf.Positional[Path],
+        *,
+        out: Path,
+        to: Annotated[str, tyro.conf.arg(help=f"Format. {formats_help()}.")] = next(iter(FORMATS)),
+    ) -> None:
         """The two main towers, without third tower and heads.
 
         Args:
             run: A finished run folder.
             out: Folder to write.
-            to: Format; open_clip.
         """
-        from threetowers.export.open_clip import export_open_clip
-
-        formats = {"open_clip": export_open_clip}
-        if to not in formats:
-            raise UsageError(f"--to: {to!r} is no format{did_you_mean(to, formats)}")
-        folder = formats[to](run, out)
-        print(f'written; load it with open_clip.create_model_and_transforms("local-dir:{folder}")')
+        if to not in FORMATS:
+            raise UsageError(f"--to: {to!r} is no format{did_you_mean(to, FORMATS)}")
+        folder = FORMATS[to].write(run, out)
+        print(f"written; load it with {FORMATS[to].how_to_load(folder)}")
 
     _parse(export, words, "export")
     return 0
