@@ -1,6 +1,6 @@
-"""A comparison read from its folder, and its figures as text, HTML and CSV; needs no plotting library.
+"""A comparison read from its folder, and its figures as text, HTML and CSV.
 
-Every value in compare.json is a fraction; every value shown is in percent with one decimal.
+Values in compare.json are fractions; they are shown in percent with one decimal.
 """
 
 import csv
@@ -18,9 +18,12 @@ from threetowers.errors import DataError
 from threetowers.objective.pairs import method_label
 
 Compare = dict[str, Any]
-Line = list[tuple[float, float]]  # (step, value), by step
-Key = tuple[str, str]  # (method, third tower): what a row of every table and a line of every plot is about
-Curves = dict[Key, dict[str, list[Line]]]  # row of the tables → metric → one line per seed
+Line = list[tuple[float, float]]
+"""(step, value) pairs, in the order of the steps."""
+Key = tuple[str, str]
+"""Method and third tower: what a row of a table or a line of a plot stands for."""
+Curves = dict[Key, dict[str, list[Line]]]
+"""By method and third tower, then by metric: one line per seed."""
 
 COLUMNS = (
     *("retrieval/mean_r@1", "retrieval/i2t_r@1", "retrieval/t2i_r@1"),
@@ -41,13 +44,13 @@ _VOID = frozenset({"img", "meta", "br"})
 
 
 class Html(str):
-    """Markup that may stand in the page as it is; every other string is text and is escaped."""
+    """Markup that goes into the page unchanged; every other string is text and is escaped."""
 
     __slots__ = ()
 
 
 def join(*children: str | None) -> Html:
-    """The children in order: markup as it is, text escaped, None left out."""
+    """Concatenates the children: markup unchanged, text escaped, None left out."""
     return Html("".join(c if isinstance(c, Html) else html.escape(c) for c in children if c is not None))
 
 
@@ -61,9 +64,9 @@ def tag(name: str, /, *children: str | None, **attributes: str) -> Html:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One figure of the summary, in fractions.
+    """One figure of the summary, as fractions.
 
-    low, high: the 95 % interval, None when it is not known. best: whether it is the highest of its column.
+    low, high: the 95 % interval, None when it is not known. best: whether the mean is the highest of its column.
     """
 
     mean: float
@@ -74,12 +77,12 @@ class Cell:
 
     @property
     def interval(self) -> str:
-        """`59.8–62.8`, or nothing when the interval is not known."""
+        """The interval as `59.8–62.8`; empty when it is not known."""
         return "" if self.low is None or self.high is None else f"{percent(self.low)}–{percent(self.high)}"
 
 
 def read_compare(folder: Path) -> Compare:
-    """compare.json of a folder. Raises DataError when it is missing, damaged or of another schema."""
+    """The contents of a folder's compare.json; raises DataError when it is missing, damaged or of another schema."""
     path = folder / "compare.json"
     again = "Run `threetowers compare` again, or name the folder that it wrote"
     try:
@@ -94,15 +97,15 @@ def read_compare(folder: Path) -> Compare:
     for key in ("methods", "summary"):
         if key not in compare:
             raise DataError(f"{path}: has no {key!r}. {again}")
-    # A caption's stray bytes may be lone surrogates, which no UTF-8 file can hold.
+    # captions may contain lone surrogates, which cannot be encoded as UTF-8
     clean: Compare = json.loads(json.dumps(compare, ensure_ascii=False).encode("utf-8", "replace"))
     return clean
 
 
 def read_curves(folder: Path, compare: Compare) -> tuple[Curves, list[str]]:
-    """What the compared runs logged by step, and a sentence for each run or line that could not be read.
+    """The metrics that the compared runs logged by step, and a message for each log that cannot be read in full.
 
-    Trials of other learning rates are left out. An unfinished run's torn last line is passed over in silence.
+    Trials of other learning rates are left out. An incomplete last line, which an unfinished run can have, is ignored.
     """
     curves: Curves = {}
     problems = []
