@@ -336,8 +336,8 @@ def _reading(compare: Compare) -> Html:
     words = {
         "R@k": "Share of queries with a right answer among the k highest-scoring candidates. In image → text the query "
         "is an image, in text → image it is a caption; mean is the average of both directions.",
-        "zero-shot top-1": "Share of images that score highest with the name of their own class. The methods are trained "
-        "with captions, not with class labels.",
+        "zero-shot top-1": "Share of images that score highest with the name of their own class. The methods are "
+        "trained with captions, not with class labels.",
         "interval": interval,
         "held": "A claim is held when the 95 % interval of the differences, paired by seed, excludes 0. With one seed "
         "the interval is a bootstrap over queries, and the claim has the note “one seed”.",
