@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from measure import best, interleaved, write
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 from threetowers.run.setup import pick_device
 from threetowers.towers.attention import LONGEST, OWN_CHOICE
 

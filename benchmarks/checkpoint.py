@@ -22,7 +22,7 @@ from PIL import Image
 
 from measure import write
 from step import random_batch
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 from threetowers.config import PairConfig, RunConfig
 from threetowers.model import build
 from threetowers.run.allocator import keep_freed_memory

@@ -19,7 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, he
 
 from threetowers.compare.demo import TOWERS, demo, make_towers
 from threetowers.compare.runs import train_all
-from threetowers.config import METHODS, CompareConfig, RunConfig
+from threetowers.config import CompareConfig, RunConfig
+from threetowers.objective.pairs import METHODS
 from threetowers.recipes import PRESETS
 from threetowers.report.page import write_report
 from threetowers.report.tables import text_table
@@ -38,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = replace(PRESETS["shapes"](), steps=arguments.steps)
     options = CompareConfig(
-        methods=METHODS,
+        methods=tuple(METHODS),
         seeds=tuple(arguments.seeds),
         lrs=tuple(arguments.lrs),
         title="The claims of Three Towers on the built-in world",
@@ -63,7 +64,7 @@ def main() -> None:
 def _train(config: RunConfig, options: CompareConfig, out: Path, third: str) -> int:
     """The runs of one third tower, which the whole comparison then finds done; the first takes the baseline too."""
     with_baseline = third == next(iter(TOWERS))
-    methods = tuple(method for method in METHODS if with_baseline or method != "baseline")
+    methods = tuple(name for name, method in METHODS.items() if with_baseline or method.needs_third)
     towers = make_towers(config, out)
     own = replace(config, third=tuple(entry for entry in towers if entry.startswith(f"{third}=")))
     return 0 if train_all(own, replace(options, methods=methods), out) else 1

@@ -30,7 +30,7 @@ from timm.models import save_for_hf
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from measure import write
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 40)}
 NUM_PHOTOS = 160

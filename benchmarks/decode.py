@@ -23,7 +23,7 @@ import torch
 from open_clip.transform import image_transform
 from PIL import Image
 
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 from threetowers.config import InputConfig
 from threetowers.data.loader import augmented_views
 from threetowers.data.open import open_source

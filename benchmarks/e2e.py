@@ -35,7 +35,7 @@ from timm.models import save_for_hf
 
 from loader import PACKAGES, samples
 from measure import write
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 from threetowers.data.shards.write import write_shards
 
 NUM_SHARDS = 8

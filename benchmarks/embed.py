@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from loader import MEAN, PACKAGES, STD, samples
 from measure import best, interleaved, write
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 from threetowers.data.decode import decode
 from threetowers.data.open import open_source
 from threetowers.data.shards.write import write_shards

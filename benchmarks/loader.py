@@ -27,7 +27,7 @@ from open_clip.transform import image_transform
 from open_clip_train.data import get_wds_dataset
 from PIL import Image
 
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 from threetowers.config import InputConfig
 from threetowers.data.loader import BatchReader, batches
 from threetowers.data.open import open_source

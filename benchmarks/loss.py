@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from measure import best, interleaved, write
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 from threetowers.objective import losses, tiled
 
 ROWS = 3

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 
 WARM_UPS = 2
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from measure import interleaved, report
 from step import as_batch
-from threetowers.config import METHODS, RunConfig
+from threetowers.config import RunConfig
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.model import build
+from threetowers.objective.pairs import METHODS
 from threetowers.recipes import PRESETS
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.timm import TimmTrunk
@@ -74,7 +75,7 @@ def our_step(config: RunConfig, batch: tuple[Tensor, Tensor]) -> Callable[[], ob
     vision_cfg = {"timm_model_name": "test_convnext2", "timm_pool": "", "image_size": size}
     image = ImageSpec(size, config.pair.mean, config.pair.std)
     tower = FrozenTower("third", "benchmark", TimmTrunk(trunk), trunk.num_features, image, vision_cfg)
-    model, _ = build(config, {} if config.method == "baseline" else {"third": tower}, VOCABULARY)
+    model, _ = build(config, {"third": tower} if METHODS[config.method].needs_third else {}, VOCABULARY)
     stored = torch.randn(len(batch[0]), tower.width) if model.thirds else None
     inputs = as_batch(batch[0], batch[1][:, :WORDS], stored)
     take_step = TrainingStep(config, model, torch.device("cpu"), lambda batch: batch.third_features)

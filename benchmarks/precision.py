@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from measure import write
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 from threetowers.config import PretrainConfig, RunConfig
 from threetowers.evaluate.statistics import t_interval
 from threetowers.recipes import PRESETS

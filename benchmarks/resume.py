@@ -50,7 +50,7 @@ from resume_rivals import (
     train_hf,
     train_lightning,
 )
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 from threetowers.config import InputConfig, OptimConfig, PairConfig, RunConfig
 from threetowers.errors import ThreeTowersError
 from threetowers.towers.weights import read_safetensors

@@ -24,7 +24,7 @@ import webdataset
 from pyarrow import parquet
 from torch import Tensor
 
-from threetowers.compare.runs import machine
+from threetowers.compare.machine import machine
 from threetowers.store.read import FEATURES_FILE, FIXED, Contents, Store, layout
 
 TAR_ROWS = 20_000  # enough to time, since it is the slowest by far

@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 
 from squares import captioned, labelled
-from threetowers.compare.runs import compare
+from threetowers.compare.comparison import compare
 from threetowers.config import CompareConfig, InputConfig, PretrainConfig
 from threetowers.recipes import PRESETS
 from threetowers.report.page import write_report

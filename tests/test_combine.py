@@ -4,18 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from threetowers.errors import DataError, UsageError
-from threetowers.evaluate.combine import (
-    ALPHAS,
-    Pair,
-    Sweep,
-    combine,
-    concat,
-    moments,
-    sweep,
-    weighted_features,
-)
-from threetowers.evaluate.retrieval import System, ranks_from_features, recall_from_features
+from threetowers.errors import UsageError
+from threetowers.evaluate.combine import ALPHAS, Pair, Sweep, combine, sweep
+from threetowers.evaluate.retrieval import System, ranks_from_features, recalls
 from threetowers.objective.losses import unit
 
 
@@ -35,6 +26,19 @@ def noisy_pair(seed: int, num_images: int = 60, noise: tuple[float, float] = (1.
     return Pair(system(16, noise[0]), system(24, noise[1]), text_image)
 
 
+def one_index(pair: Pair, alpha: float) -> System:
+    """Both systems in one: the dot products of [√(1−α) main ; √α side] are the scores s_α."""
+    weights = (1 - alpha) ** 0.5, alpha**0.5
+    return System(*(
+        torch.cat([weights[0] * main, weights[1] * side], dim=1)
+        for main, side in zip(pair.main, pair.side, strict=True)
+    ))  # fmt: skip
+
+
+def mean_recall(system: System, text_image: Tensor) -> float:
+    return recalls(ranks_from_features(*system, text_image))["mean_r@1"]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 50))
 def test_the_ends_are_the_two_systems_alone_exactly(seed: int, block: int) -> None:
@@ -45,24 +49,11 @@ def test_the_ends_are_the_two_systems_alone_exactly(seed: int, block: int) -> No
         assert torch.equal(ranks.i2t, alone.i2t) and torch.equal(ranks.t2i, alone.t2i)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32), st.floats(0, 1))
-def test_concatenation_scores_like_the_sum(seed: int, alpha: float) -> None:
-    pair = noisy_pair(seed, num_images=10)
-    image = concat(pair.main.image, pair.side.image, alpha)
-    text = concat(pair.main.text, pair.side.text, alpha)
-    expected = (1 - alpha) * pair.main.image @ pair.main.text.T + alpha * pair.side.image @ pair.side.text.T
-    torch.testing.assert_close(image @ text.T, expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(image.norm(dim=1), torch.ones(10))
-
-
 def test_every_alpha_ranks_as_its_one_index_form() -> None:
     pair = noisy_pair(5)
     for alpha, ranks in zip(ALPHAS, combine(pair, ALPHAS, block=13), strict=True):
-        image = concat(pair.main.image, pair.side.image, alpha)
-        text = concat(pair.main.text, pair.side.text, alpha)
-        one_index = ranks_from_features(image, text, pair.text_image)
-        assert torch.equal(ranks.i2t, one_index.i2t) and torch.equal(ranks.t2i, one_index.t2i)
+        expected = ranks_from_features(*one_index(pair, alpha), pair.text_image)
+        assert torch.equal(ranks.i2t, expected.i2t) and torch.equal(ranks.t2i, expected.t2i)
 
 
 def test_equal_vectors_tie_at_every_alpha() -> None:
@@ -80,21 +71,13 @@ def test_equal_vectors_tie_at_every_alpha() -> None:
 def test_alpha_is_chosen_on_validation_and_reported_on_test() -> None:
     val, test = noisy_pair(1, noise=(1.0, 1.2)), noisy_pair(2, noise=(1.2, 1.0))
     result = sweep(val, test)
-    expected = [
-        recall_from_features(
-            *(concat(main, side, alpha) for main, side in zip(val.main, val.side, strict=True)),
-            val.text_image,
-        )["mean_r@1"]
-        for alpha in ALPHAS
-    ]
+    expected = [mean_recall(one_index(val, alpha), val.text_image) for alpha in ALPHAS]
     assert list(result.val) == expected
     best = max(range(len(ALPHAS)), key=lambda i: (expected[i], -ALPHAS[i]))
     assert result.alpha == ALPHAS[best] and 0 < result.alpha < 1
     assert result.chosen == result.test[best]
     assert result.chosen > max(result.ends)  # independent noise: two views of the latent are better than one
-    assert result.ends == tuple(
-        recall_from_features(*system, test.text_image)["mean_r@1"] for system in (test.main, test.side)
-    )
+    assert result.ends == tuple(mean_recall(system, test.text_image) for system in (test.main, test.side))
     hits = [array.mean() for array in result.ranks[best].hits()]
     assert sum(hits) / 2 == pytest.approx(result.chosen)
 
@@ -120,30 +103,6 @@ def test_grids_that_do_not_rise_from_0_to_1_are_refused(alphas: tuple[float, ...
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
 def test_alpha_outside_its_range_is_refused(alpha: float) -> None:
     with pytest.raises(UsageError, match="from 0 to 1"):
-        concat(torch.eye(2), torch.eye(2), alpha)
+        combine(noisy_pair(0), [alpha])
     with pytest.raises(UsageError, match="from 0 to 1"):
         sweep(noisy_pair(0), noisy_pair(0), (0.0, alpha, 1.0))
-
-
-def test_concat_refuses_different_rows() -> None:
-    with pytest.raises(DataError, match="2 and 3 rows"):
-        concat(torch.eye(2), torch.eye(3), 0.5)
-
-
-def test_weighted_features_are_standardised_by_the_training_set_then_weighted() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = 5 + 3 * torch.randn(500, 4, generator=generator), 0.01 * torch.randn(500, 6, generator=generator)
-    joined = weighted_features(a, b, 0.25, moments(a), moments(b))
-    assert joined.shape == (500, 10)
-    scale = joined.std(dim=0, correction=0)
-    torch.testing.assert_close(joined.mean(dim=0), torch.zeros(10), atol=1e-4, rtol=0)
-    torch.testing.assert_close(scale[:4], torch.full((4,), 0.75**0.5), rtol=1e-4, atol=0)
-    torch.testing.assert_close(scale[4:], torch.full((6,), 0.5), rtol=5e-3, atol=0)
-    one = weighted_features(a[:1], b[:1], 0.25, moments(a), moments(b))
-    torch.testing.assert_close(one, joined[:1])
-
-
-def test_a_constant_feature_stays_finite() -> None:
-    constant = torch.full((10, 2), 0.1)
-    joined = weighted_features(constant, constant, 0.5, moments(constant), moments(constant))
-    assert joined.abs().max() < 1e-2

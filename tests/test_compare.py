@@ -12,7 +12,7 @@ import torch
 from test_store import text_tower
 from threetowers.compare import runs as compare_module
 from threetowers.compare.claims import Measured, claims
-from threetowers.compare.runs import compare
+from threetowers.compare.comparison import compare
 from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.evaluate.retrieval import Ranks

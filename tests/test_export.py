@@ -1,5 +1,6 @@
 """What open_clip makes of an exported run must be what we make of it."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from threetowers import cli
 from threetowers.config import RunConfig
 from threetowers.errors import CheckpointError
+from threetowers.export.formats import FORMATS, formats_help
 from threetowers.export.open_clip import export_open_clip
 from threetowers.run.finished import load_run
 from threetowers.towers.frozen.load import load_frozen
@@ -105,6 +108,37 @@ def test_clips_own_vocabulary_survives_the_round_trip(
     torch.testing.assert_close(text, ours.encode_text(TEXTS), rtol=0, atol=1e-6)
 
 
-def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_loads_by_its_own_expression_and_is_the_main_pair(
+    name: str, tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    train(tiny_config(steps=2), tmp_path / "run")
+    form = FORMATS[name]
+    folder = form.write(tmp_path / "run", tmp_path / "out")
+    assert folder == tmp_path / "out"
+    expression = form.how_to_load(folder)
+    assert str(folder) in expression and "{" not in expression
+    library = expression.partition(".")[0]
+    assert eval(expression, {library: importlib.import_module(library)}) is not None
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert not any(path.startswith(".") for path in written), "nothing of the writing is left"
+    form.write(tmp_path / "run", tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == written, "the same bytes again"
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            assert not any("third" in key or "head" in key.split(".")[0] for key in tensors.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_refuses_an_unfinished_run_and_writes_nothing(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.json"):
-        export_open_clip(tmp_path, tmp_path / "out")
+        FORMATS[name].write(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_command_line_names_every_format(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{name}: {FORMATS[name].help}" in formats_help()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", "--help"])
+    assert not stop.value.code and f"{name}:" in capsys.readouterr().out

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from threetowers.config import METHODS, ObjectiveConfig, RunConfig
+from threetowers.config import ObjectiveConfig, RunConfig
 from threetowers.data.transforms import ImageSpec
 from threetowers.model import ThreeTowers, build
 from threetowers.objective import pairs
-from threetowers.objective.pairs import Objective, Row
+from threetowers.objective.pairs import METHODS, Objective, Row
 from threetowers.run.finished import load_run
 from threetowers.towers.frozen.load import load_frozen
 from threetowers.towers.weights import read_safetensors

@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from threetowers.config import METHODS, ObjectiveConfig, RunConfig
+from threetowers.config import Method, ObjectiveConfig, RunConfig
 from threetowers.errors import UsageError
 from threetowers.objective import losses, pairs
 
@@ -112,14 +113,34 @@ def test_the_tables_of_the_methods() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_a_table_and_only_the_baseline_needs_no_third(method: str) -> None:
+def test_the_list_of_methods_has_the_names_that_a_configuration_takes() -> None:
+    assert tuple(pairs.METHODS) == get_args(Method)
+    assert len({entry.label for entry in pairs.METHODS.values()}) == len(pairs.METHODS)
+
+
+@pytest.mark.parametrize("method", pairs.METHODS)
+def test_every_method_is_a_table_and_only_the_baseline_needs_no_third(method: Method) -> None:
+    entry = pairs.METHODS[method]
     table = pairs.objective(RunConfig(method=method, third=("timm:x",)))
-    assert table.rows[0].name == "img-txt"
+    assert table.rows[0].name == "img-txt" and table.image == entry.image
     assert len({row.name for row in table.rows}) == len(table.rows)
+    faces_third = table.image != "own" or any("third" in view for view in table.views())
+    assert entry.needs_third == faces_third == (method != "baseline")
+    assert entry.summary[0].isupper() and entry.summary.endswith(".")
     if method != "baseline":
         with pytest.raises(UsageError, match="--third"):
             pairs.objective(RunConfig(method=method))
+    several = RunConfig(method=method, third=("a=timm:x", "b=timm:y"))
+    if entry.max_thirds == 1:
+        with pytest.raises(UsageError, match="one frozen tower"):
+            pairs.objective(several)
+    elif entry.needs_third:
+        assert {"img-third_a", "txt-third_b"} <= {row.name for row in pairs.objective(several).rows}
+
+
+def test_labels_name_the_third_tower_and_keep_unknown_methods() -> None:
+    assert pairs.method_label("3t", "matched") == "3T (matched)"
+    assert pairs.method_label("lit-unlocked") == "LiT unlocked" and pairs.method_label("other") == "other"
 
 
 def test_weights_are_used_as_written_and_checked() -> None:
@@ -131,8 +152,3 @@ def test_weights_are_used_as_written_and_checked() -> None:
     ]
     with pytest.raises(UsageError, match=r"objective\.weights"):
         pairs.objective(RunConfig(third=("timm:x",), objective=ObjectiveConfig(weights=(1.0, 1.0))))
-
-
-def test_lit_takes_one_frozen_tower() -> None:
-    with pytest.raises(UsageError, match="one frozen tower"):
-        pairs.objective(RunConfig(method="lit", third=("a=timm:x", "b=timm:y")))

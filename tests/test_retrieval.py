@@ -7,13 +7,12 @@ from scipy import stats
 from torch import Tensor
 
 from threetowers.errors import DataError, UsageError
-from threetowers.evaluate.results import clip_benchmark_result
+from threetowers.evaluate.clip_benchmark import clip_benchmark_result
 from threetowers.evaluate.retrieval import (
     Ranks,
     System,
     combined_ranks,
     ranks_from_features,
-    recall_from_features,
     recalls,
 )
 from threetowers.objective.losses import unit
@@ -65,7 +64,7 @@ def test_ranks_are_those_of_a_full_sort_with_ties_last(
 def test_perfect_encoder_scores_one() -> None:
     image = torch.eye(40)
     text_image = torch.arange(40).repeat_interleave(5)[torch.randperm(200)]
-    result = recall_from_features(image, image[text_image], text_image, ks=(1, 5), block=7)
+    result = recalls(ranks_from_features(image, image[text_image], text_image, block=7), ks=(1, 5))
     assert result == dict.fromkeys(("i2t_r@1", "i2t_r@5", "t2i_r@1", "t2i_r@5", "mean_r@1"), 1.0)
 
 
@@ -75,7 +74,7 @@ def test_random_encoder_scores_chance() -> None:
     num_texts = num_images * per_image
     image = unit(torch.randn(num_images, 64, generator=generator))
     text = unit(torch.randn(num_texts, 64, generator=generator))
-    result = recall_from_features(image, text, torch.arange(num_texts) // per_image)
+    result = recalls(ranks_from_features(image, text, torch.arange(num_texts) // per_image))
     for k in (1, 5, 10):
         chances = {
             "t2i": (num_texts, k / num_images),
@@ -93,10 +92,10 @@ def test_constant_encoder_scores_zero_whatever_the_matrix_shape(
 ) -> None:
     same = unit(torch.randn(width, generator=torch.Generator().manual_seed(width)))
     text_image = torch.arange(num_texts) % num_images
-    result = recall_from_features(
+    ranks = ranks_from_features(
         same.expand(num_images, -1), same.expand(num_texts, -1), text_image, block=100
     )
-    assert set(result.values()) == {0.0}
+    assert set(recalls(ranks).values()) == {0.0}
 
 
 def test_any_caption_of_the_image_is_a_hit_and_own_captions_do_not_stand_in_the_way() -> None:
@@ -143,7 +142,7 @@ def test_half_precision_features_are_scored_beyond_their_own_precision() -> None
     image = torch.eye(3, dtype=torch.bfloat16)
     text = torch.tensor([[1, 0, 0], [0, 1, 0.001], [0, 0.001, 1]], dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert recall_from_features(image, text, torch.arange(3))["mean_r@1"] == 1.0
+        assert recalls(ranks_from_features(image, text, torch.arange(3)))["mean_r@1"] == 1.0
 
 
 GOOD = torch.eye(4)
@@ -176,7 +175,7 @@ def test_systems_on_different_data_are_refused() -> None:
 
 
 def test_results_carry_the_names_of_clip_benchmark() -> None:
-    metrics = recall_from_features(torch.eye(2), torch.eye(2), torch.tensor([0, 0]), ks=(1, 5))
+    metrics = recalls(ranks_from_features(torch.eye(2), torch.eye(2), torch.tensor([0, 0])), ks=(1, 5))
     assert metrics["i2t_r@1"] == 1.0 and metrics["t2i_r@1"] == 0.5
     assert clip_benchmark_result("wds/flickr30k", "m", "", "zeroshot_retrieval", metrics) == {
         "dataset": "wds/flickr30k", "model": "m", "pretrained": "", "task": "zeroshot_retrieval", "language": "en",

@@ -420,9 +420,12 @@ def test_a_text_side_third_tower_trains_and_combines_with_captions(
         len(features["test/third@img"]) == len(features["test/txt@third"]) == num_texts == 2 * result.num_test
     )
     assert len(features["test/img@third"]) == result.num_test
-    sweep = result.combination["third"]
+    sweep = result.sections["combination"]["third"]
     scores = features["test/img@third"] @ features["test/third@img"].T
-    assert scores.shape == (result.num_test, num_texts) and sweep["ends"][0] == result.test["mean_r@1"]
+    assert (
+        scores.shape == (result.num_test, num_texts)
+        and sweep["ends"][0] == result.sections["test"]["mean_r@1"]
+    )
     from threetowers.evaluate.retrieval import ranks_from_features, recalls
 
     alone = ranks_from_features(

@@ -18,7 +18,6 @@ from PIL import Image
 
 import threetowers
 from threetowers.config import (
-    METHODS,
     InputConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -28,6 +27,7 @@ from threetowers.config import (
 )
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.objective.pairs import METHODS
 from threetowers.run.finished import load_run
 from threetowers.towers.weights import read_safetensors
 from threetowers.train import checkpoint, loop
@@ -76,8 +76,8 @@ def test_every_method_trains_evaluates_and_loads(method: str, tiny_config: Confi
     assert {"train/lr", "train/scale", "data/wait", "examples_per_second", "train/grad_norm"} <= last.keys()
     assert any("val/mean_r@1" in row for row in rows(out))
     evaluation = evaluate_run(out)
-    assert set(evaluation.test) >= {"i2t_r@1", "t2i_r@10", "mean_r@1"}
-    assert bool(evaluation.combination) == (method == "3t")
+    assert set(evaluation.sections["test"]) >= {"i2t_r@1", "t2i_r@10", "mean_r@1"}
+    assert bool(evaluation.sections["combination"]) == (method == "3t")
     model = threetowers.load(str(out))
     keys = weights(out).keys()
     assert not any(key.startswith("third") and key != "third_norms" for key in keys), "never the third tower"
@@ -370,5 +370,5 @@ def test_evaluating_on_other_classes_leaves_the_runs_own_figures(tiny_config: Co
         (classes / name).mkdir(parents=True)
         for index in range(3):
             Image.new("RGB", (40, 40), name).save(classes / name / f"{index}.png")
-    assert evaluate_run(tmp_path / "run", classes=str(classes)).zero_shot
+    assert evaluate_run(tmp_path / "run", classes=str(classes)).sections["zero_shot"]
     assert (tmp_path / "run" / "evaluation.json").read_bytes() == before

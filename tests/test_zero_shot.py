@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from threetowers.errors import DataError, UsageError
-from threetowers.evaluate.zero_shot import accuracy, class_embeddings, per_class_accuracy, prompt
+from threetowers.evaluate.zero_shot import accuracy, class_embeddings, label_ranks, per_class_accuracy, prompt
 from threetowers.objective.losses import unit
 
 
@@ -18,6 +18,10 @@ def encode(texts: list[str]) -> Tensor:
     seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) for text in texts]
     vectors = [torch.randn(6, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(vectors)
+
+
+def scored(image: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
+    return accuracy(label_ranks(image, classes, labels), labels, len(classes))
 
 
 def test_a_class_is_the_renormalised_mean_of_its_normalised_prompts() -> None:
@@ -85,7 +89,7 @@ def test_accuracy_is_that_of_a_full_sort_with_ties_last(
     hits = np.array(places) < 1
     per_class = [hits[labels.numpy() == c].mean() for c in range(num_classes) if c in labels]
 
-    result = accuracy(image, classes, labels)
+    result = scored(image, classes, labels)
     assert result["top1"] == hits.mean()
     assert result["mean_per_class"] == pytest.approx(np.mean(per_class))
     assert ("top5" in result) == (num_classes > 5)
@@ -95,19 +99,19 @@ def test_accuracy_is_that_of_a_full_sort_with_ties_last(
 
 def test_oracles() -> None:
     classes, labels = torch.eye(8), torch.arange(24) % 8
-    assert accuracy(classes[labels], classes, labels) == {"top1": 1.0, "top5": 1.0, "mean_per_class": 1.0}
+    assert scored(classes[labels], classes, labels) == {"top1": 1.0, "top5": 1.0, "mean_per_class": 1.0}
     constant = unit(torch.rand(17)).expand(8, -1)
-    assert accuracy(constant[labels], constant, labels) == {"top1": 0.0, "top5": 0.0, "mean_per_class": 0.0}
+    assert scored(constant[labels], constant, labels) == {"top1": 0.0, "top5": 0.0, "mean_per_class": 0.0}
 
 
 def test_absent_classes_are_nan_and_do_not_enter_the_mean() -> None:
     classes = torch.eye(4)
     labels = torch.tensor([0, 0, 0, 2])
     image = classes[torch.tensor([0, 0, 1, 2])]
-    per_class = per_class_accuracy(image, classes, labels)
+    per_class = per_class_accuracy(label_ranks(image, classes, labels), labels, len(classes))
     assert per_class[[0, 2]].tolist() == [pytest.approx(2 / 3), 1.0]
     assert per_class[[1, 3]].isnan().all()
-    result = accuracy(image, classes, labels)
+    result = scored(image, classes, labels)
     assert result == {"top1": 0.75, "mean_per_class": pytest.approx(5 / 6)}
 
 
@@ -124,4 +128,4 @@ def test_absent_classes_are_nan_and_do_not_enter_the_mean() -> None:
 )
 def test_what_cannot_be_scored_is_refused(image: Tensor, labels: Tensor, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        accuracy(image, torch.eye(3), labels)
+        label_ranks(image, torch.eye(3), labels)

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,6 +22,7 @@ from threetowers.commands.arguments import (
 )
 from threetowers.config import CompareConfig, did_you_mean
 from threetowers.errors import ThreeTowersError, UsageError, of_system
+from threetowers.export.formats import FORMATS, formats_help
 from threetowers.recipes import PRESETS
 
 STOPPED = 75  # stopped on request; the same command continues
@@ -31,10 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `threetowers`; exits with 0 or the code of what went wrong, without a traceback of a mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
-        for number in (
-            signal.SIGTERM,
-            signal.SIGUSR1,
-        ):  # as an interrupt from the keyboard, unless training runs
+        # as an interrupt from the keyboard, until a training run handles them
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.default_int_handler)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -100,7 +99,7 @@ def _compare(words: list[str]) -> int:
     """find out which method wins: threetowers compare PRESET|FILE --data PATH --third NAME=SPEC … [--seeds 0 1 2]"""
     _, arguments = run_arguments(CompareArguments, words, "compare")
 
-    from threetowers.compare.runs import compare
+    from threetowers.compare.comparison import compare
 
     result = compare(arguments.run, arguments.options, arguments.out, max_minutes=arguments.max_minutes)
     return _report(result, arguments.out)
@@ -165,21 +164,22 @@ def _pretrain(words: list[str]) -> int:
 def _export(words: list[str]) -> int:
     """write the main pair for another library: threetowers export RUN --to open_clip --out DIR"""
 
-    def export(run: tyro.conf.Positional[Path], *, out: Path, to: str = "open_clip") -> None:
+    def export(
+        run: tyro.conf.Positional[Path],
+        *,
+        out: Path,
+        to: Annotated[str, tyro.conf.arg(help=f"Format. {formats_help()}.")] = next(iter(FORMATS)),
+    ) -> None:
         """The two main towers, without third tower and heads.
 
         Args:
             run: A finished run folder.
             out: Folder to write.
-            to: Format; open_clip.
         """
-        from threetowers.export.open_clip import export_open_clip
-
-        formats = {"open_clip": export_open_clip}
-        if to not in formats:
-            raise UsageError(f"--to: {to!r} is no format{did_you_mean(to, formats)}")
-        folder = formats[to](run, out)
-        print(f'written; load it with open_clip.create_model_and_transforms("local-dir:{folder}")')
+        if to not in FORMATS:
+            raise UsageError(f"--to: {to!r} is no format{did_you_mean(to, FORMATS)}")
+        folder = FORMATS[to].write(run, out)
+        print(f"written; load it with {FORMATS[to].how_to_load(folder)}")
 
     parse(export, words, "export")
     return 0

@@ -20,7 +20,6 @@ import tomli_w
 from threetowers.errors import UsageError
 
 Method = Literal["baseline", "lit", "lit-unlocked", "3t", "3t-regression"]
-METHODS: tuple[Method, ...] = get_args(Method)
 Scalar = str | bool | int | float
 T = TypeVar("T")
 

@@ -1,1 +1,1 @@
-"""Several methods on equal terms: runs, figures, claims, and what people look at."""
+"""The comparison of several methods on equal terms: runs, figures, claims, examples."""

@@ -1,7 +1,8 @@
-"""The claims of the paper as tests on a comparison's figures: held, not held, or not tested.
+"""The claims of the paper as tests of a comparison's figures: held, not held, or not tested.
 
-Held means that the 95 % interval of the seed-paired differences excludes 0; with one seed it is a bootstrap over the
-test queries, and the claim says so. The claims are those of arXiv 2305.16999, numbered as in docs/method.md.
+A claim is held when the 95 % interval of the seed-paired differences excludes 0. With one seed the interval is a
+bootstrap over the test queries, and the claim has a note. The claims are those of arXiv 2305.16999, numbered as in
+docs/method.md.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,17 +13,19 @@ import numpy as np
 
 from threetowers.evaluate.retrieval import Ranks
 from threetowers.evaluate.statistics import Interval, bootstrap_difference, held, paired_difference
+from threetowers.objective.pairs import method_label
 
 Key = tuple[str, str]
-"""Method and third tower; the baseline's third tower is empty."""
+"""Method and third tower; the latter is empty for the baseline."""
 MISMATCHED = "mismatched"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One finished run's figures: metrics by `task/metric`, and the answers behind them.
+    """The figures of one finished run: metrics by `task/metric`, and the per-item results behind them.
 
-    ranks: of the retrieval queries, by system. class_hits: whether each labelled image was classified rightly.
+    ranks: of the retrieval queries, by system. alpha: the α that validation chose. class_hits: whether each labelled
+    image was classified correctly.
     """
 
     metrics: Mapping[str, float]
@@ -38,9 +41,10 @@ Runs = Mapping[Key, Mapping[int, Measured]]
 def difference(
     runs: Runs, a: Key, b: Key, metric: str, systems: tuple[str, str] = ("main", "main")
 ) -> Interval:
-    """Interval of a metric of a minus that of b: t over the common seeds, or a bootstrap over queries with one.
+    """Interval of a metric of `a` minus that of `b`: t over the common seeds; with one seed, a bootstrap over queries.
 
-    metric: `task/metric`. systems: whose ranks a bootstrap draws from, where the metric is a retrieval one.
+    metric: `task/metric`. systems: the systems of a and b that a retrieval metric belongs to, for example
+    `combination`.
     """
     seeds = sorted(runs[a].keys() & runs[b].keys())
     names = [_metric_of(metric, system) for system in systems]
@@ -54,7 +58,9 @@ def difference(
     if metric == "zero_shot/top1" and first.class_hits is not None and second.class_hits is not None:
         return bootstrap_difference(first.class_hits, second.class_hits)
     if metric.split("/")[0] != "retrieval" or not metric.endswith("_r@1"):
-        return Interval(value, float("-inf"), float("inf"), 1)  # one run says nothing about its spread
+        return Interval(
+            value, float("-inf"), float("inf"), 1
+        )  # one run has no spread, and there are no queries
     ranks_a, ranks_b = first.ranks[systems[0]], second.ranks[systems[1]]
     place = {"i2t_r@1": 0, "t2i_r@1": 1}.get(metric.split("/")[1])
     images = ranks_a.images()
@@ -64,7 +70,7 @@ def difference(
 
 
 def _metric_of(metric: str, system: str) -> str:
-    """`retrieval/mean_r@1` of the main pair; `combination/mean_r@1`, `third/mean_r@1`, … of another system."""
+    """The path of a system's metric: `retrieval/mean_r@1` of the main pair, `third/mean_r@1` of the third tower, …"""
     return metric if system == "main" else f"{system}/{metric.split('/')[1]}"
 
 
@@ -79,8 +85,8 @@ def points(interval: Interval) -> str:
 def claims(runs: Runs, thirds: list[str], ends_equal: bool, identical: bool | None) -> list[dict[str, Any]]:
     """Every claim as a row of compare.json: id, held (None: not tested), text, figures, note.
 
-    ends_equal: whether α = 0 and α = 1 reproduced the two systems exactly. identical: whether the pairs without
-    third tower gave the same bits, None when there was no 3T run.
+    ends_equal: whether α = 0 and α = 1 reproduced the two systems exactly. identical: whether the main pair gives the
+    same bits without its third tower; None when there is no 3T run.
     """
     rows: list[dict[str, Any]] = []
     for third in thirds:
@@ -108,21 +114,20 @@ def _note(runs: Runs, key: Key) -> str:
 def _compared(
     runs: Runs, id: str, text: str, pairs: list[tuple[Key, Key, str]], judge: Callable[[Interval], bool]
 ) -> dict[str, Any]:
-    """A claim that holds when every listed difference passes; not tested when a run is missing."""
+    """A claim that is held when `judge` accepts the interval of every pair; not tested when a figure is missing.
+
+    pairs: (a, b, metric), the difference being a − b.
+    """
     if any(key not in runs for a, b, _ in pairs for key in (a, b)):
         return _row(id, None, text, {}, "a method that it needs was not compared")
     if any(metric not in next(iter(runs[key].values())).metrics for a, b, metric in pairs for key in (a, b)):
         return _row(id, None, text, {}, "the data has nothing to measure it with")
     intervals = {
-        f"{_label(a)} − {_label(b)}, {metric}": difference(runs, a, b, metric) for a, b, metric in pairs
+        f"{method_label(a[0])} − {method_label(b[0])}, {metric}": difference(runs, a, b, metric)
+        for a, b, metric in pairs
     }
     figures = {name: points(interval) for name, interval in intervals.items()}
     return _row(id, all(judge(i) for i in intervals.values()), text, figures, _note(runs, pairs[0][0]))
-
-
-def _label(key: Key) -> str:
-    names = {"baseline": "baseline", "lit": "LiT", "lit-unlocked": "unlocked LiT", "3t": "3T"}
-    return names.get(key[0], key[0])
 
 
 BOTH_DIRECTIONS = ("retrieval/i2t_r@1", "retrieval/t2i_r@1")

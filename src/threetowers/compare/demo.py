@@ -1,14 +1,14 @@
-"""The whole method on the built-in world: two third towers of one's own, and the comparison with both.
+"""The demo: trains two third towers on the built-in world and compares the methods with both.
 
-`matched` knows objects, what the captions speak of; `mismatched` knows only backgrounds and layouts, the small
-likeness of a tower trained on places.
+`matched` is trained on objects, which the captions describe. `mismatched` is trained on backgrounds and layouts only,
+as a tower trained on places would be.
 """
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from threetowers.compare.runs import compare
+from threetowers.compare.comparison import compare
 from threetowers.config import CompareConfig, PretrainConfig, RunConfig
 from threetowers.train.pretrain import pretrain
 
@@ -16,12 +16,15 @@ TOWERS = {"matched": PretrainConfig(data="objects"), "mismatched": PretrainConfi
 
 
 def demo(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, Any] | None:
-    """Pretrains both third towers in `out`, then compares; returns as `compare` does. What is done is kept."""
+    """Pretrains both third towers in `out`, then runs `compare` and returns its result.
+
+    Towers and runs that `out` holds already are not trained again.
+    """
     return compare(replace(config, third=make_towers(config, out)), options, out)
 
 
 def make_towers(config: RunConfig, out: Path) -> tuple[str, ...]:
-    """Pretrains the third towers that `out` does not hold yet; their entries for `RunConfig.third`."""
+    """Pretrains the third towers that `out` does not hold yet, and returns their entries for `RunConfig.third`."""
     thirds = []
     for name, tower in TOWERS.items():
         folder = out / "towers" / name

@@ -1,4 +1,4 @@
-"""What people look at in a comparison: retrieval examples, sample images, and two measurements of a finished run."""
+"""The examples of a comparison (retrieval and sample images), and two measurements of a finished run."""
 
 import time
 from array import array
@@ -15,6 +15,7 @@ from threetowers.data.source import Source, Subset
 from threetowers.data.transforms import normalise
 from threetowers.errors import BadSample
 from threetowers.evaluate.encode import encode
+from threetowers.files import replacing
 from threetowers.run.finished import FinishedRun, load_run, restore_trained
 from threetowers.run.setup import prepare
 
@@ -27,7 +28,7 @@ THUMBNAIL = 96
 def showcase(
     systems: list[tuple[str, str, str, dict[str, Tensor]]], train: Source, test: Source, out: Path
 ) -> dict[str, Any]:
-    """compare.json's `examples` and `world`, their images written to out/images.
+    """The entries `examples` and `world` of compare.json; their images are written to out/images.
 
     systems: method, third tower, label and features of each compared run, all on the same test data.
     """
@@ -47,7 +48,7 @@ def _world(train: Source, out: Path) -> list[dict[str, Any]]:
 def _examples(
     systems: list[tuple[str, str, str, dict[str, Tensor]]], test: Source, out: Path
 ) -> list[dict[str, Any]]:
-    """A few queries in both directions, chosen by hash before any answer is seen."""
+    """A few queries in both directions, chosen by a hash and not by their answers."""
     first = systems[0][3]
     if "test/txt" not in first:
         return []
@@ -92,32 +93,33 @@ def _examples(
 
 
 def _thumbnail(source: Source, index: int, name: str, out: Path) -> str | None:
-    """Writes a small PNG of an image and returns its path relative to `out`; None when it cannot be read."""
+    """Writes a small PNG of an image and returns its path relative to `out`; None for an image that cannot be read."""
     path = out / "images" / f"{name}.png"
     try:
         image = decode(source.image(index), source.record(index).id)
     except BadSample:
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(path)
+    with replacing(path) as file:
+        image.save(file, "PNG")
     return str(path.relative_to(out))
 
 
 @torch.inference_mode()
-def inference_rate(run: FinishedRun, num_images: int = 64, repeats: int = 3) -> float:
-    """Images per second through the image tower at inference: best of a few repeats after a warm-up."""
-    spec = run.architecture.image
+def inference_rate(finished: FinishedRun, num_images: int = 64, repeats: int = 3) -> float:
+    """Images per second through the image tower at inference: the best of a few repeats after a warm-up."""
+    spec = finished.architecture.image
     pixels = torch.randint(0, 256, (num_images, 3, spec.size, spec.size), dtype=torch.uint8)
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        run.img(normalise(pixels, spec))
+        finished.img(normalise(pixels, spec))
         times.append(time.perf_counter() - start)
     return num_images / min(times[1:])
 
 
 def identical_without_third(folder: Path, num_images: int = 64) -> bool:
-    """Whether a finished run's pair gives the same bits alone as it does beside its third tower."""
+    """Whether the main pair of a finished run gives the same bits with and without its third tower."""
     setup = prepare(read_config(folder / "config.toml"), folder, saved_tokenizer=folder)
     restore_trained(setup.model, folder)
     source = setup.test if len(setup.test) else setup.train

@@ -1,1 +1,1 @@
-"""What a trained model is worth: retrieval, zero-shot classification, the convex combination."""
+"""The evaluation of trained models: retrieval, convex combination, zero-shot classification."""

@@ -1,4 +1,4 @@
-"""A source's images and captions as unit vectors, for every view that retrieval and the combination need."""
+"""A source's images and captions as unit vectors, in every view that the model has: what evaluators work on."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -23,23 +23,23 @@ from threetowers.store.read import Store
 
 @dataclass
 class Encoded:
-    """N images and M captions of a source, encoded. Rows of unusable images are left out.
+    """N images and M captions of a source, encoded. Images that cannot be used have no row.
 
     views: unit vectors fp32 by view name; image-side views have N rows, text-side views M.
     text_image: int64 [M], row of the image that each caption belongs to.
+    index: int64 [N], index of each image in the source. bad: the images that cannot be used.
+    text_thirds: the third towers that read captions.
     """
 
     views: dict[str, Tensor]
     text_image: Tensor
     index: Tensor
-    """int64 [N], index of each image in the source."""
     captions: list[str]
     bad: list[BadSample] = field(default_factory=list)
     text_thirds: frozenset[str] = frozenset()
-    """The third towers that read the captions."""
 
     def system(self, name: str) -> tuple[Tensor, Tensor]:
-        """Image and text vectors of a two-tower system: `main`, or the name of a third tower seen through the heads."""
+        """Image vectors [N, D] and text vectors [M, D] of `main`, or of a third tower read through the heads."""
         if name == "main":
             return self.views["img"], self.views["txt"]
         if name in self.text_thirds:
@@ -47,7 +47,7 @@ class Encoded:
         return self.views[f"{name}@txt"], self.views[f"txt@{name}"]
 
     def systems(self) -> list[str]:
-        """`main`, and each third tower that has heads towards the main tower of the other side, and one facing back."""
+        """`main`, and every third tower that shares a pair of heads with the main tower of the other modality."""
         thirds = dict.fromkeys(tower_of(view) for view in self.views if "@" in view)
         found = ["main"]
         for name in thirds:
@@ -57,8 +57,33 @@ class Encoded:
         return found
 
 
+@dataclass
+class Labelled:
+    """N labelled images and C classes, encoded by the main pair.
+
+    image [N, D] and classes [C, D] are unit vectors fp32; labels int64 [N], −1 for an image without a label.
+    """
+
+    image: Tensor
+    classes: Tensor
+    labels: Tensor
+    class_names: list[str]
+
+
+@dataclass
+class EvaluationData:
+    """Everything that was encoded of a run; a part without usable data is None.
+
+    val, test: images with captions. labelled: images with class labels.
+    """
+
+    val: Encoded | None = None
+    test: Encoded | None = None
+    labelled: Labelled | None = None
+
+
 class _FixedViews:
-    """The fixed view of a range of images; a DataLoader's dataset, so that workers decode."""
+    """A dataset of images in their fixed view, which lets a DataLoader's workers decode them."""
 
     def __init__(self, source: Source, spec: ImageSpec) -> None:
         self.source, self.spec = source, spec
@@ -88,9 +113,9 @@ def encode(
     workers: int = 0,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> Encoded:
-    """Every view of the source's images and captions, in eval mode; the model's mode is restored after.
+    """Encodes a source's images and captions in every view, in eval mode; the model's mode is restored afterwards.
 
-    stores: the frozen towers' features of this source by view name. Raises DataError when nothing can be encoded.
+    stores: the frozen towers' features of this source by view name. Raises DataError when no image can be used.
     """
     training = model.training
     model.eval()
@@ -111,7 +136,7 @@ def encode(
         samples = index.numpy()[text_image]
         rows = {name: store.rows(samples, np.array(places)) for name, store in text_stores.items()}
         text_feats |= model.features(thirds={name: value.to(device) for name, value in rows.items()})
-    # a head belongs to the side whose features its tower gave
+    # a head encodes images or captions, whichever its tower has features of
     image_views = {"img", *(view for view in model.heads if tower_of(view) in image_feats)}
     text_views = {"txt", *(view for view in model.heads if tower_of(view) in text_feats)}
     views = {view: model.view(view, image_feats).cpu() for view in sorted(image_views)}
@@ -132,7 +157,7 @@ def _encode_images(
     workers: int,
     autocast: AbstractContextManager[Any] | None,
 ) -> tuple[Tensor, dict[str, Tensor], list[BadSample]]:
-    """Indices of the usable images, their tower features, and the unusable ones."""
+    """Indices of the images that can be used, their features by tower, and the images that cannot be used."""
     usable = np.ones(len(source), dtype=bool)
     stores = {name: store for name, store in stores.items() if store.side == "image"}
     for store in stores.values():
@@ -184,7 +209,7 @@ def _encode_texts(
 def encode_texts(
     model: ThreeTowers, texts: list[str], tokenizer: Tokenizer, device: torch.device, view: str = "txt"
 ) -> Tensor:
-    """Unit vectors fp32 [len(texts), D] of texts in a text-side view, in eval mode."""
+    """Encodes texts in a text-side view, in eval mode: unit vectors fp32 [len(texts), D]."""
     training = model.training
     model.eval()
     feats = _encode_texts(model, texts, tokenizer, device, batch_size=256, autocast=None)

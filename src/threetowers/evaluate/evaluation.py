@@ -1,77 +1,83 @@
-"""The evaluation of a finished run: retrieval, the convex combination, zero-shot classification; one JSON beside it."""
+"""The evaluation of a finished run: every evaluator of one list, and the files that hold what they found."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from threetowers.config import read_config
 from threetowers.data.open import open_source
 from threetowers.data.source import Source
-from threetowers.evaluate.combine import Pair, Sweep, sweep
-from threetowers.evaluate.encode import Encoded, encode, encode_texts
-from threetowers.evaluate.results import clip_benchmark_result
-from threetowers.evaluate.retrieval import System, ranks_from_features, recalls
-from threetowers.evaluate.zero_shot import accuracy, class_embeddings, label_ranks, per_class_accuracy
-from threetowers.files import disk_errors
+from threetowers.evaluate.clip_benchmark import clip_benchmark_result
+from threetowers.evaluate.combine import combination
+from threetowers.evaluate.encode import Encoded, EvaluationData, Labelled, encode, encode_texts
+from threetowers.evaluate.result import Result
+from threetowers.evaluate.retrieval import retrieval
+from threetowers.evaluate.zero_shot import class_embeddings, zero_shot
+from threetowers.files import write_whole
 from threetowers.run.finished import read_description, restore_trained
 from threetowers.run.setup import Setup, autocast, open_classes, prepare
+from threetowers.towers.weights import write_safetensors
 
 SCHEMA = 1
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A function from what was encoded to figures, and the sections of evaluation.json that it fills.
+
+    It returns None when the data that it needs are missing; its sections are empty then.
+    """
+
+    measure: Callable[[EvaluationData], Result | None]
+    sections: tuple[str, ...]
+
+
+EVALUATORS = (
+    Evaluator(retrieval, ("val", "test")),
+    Evaluator(combination, ("combination",)),
+    Evaluator(zero_shot, ("zero_shot", "per_class")),
+)
+"""What `evaluate` runs, in the order of evaluation.json and of the terminal. A new evaluator is one line here."""
 
 
 @dataclass
 class Evaluation:
     """The figures of one run; every metric is a share in [0, 1].
 
-    val, test: retrieval of the main pair. combination: by third tower, the sweep over α with `alphas`, `val`, `test`,
-    the `alpha` that validation chose, `chosen` (test at that α) and `ends`. zero_shot: of the main pair.
+    sections: by name, from all evaluators: `val` and `test` (retrieval of the main pair), `combination` (by third
+    tower, the sweep over α), `zero_shot` and `per_class` (classification by the main pair).
+    lines: the figures as text. num_bad: how many of the captioned images cannot be used.
     """
 
     data: str
     num_val: int
     num_test: int
-    val: dict[str, float] = field(default_factory=dict)
-    test: dict[str, float] = field(default_factory=dict)
-    combination: dict[str, dict[str, Any]] = field(default_factory=dict)
-    zero_shot: dict[str, float] = field(default_factory=dict)
-    per_class: dict[str, float] = field(default_factory=dict)
+    sections: dict[str, dict[str, Any]]
+    lines: list[str]
     num_bad: int = 0
 
     def text(self) -> str:
-        """The figures as a few lines for a terminal."""
-        lines = []
-        for part, num, values in (("validation", self.num_val, self.val), ("test", self.num_test, self.test)):
-            if values:
-                figures = ", ".join(f"{name} {value:.1%}" for name, value in values.items())
-                lines.append(f"retrieval on {num} {part} images: {figures}")
-            else:
-                lines.append(f"no {part} images with captions, so no retrieval on them")
-        for third, result in self.combination.items():
-            lines.append(
-                f"with {third} combined: α = {result['alpha']:g} chosen on validation, test mean_r@1 "
-                f"{result['chosen']:.1%} (main pair alone {result['ends'][0]:.1%}, {third} alone "
-                f"{result['ends'][1]:.1%}); α > 0 runs the frozen tower at inference"
-            )
-        if self.zero_shot:
-            lines.append(
-                "zero-shot: " + ", ".join(f"{name} {value:.1%}" for name, value in self.zero_shot.items())
-            )
-        if self.num_bad:
-            lines.append(f"{self.num_bad} images could not be read and are left out")
-        return "\n".join(lines)
+        """The figures as a few lines for the terminal."""
+        bad = [f"{self.num_bad} images could not be read and are left out"] if self.num_bad else []
+        return "\n".join([*self.lines, *bad])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as evaluation.json holds them."""
+        counts = {"data": self.data, "num_val": self.num_val, "num_test": self.num_test}
+        return counts | self.sections | {"num_bad": self.num_bad}
 
 
 def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None = None) -> Evaluation:
     """Evaluates a finished run and writes evaluation.json and features.safetensors into its folder.
 
-    data: other images and captions to test on (written to no file then); classes: other labelled images.
-    Raises CheckpointError for an unfinished run and DataError for unusable data.
+    data: other images and captions to test on. classes: other labelled images. With either, no file is written.
+    Raises CheckpointError for an unfinished run and DataError for data that cannot be used.
     """
     read_description(folder)
     config = read_config(folder / "config.toml")
@@ -83,67 +89,67 @@ def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None =
     test = setup.test if data is None else open_source(
         data, image_column=config.inputs.image_column, caption_columns=config.inputs.caption_columns
     )  # fmt: skip
-    result, encoded, class_ranks = evaluate(setup, test)
+    encoded = encode_all(setup, test)
+    evaluation, saved = evaluate(encoded, test.name, len(setup.val), len(test))
     if own:
-        save_features(folder / "features.safetensors", encoded, class_ranks)
-        written = asdict(result) | {"schema": SCHEMA, "clip_benchmark": _clip_benchmark(result, folder)}
-        partial = folder / ".evaluation.json.partial"
-        partial.write_text(json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8")
-        partial.replace(folder / "evaluation.json")
-    return result
+        save_features(folder / "features.safetensors", encoded, saved)
+        written = evaluation.as_dict() | {
+            "schema": SCHEMA,
+            "clip_benchmark": _clip_benchmark(evaluation, folder),
+        }
+        write_whole(folder / "evaluation.json", json.dumps(written, indent=2, ensure_ascii=False))
+    return evaluation
 
 
-def evaluate(setup: Setup, test: Source) -> tuple[Evaluation, dict[str, Encoded], Tensor | None]:
-    """The figures of a prepared run with trained weights, and what they were computed from.
-
-    That is what was encoded of `val` and `test`, and the rank of the right class of every labelled image, int64 [N].
-    """
-    encoded = {
-        part: _encode(setup, source) for part, source in (("val", setup.val), ("test", test)) if len(source)
-    }
-    encoded = {part: each for part, each in encoded.items() if each.captions}
-    result = Evaluation(data=test.name, num_val=len(setup.val), num_test=len(test))
-    for part, each in encoded.items():
-        setattr(result, part, recalls(ranks_from_features(*each.system("main"), each.text_image)))
-        result.num_bad += len(each.bad)
-    if encoded.keys() == {"val", "test"}:
-        for third in encoded["test"].systems()[1:]:
-            swept = sweep(pair_of(encoded["val"], third), pair_of(encoded["test"], third))
-            result.combination[third] = sweep_figures(swept)
+def encode_all(setup: Setup, test: Source) -> EvaluationData:
+    """Encodes the validation data, the test data and the labelled images of a setup with trained weights."""
     labelled = open_classes(setup.config)
-    class_ranks = None
-    if labelled is not None:
-        result.zero_shot, result.per_class, class_ranks = _zero_shot(setup, labelled)
-    return result, encoded, class_ranks
+    return EvaluationData(
+        val=_captioned(setup, setup.val),
+        test=_captioned(setup, test),
+        labelled=None if labelled is None else _labelled(setup, labelled),
+    )
 
 
-def pair_of(encoded: Encoded, third: str) -> Pair:
-    """The main pair and a third tower through the heads, as the two systems of a combination."""
-    return Pair(System(*encoded.system("main")), System(*encoded.system(third)), encoded.text_image)
+def evaluate(
+    data: EvaluationData, name: str, num_val: int, num_test: int
+) -> tuple[Evaluation, dict[str, Tensor]]:
+    """Runs every evaluator; also returns the per-item results that features.safetensors holds.
+
+    name: of the test data. num_val, num_test: their sizes, images that cannot be used included.
+    """
+    parts = {"validation": data.val, "test": data.test}
+    lines = [
+        f"no {part} images with captions, so no retrieval on them"
+        for part, each in parts.items()
+        if each is None
+    ]
+    evaluation = Evaluation(name, num_val, num_test, {}, lines)
+    evaluation.num_bad = sum(len(each.bad) for each in parts.values() if each is not None)
+    saved: dict[str, Tensor] = {}
+    for evaluator in EVALUATORS:
+        result = evaluator.measure(data)
+        found = {} if result is None else result.sections
+        evaluation.sections |= {section: dict(found.get(section, {})) for section in evaluator.sections}
+        if result is not None:
+            lines += result.lines
+            saved |= {item: result.items[item] for item in result.saved}
+    return evaluation, saved
 
 
-def sweep_figures(swept: Sweep) -> dict[str, Any]:
-    """A sweep over α in plain values, as evaluation.json and compare.json hold it."""
-    return {
-        "alphas": list(swept.alphas),
-        "val": list(swept.val),
-        "test": list(swept.test),
-        "alpha": swept.alpha,
-        "chosen": swept.chosen,
-        "ends": list(swept.ends),
-    }
+def save_features(path: Path, data: EvaluationData, saved: dict[str, Tensor]) -> None:
+    """Writes every view as `PART/VIEW`, with `PART/text_image` and `PART/index`, and the per-item results `saved`."""
+    tensors = dict(saved)
+    for part, each in (("val", data.val), ("test", data.test)):
+        if each is not None:
+            tensors |= {f"{part}/{view}": value.contiguous() for view, value in each.views.items()}
+            tensors |= {f"{part}/text_image": each.text_image, f"{part}/index": each.index}
+    write_safetensors(path, tensors)
 
 
-def save_features(path: Path, encoded: dict[str, Encoded], class_ranks: Tensor | None) -> None:
-    """Writes every view of every part as `PART/VIEW`, with `PART/text_image`, `PART/index` and `classes/rank`."""
-    tensors: dict[str, Tensor] = {} if class_ranks is None else {"classes/rank": class_ranks}
-    for part, each in encoded.items():
-        tensors |= {f"{part}/{view}": value.contiguous() for view, value in each.views.items()}
-        tensors |= {f"{part}/text_image": each.text_image, f"{part}/index": each.index}
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(partial):
-        save_file(tensors, partial)
-    partial.replace(path)
+def _captioned(setup: Setup, source: Source) -> Encoded | None:
+    encoded = _encode(setup, source) if len(source) else None
+    return encoded if encoded is not None and encoded.captions else None
 
 
 def _encode(setup: Setup, source: Source) -> Encoded:
@@ -158,32 +164,23 @@ def _encode(setup: Setup, source: Source) -> Encoded:
     )
 
 
-def _zero_shot(setup: Setup, labelled: Source) -> tuple[dict[str, float], dict[str, float], Tensor]:
-    """Accuracy of the main pair on labelled images, overall and by class name, and the right classes' ranks."""
-    encoded = _encode(setup, labelled)
+def _labelled(setup: Setup, source: Source) -> Labelled:
+    encoded = _encode(setup, source)
     classes = class_embeddings(
         lambda texts: encode_texts(setup.model, texts, setup.tokenizer, setup.device),
-        labelled.class_names,
-        labelled.templates or DEFAULT_TEMPLATES,
+        source.class_names,
+        source.templates or DEFAULT_TEMPLATES,
     )
-    labels = torch.tensor([_label(labelled, int(i)) for i in encoded.index])
-    image = encoded.views["img"]
-    per_class = per_class_accuracy(image, classes, labels)
-    named = {name: float(v) for name, v in zip(labelled.class_names, per_class, strict=True) if not v.isnan()}
-    return accuracy(image, classes, labels), named, label_ranks(image, classes, labels)
+    known = (source.record(index).label for index in encoded.index.tolist())
+    labels = torch.tensor([-1 if label is None else label for label in known])
+    return Labelled(encoded.views["img"], classes, labels, list(source.class_names))
 
 
-def _label(source: Source, index: int) -> int:
-    label = source.record(index).label
-    return -1 if label is None else label
-
-
-def _clip_benchmark(result: Evaluation, folder: Path) -> list[dict[str, Any]]:
+def _clip_benchmark(evaluation: Evaluation, folder: Path) -> list[dict[str, Any]]:
     rows = []
-    if result.test:
-        rows.append(clip_benchmark_result(result.data, str(folder), "", "zeroshot_retrieval", result.test))
-    if result.zero_shot:
-        rows.append(
-            clip_benchmark_result("classes", str(folder), "", "zeroshot_classification", result.zero_shot)
-        )
+    test, classes = evaluation.sections["test"], evaluation.sections["zero_shot"]
+    if test:
+        rows.append(clip_benchmark_result(evaluation.data, str(folder), "", "zeroshot_retrieval", test))
+    if classes:
+        rows.append(clip_benchmark_result("classes", str(folder), "", "zeroshot_classification", classes))
     return rows

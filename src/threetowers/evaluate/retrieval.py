@@ -1,4 +1,4 @@
-"""Image-text retrieval: the rank of the best right answer of every query, and recall at k from it.
+"""Image-text retrieval: the rank of each query's best right answer, and recall at k.
 
 Legend: N images, M texts, D width, Q queries, C candidates, B queries in a block, W weightings.
 """
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from threetowers.errors import DataError, UsageError
+from threetowers.evaluate.encode import EvaluationData
+from threetowers.evaluate.result import Result, percentages
 
 BLOCK = 256
 """Queries scored at a time; memory is O(BLOCK × candidates)."""
-
-
 METRICS = ("i2t_r@1", "i2t_r@5", "i2t_r@10", "t2i_r@1", "t2i_r@5", "t2i_r@10", "mean_r@1")
-"""What `recalls` gives by default."""
+"""The names that `recalls` returns by default."""
 
 
 class System(NamedTuple):
@@ -30,7 +30,7 @@ class System(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """For every query, how many wrong candidates stand before its best right one; 0 is a hit at 1.
+    """For every query, the number of wrong candidates ranked above its best right one; 0 is a hit at 1.
 
     i2t: int64 [number of images that have a caption]. t2i: int64 [M].
     i2t_image, t2i_image: the index of the image that each query belongs to, same shapes.
@@ -45,29 +45,36 @@ class Ranks:
         """Whether each query finds a right answer in its top k, image→text and text→image, as bool arrays."""
         return (self.i2t < k).numpy(), (self.t2i < k).numpy()
 
+    def items(self, section: str) -> dict[str, Tensor]:
+        """Both directions as per-item results: `SECTION/i2t_rank` and `SECTION/t2i_rank`."""
+        return {f"{section}/i2t_rank": self.i2t, f"{section}/t2i_rank": self.t2i}
+
     def images(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """The image of each query, in the shapes of `hits`: what a bootstrap resamples together."""
+        """The image of each query, in the shapes of `hits`; a bootstrap draws the queries of an image together."""
         return self.i2t_image.numpy(), self.t2i_image.numpy()
 
 
-def recall_from_features(
-    image: Tensor, text: Tensor, text_image: Tensor, ks: Sequence[int] = (1, 5, 10), block: int = BLOCK
-) -> dict[str, float]:
-    """Recall at k in both directions, in [0, 1]: `i2t_r@1`, …, `t2i_r@1`, … and `mean_r@1`.
-
-    Shapes, conventions and errors are those of `ranks_from_features` and `recalls`.
-
-        recall_from_features(image, text, text_image=torch.tensor([0, 0, 1, 2]))["t2i_r@5"]
-    """
-    return recalls(ranks_from_features(image, text, text_image, block), ks)
+def retrieval(data: EvaluationData) -> Result | None:
+    """Recall of the main pair on the validation and the test data; None without captioned images."""
+    sections: dict[str, dict[str, float]] = {}
+    items: dict[str, Tensor] = {}
+    lines = []
+    for section, name, part in (("val", "validation", data.val), ("test", "test", data.test)):
+        if part is not None:
+            ranks = ranks_from_features(*part.system("main"), part.text_image)
+            sections[section] = recalls(ranks)
+            items |= ranks.items(section)
+            num_images = len(part.index) + len(part.bad)
+            lines.append(f"retrieval on {num_images} {name} images: {percentages(sections[section])}")
+    return Result(sections, items, tuple(lines)) if sections else None
 
 
 def ranks_from_features(image: Tensor, text: Tensor, text_image: Tensor, block: int = BLOCK) -> Ranks:
-    """Rank of the best right answer of every captioned image among the texts and of every text among the images.
+    """Ranks every captioned image's best right text among all texts, and every text's image among all images.
 
     image [N, D] and text [M, D] are unit vectors, text_image int64 [M] the index of the image that each text
-    describes. A score is the dot product rounded to fp32, and a tie counts against the model. Images without a
-    text are candidates, not queries. Raises DataError for shapes, indices or values that cannot be scored.
+    describes. A score is the dot product rounded to fp32, and a tie counts against the model. An image without a
+    text is a candidate and no query. Raises DataError for shapes, indices or values that cannot be scored.
     """
     return combined_ranks([System(image, text)], [(1.0,)], text_image, block)[0]
 
@@ -75,8 +82,10 @@ def ranks_from_features(image: Tensor, text: Tensor, text_image: Tensor, block: 
 def recalls(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Share of queries with a right answer in the top k, for every k, and the mean of both directions at 1.
 
-    The convention of the retrieval tables on COCO and Flickr30k: several captions per image, any of them is a hit.
+    Convention of the retrieval tables on COCO and Flickr30k: of several captions of an image, any one is a hit.
     Raises UsageError for a k below 1.
+
+        recalls(ranks_from_features(image, text, text_image=torch.tensor([0, 0, 1, 2])))["t2i_r@5"]
     """
     if min(ks, default=1) < 1:
         raise UsageError(f"recall at k: every k must be at least 1, got {list(ks)}")
@@ -93,9 +102,10 @@ def recalls(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
 def combined_ranks(
     systems: Sequence[System], weightings: Sequence[Sequence[float]], text_image: Tensor, block: int = BLOCK
 ) -> list[Ranks]:
-    """Ranks under Σ_s weight_s · score_s, one result per weighting; every score is computed once for all of them.
+    """Ranks under the scores Σ_s weight_s · score_s, one result per weighting.
 
-    The systems describe the same images and texts; their widths may differ. See `ranks_from_features`.
+    The systems encode the same images and texts; their widths may differ. A system's scores are computed once for all
+    weightings. See `ranks_from_features`.
     """
     for place, system in enumerate(systems):
         where = f"system {place}: " if len(systems) > 1 else ""
@@ -119,10 +129,10 @@ def weighted_ranks(
     candidate_id: Tensor,
     block: int = BLOCK,
 ) -> Tensor:
-    """Ranks of the best right candidate, int64 [W, Q] on the CPU: the wrong ones that score at least as much.
+    """Rank of each query's best right candidate, int64 [W, Q] on the CPU: how many wrong ones score at least as high.
 
-    systems: pairs of queries [Q, D] and candidates [C, D]; weightings: one weight per system each. A candidate is
-    right when its id is the query's (query_id [Q], candidate_id [C]); every query needs a right one.
+    systems: pairs of queries [Q, D] and candidates [C, D]. weightings: each holds one weight per system. A candidate
+    is right when its id equals the query's (query_id [Q], candidate_id [C]); every query needs a right one.
     """
     systems = [(_exact(queries), _exact(candidates)) for queries, candidates in systems]
     device = systems[0][0].device
@@ -177,21 +187,21 @@ def _check_system(system: System, first: System, text_image: Tensor, where: str)
 
 
 def _exact(features: Tensor) -> Tensor:
-    """fp64 copy, on the CPU where the device has no fp64."""
+    """An fp64 copy, on the CPU where the device has no fp64."""
     return features.to("cpu" if features.device.type == "mps" else features.device).double()
 
 
 def _scores(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Dot products [B, C], rounded once to fp32.
+    """Dot products [B, C], summed in fp64 and rounded once to fp32, so that equal vectors have equal scores.
 
-    An fp32 matrix product sums in an order that depends on the place in the matrix (and in TF32 if that is allowed),
-    so equal vectors score unequally and ties are lost. Summed in fp64 and rounded, equal vectors tie anywhere.
+    An fp32 matrix product sums in an order that depends on the place in the matrix (and in TF32 where that is
+    allowed): equal vectors would get different scores, and ties would be lost.
     """
     return (queries @ candidates.T).float()
 
 
 def _weighted_sum(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Products and sums rounded one by one: a fused multiply-add in some lanes only would break ties."""
+    """The weighted sum with every product and sum rounded: a fused multiply-add in some lanes would break ties."""
     total = weights[0] * scores[0]
     for score, weight in zip(scores[1:], weights[1:], strict=True):
         total += weight * score
@@ -199,10 +209,9 @@ def _weighted_sum(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _wrong_ahead(scores: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Wrong candidates at or above each row's best right one, int64 [B]; (row, column) are the right places."""
+    """How many wrong candidates score at least each row's best right one, int64 [B]; (row, column): the right ones."""
     values = scores[row, column]
     best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, row, values, "amax")
-    at_or_above = (scores >= best[:, None]).sum(
-        dim=1, dtype=torch.int32
-    )  # six times as fast as int64 on a CPU
+    # on a CPU an int32 sum is six times as fast as an int64 sum
+    at_or_above = (scores >= best[:, None]).sum(dim=1, dtype=torch.int32)
     return at_or_above - torch.bincount(row[values >= best[row]], minlength=len(scores))

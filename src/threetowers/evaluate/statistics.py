@@ -1,6 +1,6 @@
-"""How sure a difference is: t-intervals over seeds, and with one seed a bootstrap over queries.
+"""Confidence intervals: t-intervals over seeds and, where there is one seed, a bootstrap over queries.
 
-A bootstrap over queries says how far the result would move on other test images, not with another training run.
+A bootstrap over queries shows the variation over test images. It does not include the variation between training runs.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from scipy import stats
 from threetowers.errors import DataError
 
 Hits = ArrayLike | tuple[ArrayLike, ArrayLike]
-"""One value per query, or a tuple of two such arrays: image→text and text→image."""
+"""One value per query, or a tuple of two such arrays, image→text and text→image."""
 
-_BATCH_VALUES = 2**22  # resampled values held at a time, 32 MB
+_BATCH_VALUES = 2**22  # resampled values in memory at a time: 32 MB
 
 
 class Interval(NamedTuple):
@@ -28,9 +28,9 @@ class Interval(NamedTuple):
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean, low and high end of Student's two-sided interval for the mean of independent values.
+    """Student's two-sided confidence interval for the mean of independent values: mean, low end, high end.
 
-    Equal values give an interval of no width. Raises DataError for fewer than two values or one that is not finite.
+    Equal values give an interval of width 0. Raises DataError for fewer than two values and for one that is not finite.
 
         mean, low, high = t_interval([0.31, 0.33, 0.32])
     """
@@ -39,7 +39,9 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
         raise DataError(
             f"a t-interval needs at least 2 values, got {len(array)}: add seeds, or take a bootstrap over queries"
         )
-    offsets = array - array[0]  # exact zeros for equal values, where a plain mean would leave rounding dust
+    offsets = (
+        array - array[0]
+    )  # exact zeros for equal values, where a plain mean would leave a rounding error
     mean = float(array[0] + offsets.mean())
     spread = float(offsets.std(ddof=1))
     half = float(stats.t.ppf(0.5 + level / 2, len(array) - 1)) * spread / len(array) ** 0.5
@@ -47,9 +49,9 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
-    """t-interval of a − b, where a[i] and b[i] share everything but the method (seed, data, steps).
+    """t-interval of a − b, where a[i] and b[i] share the seed, the data and the steps, and differ in the method.
 
-    Raises DataError for lists of differing lengths, and as `t_interval` does.
+    Raises DataError for lists of different lengths, and as `t_interval` does.
     """
     first, second = _vector(a, "a"), _vector(b, "b")
     if len(first) != len(second):
@@ -68,11 +70,11 @@ def bootstrap_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap interval of the mean of `hits`, or of the mean of both directions' means.
+    """Percentile bootstrap interval of the mean of `hits`; of two directions, of the mean of both means.
 
-    images: in the shapes of `hits`, the image of each query; whole images are drawn, with all their queries in both
-    directions. Without it every query counts as independent, which is too sure where an image has several captions
-    or both directions are averaged. Raises DataError for shapes that do not fit, and for fewer than two
+    images: the image of each query, in the shapes of `hits`. Images are then resampled with all their queries in both
+    directions. Without it queries are treated as independent, and the interval is too narrow where an image has several
+    captions or both directions are averaged. Raises DataError for shapes that do not fit, and for fewer than two
     queries or images.
 
         bootstrap_interval(ranks.hits(), images=ranks.images())
@@ -108,9 +110,9 @@ def bootstrap_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Bootstrap interval of a − b over the same queries: each draw takes both systems' answers to a query.
+    """Bootstrap interval of a − b over the same queries; each resample holds the answers of both systems to a query.
 
-    Arguments and errors as in `bootstrap_interval`; the two systems' hits have the same shapes.
+    Arguments and errors as in `bootstrap_interval`. The hits of both systems have the same shapes.
     """
     a, b = _directions(hits_a, "hits_a"), _directions(hits_b, "hits_b")
     if [len(values) for values in a] != [len(values) for values in b]:
@@ -124,7 +126,7 @@ def bootstrap_difference(
 
 
 def held(interval: Interval, direction: Literal["greater", "less"] = "greater") -> bool:
-    """Whether the interval excludes 0 on the claimed side; touching 0 is not enough."""
+    """Whether the interval excludes 0 and lies on the claimed side of it; an end at 0 does not exclude 0."""
     return interval.low > 0 if direction == "greater" else interval.high < 0
 
 
@@ -146,7 +148,7 @@ def _directions(hits: Hits, name: str) -> list[NDArray[np.float64]]:
 def _per_image(
     directions: list[NDArray[np.float64]], images: list[NDArray[np.float64]]
 ) -> list[NDArray[Any]]:
-    """[sum, count, sum, count …] over each image's queries, every array [number of images]."""
+    """[sums, counts, sums, counts] of the queries' values, by direction; every array is [number of images]."""
     if [len(values) for values in directions] != [len(ids) for ids in images]:
         raise DataError(
             f"images: one index per query is needed, {[len(values) for values in directions]} queries have "

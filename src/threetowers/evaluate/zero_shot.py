@@ -1,8 +1,9 @@
-"""Zero-shot classification: a class is the mean of its prompts' embeddings.
+"""Zero-shot classification: a class is represented by the mean of its prompts' embeddings.
 
 Legend: N images, C classes, D width.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -10,11 +11,37 @@ import torch
 from torch import Tensor
 
 from threetowers.errors import DataError, UsageError
+from threetowers.evaluate.encode import EvaluationData
+from threetowers.evaluate.result import Result, percentages
 from threetowers.evaluate.retrieval import check_features, weighted_ranks
 from threetowers.objective.losses import unit
 
 _PLACE = re.compile(r"\{c?\}")
 _TEXTS_PER_CALL = 1024
+
+
+def zero_shot(data: EvaluationData) -> Result | None:
+    """Accuracy of the main pair on labelled images, overall and by class; None without labelled images.
+
+    Classes without an image are left out of `per_class`.
+    """
+    labelled = data.labelled
+    if labelled is None:
+        return None
+    ranks = label_ranks(labelled.image, labelled.classes, labelled.labels)
+    metrics = accuracy(ranks, labelled.labels, len(labelled.classes))
+    by_class = per_class_accuracy(ranks, labelled.labels, len(labelled.classes)).tolist()
+    per_class = {
+        name: value
+        for name, value in zip(labelled.class_names, by_class, strict=True)
+        if not math.isnan(value)
+    }
+    return Result(
+        {"zero_shot": metrics, "per_class": per_class},
+        {"classes/rank": ranks},
+        (f"zero-shot: {percentages(metrics)}",),
+        saved=("classes/rank",),
+    )
 
 
 def class_embeddings(
@@ -31,7 +58,7 @@ def class_embeddings(
     if not class_names or not templates:
         raise DataError(
             f"zero-shot classes: {len(class_names)} class names and {len(templates)} templates, both are needed; "
-            "they stand in classnames.txt and zeroshot_classification_templates.txt"
+            "they are read from classnames.txt and zeroshot_classification_templates.txt"
         )
     for row, template in enumerate(templates):
         if not _PLACE.search(template):
@@ -52,31 +79,36 @@ def class_embeddings(
 
 
 def prompt(template: str, name: str) -> str:
-    """The template with the class name in every `{}` or `{c}`; braces inside the name stay as they are."""
+    """The template with the class name in every `{}` or `{c}`; braces in the name itself are kept."""
     return _PLACE.sub(lambda _: name, template)
 
 
-def accuracy(image: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
+def accuracy(ranks: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
     """Shares in [0, 1]: `top1`, `top5` (with more than five classes) and `mean_per_class`.
 
-    image [N, D] and classes [C, D] are unit vectors, labels int64 [N]. A tie counts against the model, and classes
-    without an image do not enter `mean_per_class`. Raises DataError for shapes, labels or values that do not fit.
+    ranks: what `label_ranks` returned for the labels, int64 [N] both. Classes without an image do not enter
+    `mean_per_class`.
     """
-    ranks = label_ranks(image, classes, labels)
     result = {"top1": (ranks < 1).double().mean().item()}
-    if len(classes) > 5:
+    if num_classes > 5:
         result["top5"] = (ranks < 5).double().mean().item()
-    result["mean_per_class"] = _per_class(ranks, labels, len(classes)).nanmean().item()
+    result["mean_per_class"] = per_class_accuracy(ranks, labels, num_classes).nanmean().item()
     return result
 
 
-def per_class_accuracy(image: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
-    """Top-1 of every class, float64 [C], NaN for a class without an image; see `accuracy`."""
-    return _per_class(label_ranks(image, classes, labels), labels, len(classes))
+def per_class_accuracy(ranks: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Top-1 accuracy of every class, float64 [C], NaN for a class without an image; see `accuracy`."""
+    labels = labels.cpu()
+    right = torch.bincount(labels[ranks < 1], minlength=num_classes)
+    return right.double() / torch.bincount(labels, minlength=num_classes)
 
 
 def label_ranks(image: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
-    """How many wrong classes score at least as high as the right one, int64 [N]; see `accuracy`."""
+    """How many wrong classes score at least as high as the right one, int64 [N]: a tie counts against the model.
+
+    image [N, D] and classes [C, D] are unit vectors, labels int64 [N]. Raises DataError for shapes, labels or values
+    that do not fit.
+    """
     check_features(image, "image features")
     check_features(classes, "class embeddings")
     if image.shape[1] != classes.shape[1]:
@@ -93,11 +125,3 @@ def label_ranks(image: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
             f"labels: row {row} names class {int(labels[row])}, there are {len(classes)} class names"
         )
     return weighted_ranks([(image, classes)], [(1.0,)], labels, torch.arange(len(classes)))[0]
-
-
-def _per_class(ranks: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    labels = labels.cpu()
-    right = torch.bincount(labels[ranks < 1], minlength=num_classes)
-    return right.double() / torch.bincount(
-        labels, minlength=num_classes
-    )  # 0 / 0 is NaN: no image, no accuracy

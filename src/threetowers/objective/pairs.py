@@ -1,7 +1,9 @@
-"""The table of rows: every method of the project is data, and this file is where the data stands.
+"""Objectives as tables of rows, and the list of methods. Plain data: this file imports no torch.
 
 A row compares two views. A view is a unit vector with a name: a tower (`img`, `txt`, `third`, `third_dino`), or
 `a@b`, the head of tower a that faces tower b: f_h = img@third, h_f = third@img, g_h = txt@third, h_g = third@txt.
+
+A method is one entry of `METHODS` at the end of this file.
 
     three_towers(["third"])
     # img       · txt        weight 1/3
@@ -9,19 +11,22 @@ A row compares two views. A view is a unit vector with a name: a tower (`img`, `
     # txt@third · third@txt  weight 1/3
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from threetowers.config import ObjectiveConfig, RunConfig
+from threetowers.config import Method, ObjectiveConfig, RunConfig
 from threetowers.errors import UsageError
 
 Kind = Literal["softmax", "sigmoid", "cosine", "mse"]
+ImageFrom = Literal["own", "third", "from-third"]
+"""Where the image tower comes from: `own` trains a tower from scratch or from given weights; `third` is LiT, the frozen
+tower with one trainable linear projection; `from-third` starts at the frozen tower's weights and trains."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Two views that a loss compares, the weight of that loss in the sum, and its kind."""
+    """Two views that a loss compares, the weight of that loss in the sum, and the kind of loss."""
 
     a: str
     b: str
@@ -30,7 +35,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The two towers, as in metrics: `img-third`."""
+        """The two towers as metrics write them, for example `img-third`."""
         return f"{tower_of(self.a)}-{tower_of(self.b)}"
 
     @property
@@ -40,22 +45,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The rows of a method and where its image tower comes from.
-
-    image: `own` trains a tower from scratch or given weights; `third` is LiT, the image tower is the frozen tower
-    with one linear projection; `from-third` starts at the frozen tower's weights and trains.
-    """
+    """The rows of a configuration's method, and where its image tower comes from."""
 
     rows: tuple[Row, ...]
-    image: Literal["own", "third", "from-third"] = "own"
+    image: ImageFrom = "own"
 
     def views(self) -> tuple[str, ...]:
-        """Every view that a row needs, once, in the order of the rows."""
+        """Every view that the rows compare, each once, in the order of the rows."""
         return tuple(dict.fromkeys(view for row in self.rows for view in (row.a, row.b)))
 
 
 def tower_of(view: str) -> str:
-    """`third@img` → `third`."""
+    """The tower of a view: `third@img` → `third`."""
     return view.partition("@")[0]
 
 
@@ -67,9 +68,9 @@ def baseline(kind: Kind = "softmax") -> tuple[Row, ...]:
 def three_towers(
     thirds: Sequence[str], weights: Sequence[float] = (1 / 3, 1 / 3, 1 / 3), kind: Kind = "softmax"
 ) -> tuple[Row, ...]:
-    """3T (arXiv 2305.16999): the pair without heads, and each main tower with each third tower through heads.
+    """3T (arXiv 2305.16999): the main pair without heads, and each main tower with each third tower through heads.
 
-    weights: of img·txt, img·third and txt·third, used as written; K third towers share the last two equally.
+    weights: of img·txt, img·third and txt·third, used as written; K third towers share each of the last two equally.
     """
     pair, image, text = weights
     rows = [Row("img", "txt", pair, kind)]
@@ -85,9 +86,9 @@ def regression(
     kind: Kind = "cosine",
     pair_kind: Kind = "softmax",
 ) -> tuple[Row, ...]:
-    """Regression transfer: the main towers' heads predict the frozen features themselves.
+    """Regression transfer: a head on each main tower predicts the frozen features themselves.
 
-    The frozen side has no head here: two trainable sides that only attract each other meet at a constant.
+    The frozen side has no head: if both sides could train, a constant on both would minimise the loss.
     """
     pair, image, text = weights
     rows = [Row("img", "txt", pair, pair_kind)]
@@ -98,25 +99,20 @@ def regression(
 
 
 def objective(config: RunConfig) -> Objective:
-    """The table that a configuration's method, third towers and weights mean; raises UsageError."""
-    thirds, options = list(config.thirds()), config.objective
-    if config.method == "baseline":
-        return Objective(baseline(options.kind))
-    if not thirds:
+    """A configuration's rows and image tower; raises UsageError for third towers or weights that do not fit."""
+    method, thirds = METHODS[config.method], list(config.thirds())
+    if not method.needs_third:
+        thirds = []
+    elif not thirds:
         raise UsageError(
             f"method {config.method!r} needs a frozen tower: give --third timm:NAME (or hf:, open_clip:, file:), "
             "or --method baseline"
         )
-    if config.method in ("lit", "lit-unlocked"):
-        if len(thirds) > 1:
-            raise UsageError(
-                f"method {config.method!r} takes one frozen tower as image tower, {len(thirds)} are given"
-            )
-        return Objective(baseline(options.kind), image="third" if config.method == "lit" else "from-third")
-    weights = _three_weights(options)
-    if config.method == "3t":
-        return Objective(three_towers(thirds, weights, options.kind))
-    return Objective(regression(thirds, weights, options.regression, options.kind))
+    elif method.max_thirds is not None and len(thirds) > method.max_thirds:
+        raise UsageError(
+            f"method {config.method!r} takes one frozen tower as image tower, {len(thirds)} are given"
+        )
+    return Objective(method.rows(thirds, config.objective), method.image)
 
 
 def _three_weights(options: ObjectiveConfig) -> tuple[float, float, float]:
@@ -126,3 +122,68 @@ def _three_weights(options: ObjectiveConfig) -> tuple[float, float, float]:
             f"got {list(options.weights)}"
         )
     return options.weights[0], options.weights[1], options.weights[2]
+
+
+@dataclass(frozen=True, slots=True)
+class MethodEntry:
+    """What the code and the report know about a method.
+
+    label: the name in tables and plots. summary: one or two sentences for the report page. rows: makes the rows from
+    the third towers' view names and the options. max_thirds: the most third towers that it takes, None for no limit;
+    every method except those with 0 needs at least one.
+    """
+
+    label: str
+    summary: str
+    rows: Callable[[Sequence[str], ObjectiveConfig], tuple[Row, ...]]
+    image: ImageFrom = "own"
+    max_thirds: int | None = None
+
+    @property
+    def needs_third(self) -> bool:
+        return self.max_thirds != 0
+
+
+METHODS: dict[Method, MethodEntry] = {
+    "baseline": MethodEntry(
+        "baseline",
+        "Both towers train from scratch, on captioned images alone.",
+        lambda thirds, options: baseline(options.kind),
+        max_thirds=0,
+    ),
+    "lit": MethodEntry(
+        "LiT",
+        "The image tower is the pretrained tower and stays frozen. The text tower learns to match it.",
+        lambda thirds, options: baseline(options.kind),
+        image="third",
+        max_thirds=1,
+    ),
+    "lit-unlocked": MethodEntry(
+        "LiT unlocked",
+        "As LiT, but the image tower continues to train from its pretrained weights.",
+        lambda thirds, options: baseline(options.kind),
+        image="from-third",
+        max_thirds=1,
+    ),
+    "3t": MethodEntry(
+        "3T",
+        "Both towers train and also learn to match a frozen third tower, which is dropped after training.",
+        lambda thirds, options: three_towers(thirds, _three_weights(options), options.kind),
+    ),
+    "3t-regression": MethodEntry(
+        "3T regression",
+        "As 3T, but the main towers predict the third tower's features instead of being contrasted with them.",
+        lambda thirds, options: regression(thirds, _three_weights(options), options.regression, options.kind),
+    ),
+}
+"""Every method by the name that --method takes. A new method is one entry here and one name in `config.Method`."""
+
+
+def method_label(method: str, third: str = "") -> str:
+    """A method's name in tables and plots, with its third tower in brackets; an unknown method is named as it is.
+
+    >>> method_label("3t", "matched")
+    '3T (matched)'
+    """
+    label = next((entry.label for name, entry in METHODS.items() if name == method), method)
+    return f"{label} ({third})" if third else label

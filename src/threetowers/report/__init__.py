@@ -1,1 +1,1 @@
-"""Run folders to pages, tables and plots; reads files only and never imports torch."""
+"""The report of a comparison: page, tables and plots. It reads files only and never imports torch."""

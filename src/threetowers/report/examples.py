@@ -1,20 +1,22 @@
-"""What a comparison lets people look at: retrieval examples and sample images, with every picture inlined."""
+"""The page's retrieval examples and sample images, with every picture inlined."""
 
 import base64
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from threetowers.report.tables import METHODS, Compare, Html, finite, join, tag
+from threetowers.objective.pairs import method_label
+from threetowers.report.tables import Compare, Html, finite, join, tag
 
-Picture = Callable[[str | None, str], Html]  # (path in the folder, description) → an image element
-
-OPEN_EXAMPLES = 2  # of each direction; more are one click away
+Picture = Callable[[str | None, str], Html]
+"""(path in the compare folder, description) → an image element."""
+OPEN_EXAMPLES = 2
+"""Examples of each direction that are visible; the others are folded."""
 _IMAGES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 
 def pictures(folder: Path) -> Picture:
-    """Makes image elements with the bytes inside; for a file that is not there, a box that says so."""
+    """Makes image elements that contain the image; a file that is missing or outside the folder gives a box instead."""
 
     def image(path: str | None, description: str) -> Html:
         file = folder / (path or "")
@@ -29,12 +31,12 @@ def pictures(folder: Path) -> Picture:
 
 
 def more(title: str, *children: Html) -> Html:
-    """What is one click away; opened in print."""
+    """A folded part of the page; it is open in print."""
     return tag("details", tag("summary", title), *children)
 
 
 def examples(compare: Compare, image: Picture) -> Html | None:
-    """Queries and the five best answers of every method, in both directions; None when there are none."""
+    """Queries with the best answers of every method, in both directions; None when there are none."""
     parts = []
     for direction, title, card in (
         ("t2i", "Caption → images", _text_query),
@@ -47,7 +49,7 @@ def examples(compare: Compare, image: Picture) -> Html | None:
             parts += [tag("h3", title), tag("div", *shown, class_="cards"), folded]
     if not parts:
         return None
-    note = "The five highest-scoring answers of each method, best first. Right answers carry a frame and a ✓."
+    note = "The five highest-scoring answers of each method, best first. Right answers have a frame and a ✓."
     return join(tag("p", note, class_="muted"), *parts)
 
 
@@ -82,17 +84,17 @@ def _image_query(example: dict[str, Any], image: Picture) -> Html:
             for rank, (line, item) in enumerate(zip(lines, items, strict=True), 1)
         ]
         place = next((rank for rank, item in enumerate(items, 1) if item["right"]), None)
-        found = f"right answer at place {place}" if place else f"no right answer in the first {len(items)}"
+        found = f"right answer at rank {place}" if place else f"no right answer among the first {len(items)}"
         first = tag("div", lines[0] if lines else "–", class_="found" if place == 1 else "")
         return _answer(row, tag("div", first, more(found, tag("ol", *texts, class_="texts"))))
 
-    truth = tag("p", tag("span", "right: ", class_="muted"), f"“{example.get('truth')}”")
-    query = tag("div", image(example.get("query_image"), "the query"), truth, class_="query")
+    truth = tag("p", tag("span", "right answer: ", class_="muted"), f"“{example.get('truth')}”")
+    query = tag("div", image(example.get("query_image"), "the query image"), truth, class_="query")
     return tag("article", query, *(answer(row) for row in example["answers"]), class_="card")
 
 
 def _answer(row: dict[str, Any], body: Html) -> Html:
-    name = str(row.get("label") or METHODS.get(row["method"], row["method"]))
+    name = str(row.get("label") or method_label(row["method"]))
     return tag("div", tag("span", name), body, class_="answer")
 
 

@@ -1,18 +1,20 @@
-"""One offline page from a compare folder: `report.html`, with the same figures as PNG and CSV beside it.
+"""The report of a compare folder: one offline page, `report.html`, and its figures as PNG and CSV files.
 
-The page needs no network, no script and no other file. Captions, labels and class names are foreign text: they reach
-the page through `tag` and `join`, which escape whatever is not markup already.
+The page needs no network, no script and no other file. Captions, labels and class names come from outside: they reach
+the page through `tag` and `join` only, which escape everything that is not markup.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from threetowers.files import write_whole
+from threetowers.objective.pairs import METHODS, MethodEntry
 from threetowers.progress import duration
 from threetowers.report.examples import examples, more, pictures, world
-from threetowers.report.plots import PALETTE, Plot, average, draw_plots
+from threetowers.report.panels import PALETTE, Plot
+from threetowers.report.plots import average, draw_plots
 from threetowers.report.tables import (
-    METHODS,
     Compare,
     Curves,
     Html,
@@ -40,29 +42,30 @@ from threetowers.report.tables import (
 
 _SETTINGS = {
     "lrs": "learning rates tried",
-    "lr_seed": "seed of the trials",
+    "lr_seed": "seed of the learning-rate trials",
     "num_train": "training images",
     "num_val": "validation images",
     "num_test": "test images",
-    "primary": "deciding metric",
+    "primary": "primary metric",
 }
+DRAWN = ("baseline", "lit", "3t")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(folder: Path) -> Path:
     """Writes report.html, figures/*.png and tables/*.csv into a compare folder; returns the page's path.
 
-    The bytes depend on the folder's files alone. Raises DataError when compare.json is missing or cannot be used.
+    The same folder always gives the same bytes. Raises DataError when compare.json is missing or cannot be used.
     """
     compare = read_compare(folder)
     curves, problems = read_curves(folder, compare)
     plots = draw_plots(compare, curves)
     for name, text in (csv_tables(compare) | _curve_table(curves)).items():
-        _write(folder / "tables" / name, text.encode("utf-8"))
+        _write(folder / "tables" / name, text)
     for plot in (plot for group in plots.values() for plot in group):
         _write(folder / "figures" / f"{plot.name}.png", plot.png)
     page = folder / "report.html"
-    _write(page, page_html(folder, compare, plots, problems).encode("utf-8"))
+    _write(page, page_html(folder, compare, plots, problems))
     return page
 
 
@@ -85,18 +88,18 @@ def _curve_table(curves: Curves) -> dict[str, str]:
 
 
 def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], problems: list[str]) -> str:
-    """The whole page; sections without anything to show are left out, with their links."""
+    """The whole page; sections without content are left out, together with their links."""
     image = pictures(folder)
     sections = [
         ("towers", "What each method connects", _towers(compare)),
         ("results", "Results", _results(compare)),
-        ("claims", "Claims, tested", _claims(compare)),
+        ("claims", "Tests of the claims", _claims(compare)),
         ("combination", "Using the third tower after training", _combination(compare, plots["combination"])),
         ("training", "Training", _training(compare, plots, problems)),
-        ("examples", "Retrieval, seen", examples(compare, image)),
-        ("classes", "Zero-shot, class by class", _classes(compare, plots["classes"])),
-        ("cost", "Cost against quality", _cost(compare, plots["cost"])),
-        ("data", "What the data look like", world(compare, image)),
+        ("examples", "Retrieval examples", examples(compare, image)),
+        ("classes", "Zero-shot accuracy by class", _classes(compare, plots["classes"])),
+        ("cost", "Cost and quality", _cost(compare, plots["cost"])),
+        ("data", "Examples from the training data", world(compare, image)),
         ("settings", "Settings and machine", _settings(compare)),
         ("reading", "How to read this page", _reading(compare)),
     ]
@@ -133,7 +136,7 @@ def _rows(pairs: Iterable[tuple[str, str]]) -> Html:
 
 
 def _opening(compare: Compare, plots: list[Plot]) -> Html:
-    """Title, headline with its certainty, the plot of the primary metric and the claims at a glance."""
+    """The title, the headline and its certainty, the plot of the primary metric and a list of the claims."""
     what, certainty = headline(compare)
     glance = [
         tag("li", _state(claim["held"]), tag("span", f"{claim['id']}: {claim['text']}"))
@@ -141,7 +144,7 @@ def _opening(compare: Compare, plots: list[Plot]) -> Html:
     ]
     claims = tag("div", tag("h3", "Claims"), tag("ul", *glance, class_="glance")) if glance else None
     note = tag("figcaption", f"{metric_name(primary(compare))}, {interval_note(compare)}.")
-    figures = [tag("figure", tag("h3", "Who wins"), Html(plot.svg), note) for plot in plots]
+    figures = [tag("figure", tag("h3", "Which method wins"), Html(plot.svg), note) for plot in plots]
     return join(
         tag("h1", str(compare.get("title", "Comparison"))),
         tag("p", what, class_="headline"),
@@ -151,29 +154,19 @@ def _opening(compare: Compare, plots: list[Plot]) -> Html:
 
 
 def _towers(compare: Compare) -> Html:
-    """Three small drawings: what each method connects, and what it freezes."""
-    says = {
-        "baseline": ("Baseline.", " Image and text tower learn from scratch, from captioned images alone."),
-        "lit": ("LiT.", " The pretrained tower is the image tower, locked. Text learns to match it."),
-        "3t": (
-            "3T.",
-            " Both towers train and also learn to match a frozen third one, dropped after training.",
-        ),
-    }
-    figures = [
-        tag("figure", _drawing(method), tag("figcaption", tag("b", name), text))
-        for method, (name, text) in says.items()
-    ]
+    """What each method connects and freezes: drawings of the basic methods, sentences for the others in use."""
     used = {m["method"] for m in compare["methods"]}
-    variants = {
-        "lit-unlocked": "LiT unlocked: as LiT, but the image tower goes on training from its pretrained weights.",
-        "3t-regression": "3T regression: as 3T, but vectors are pulled to the third tower's, not contrasted with it.",
-    }
-    notes = [tag("p", text, class_="muted") for method, text in variants.items() if method in used]
+    figures, notes = [], []
+    for method, entry in METHODS.items():
+        text = join(tag("b", entry.label[0].upper() + entry.label[1:] + "."), " ", entry.summary)
+        if method in DRAWN:
+            figures.append(tag("figure", _drawing(method, entry), tag("figcaption", text)))
+        elif method in used:
+            notes.append(tag("p", text, class_="muted"))
     return join(tag("div", *figures, class_="panels towers"), *notes)
 
 
-def _drawing(method: str) -> Html:
+def _drawing(method: str, entry: MethodEntry) -> Html:
     def box(x: int, y: int, name: str, state: str) -> str:
         frozen = " frozen" if state == "frozen" else ""
         return (
@@ -182,34 +175,30 @@ def _drawing(method: str) -> Html:
             f'<text class="note" x="{x + 52}" y="{y + 36}">{state}</text>'
         )
 
-    def wire(path: str, colour: str = method) -> str:
-        return f'<path class="wire" style="stroke: var(--{colour})" d="{path}"/>'
+    def wire(path: str) -> str:
+        return f'<path class="wire" style="stroke: var(--{method})" d="{path}"/>'
 
-    left = (
-        box(2, 86, "third tower p", "frozen") if method == "lit" else box(2, 86, "image tower f", "trained")
-    )
-    parts = [wire("M106 109H214"), left, box(214, 86, "text tower g", "trained")]
-    if method == "3t":
-        parts = [
-            wire("M108 52L72 86"),
-            wire("M212 52L248 86"),
-            *parts,
-            box(108, 8, "third tower p", "frozen"),
-        ]
+    left = ("third tower p", "frozen") if entry.image == "third" else ("image tower f", "trained")
+    parts = [wire("M106 109H214"), box(2, 86, *left), box(214, 86, "text tower g", "trained")]
+    beside = entry.needs_third and entry.image == "own"
+    if beside:
+        third = box(108, 8, "third tower p", "frozen")
+        parts = [wire("M108 52L72 86"), wire("M212 52L248 86"), *parts, third]
     for x, name in ((54, "image"), (266, "caption")):
         parts.append(f'<path class="input" d="M{x} 156V136M{x - 4} 141L{x} 135L{x + 4} 141"/>')
         parts.append(f'<text class="note" x="{x}" y="171">{name}</text>')
     parts.append('<text class="note" x="160" y="127">contrastive</text>')
-    title = f"What {METHODS[method]} connects"
-    top = 0 if method == "3t" else 76
-    view = f"0 {top} 320 {178 - top}"
-    return Html(f'<svg viewBox="{view}" role="img" aria-label="{title}">{"".join(parts)}</svg>')
+    top = 0 if beside else 76
+    return Html(
+        f'<svg viewBox="0 {top} 320 {178 - top}" role="img" aria-label="What {entry.label} connects">'
+        f"{''.join(parts)}</svg>"
+    )
 
 
 def _results(compare: Compare) -> Html | None:
     if not any(cells(compare).values()):
         return None
-    note = f"Percent, {interval_note(compare)} below it. ★ and bold mark the best of a column."
+    note = f"Percent: {interval_note(compare)}. ★ and bold type mark the best of each column."
     if any("combination/mean_r@1" in row for row in cells(compare).values()):
         note += " The combined score needs the third tower at inference; its α was chosen on validation data."
     return join(result_table(compare), tag("p", note, class_="muted"))
@@ -235,16 +224,17 @@ def _combination(compare: Compare, plots: list[Plot]) -> Html | None:
     if not plots:
         return None
     text = (
-        "Main use needs the image and text tower alone. Where the third tower may run at inference too, the two scores "
-        "can be mixed: α = 0 is the main pair, α = 1 the third tower read through the text tower's head. "
-        "α is chosen on validation data; the curves are test data, thin lines are single seeds."
+        "After training, 3T needs only its image and text towers. Where the third tower can also run at inference, the "
+        "two scores can be combined: α = 0 is the main pair alone, α = 1 is the third tower read through the text "
+        "tower's head. α is chosen on validation data. The curves show test data, and thin lines are single seeds."
     )
     controls = [bool(curve.get("control")) for curve in compare["combination"]]
     control = (
-        "The dashed control mixes two independently trained systems, baseline and LiT, in the same way: "
-        "what it gains is plain ensembling."
+        "The dashed control combines two independently trained systems, a baseline and a LiT, in the same way: "
+        "its gain is that of plain ensembling."
         if all(controls)
-        else "A curve here has no control (baseline and LiT mixed in the same way): plain ensembling is not told apart."
+        else "Not every curve has a control, a baseline and a LiT combined in the same way. Without one, a gain cannot "
+        "be told apart from plain ensembling."
     )
     return join(tag("p", text), tag("p", control), _panels(plots))
 
@@ -252,11 +242,11 @@ def _combination(compare: Compare, plots: list[Plot]) -> Html | None:
 def _training(compare: Compare, plots: dict[str, list[Plot]], problems: list[str]) -> Html | None:
     if not any((plots["validation"], plots["loss"], problems)):
         return None
-    several = "Mean over seeds; the band spans the lowest and the highest seed."
+    several = "Lines are means over seeds; bands span the lowest to the highest seed."
     text = several if num_seeds(compare) > 1 else "One seed."
     rows = (
-        "Each row of an objective has its own loss. A regression row measures distance, not nats: "
-        "its height does not compare with the others."
+        "Each row of an objective has its own loss. Contrastive losses are in nats, regression losses are distances: "
+        "the two cannot be compared."
     )
     loss = join(tag("h3", "Loss by row"), tag("p", rows, class_="muted"), _panels(plots["loss"]))
     return join(
@@ -278,7 +268,7 @@ def _classes(compare: Compare, plots: list[Plot]) -> Html | None:
         ["class", *(label(compare, key) for key in keys)],
         [[name, *(percent(values.get((key, name))) for key in keys)] for name in names],
     )
-    return join(_panels(plots), more(f"All {len(names)} classes, percent", table))
+    return join(_panels(plots), more(f"All {len(names)} classes, in percent", table))
 
 
 def _cost(compare: Compare, plots: list[Plot]) -> Html:
@@ -316,7 +306,7 @@ def _settings(compare: Compare) -> Html:
         rates += [[label(compare, row_key(m)), _plain(m.get("lr")), ", ".join(trials)]] if trials else []
     created = str(compare.get("created", "–")).replace("T", " ")
     given = [("data", compare.get("data")), *settings.items(), ("created", created)]
-    table = html_table(["method", "learning rate", "each rate tried: validation, percent"], rates)
+    table = html_table(["method", "learning rate", "validation metric of each rate tried, percent"], rates)
     return join(
         tag("div", _rows(_pairs(given)), _rows(_pairs(machine.items())), class_="panels"),
         more("How each learning rate was chosen", table) if rates else None,
@@ -335,28 +325,30 @@ def _plain(value: Any) -> str:
 
 
 def _reading(compare: Compare) -> Html:
-    """The words of this page, explained."""
+    """The terms of the page, explained."""
     interval = (
-        "95 %: how far the mean could lie elsewhere with other seeds (t-interval over seeds)."
+        "A 95 % t-interval over seeds: how far the mean could move with other seeds."
         if num_seeds(compare) > 1
-        else "95 %, from resampling the test queries of one seed: it leaves out the luck of a training run."
+        else "A 95 % bootstrap interval over the test queries of one seed. It does not include the variation between "
+        "training runs."
     )
     thirds = ", ".join(dict.fromkeys(m["third"] for m in compare["methods"] if m.get("third"))) or "none"
     words = {
-        "R@k": "Share of queries whose right answer is among the first k. Image → text asks with an image, "
-        "text → image with a caption; mean is the average of both.",
-        "zero-shot top-1": "Share of images whose class name lies nearest of all names. No label was trained on.",
+        "R@k": "Share of queries with a right answer among the k highest-scoring candidates. In image → text the query "
+        "is an image, in text → image it is a caption; mean is the average of both directions.",
+        "zero-shot top-1": "Share of images that score highest with the name of their own class. The methods are "
+        "trained with captions, not with class labels.",
         "interval": interval,
-        "held": "The 95 % interval of the seed-paired differences leaves out 0; "
-        "with one seed, the interval of a bootstrap over queries, and the page says so.",
-        "third tower": f"A frozen pretrained model; here: {thirds}. Mismatched: trained for another task.",
+        "held": "A claim is held when the 95 % interval of the differences, paired by seed, excludes 0. With one seed "
+        "the interval is a bootstrap over queries, and the claim has the note “one seed”.",
+        "third tower": f"A frozen pretrained model; here: {thirds}. A mismatched one was trained for another task.",
         "α": "Weight of the third tower: score = (1 − α) · main pair + α · third tower.",
-        "cost at inference": "3T at α = 0 runs the image and text tower alone, as the baseline does. Any α > 0 also "
-        "runs the third tower on every image. LiT always runs the pretrained tower: it is its image tower.",
+        "cost at inference": "3T with α = 0 runs only the image and text towers, as the baseline does. With α > 0 the "
+        "third tower also runs on every image. LiT always runs the pretrained tower, which is its image tower.",
     }
     return tag("div", _rows(words.items()), class_="prose")
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data)
+    write_whole(path, content)

@@ -1,26 +1,28 @@
-"""A comparison's plots, each drawn once and given as SVG for the page and as PNG beside it.
+"""A comparison's plots, each as an SVG for the page and a PNG file."""
 
-Every plot is one panel about 400 px wide, so that the page can set panels side by side or below each other.
-Colours in the SVG are CSS variables named after PALETTE: the page decides what they are in the light and the dark.
-"""
-
-import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
-from io import BytesIO, StringIO
 from statistics import mean
 from typing import Any
 
 import numpy as np
 from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scipy.optimize import isotonic_regression
 
+from threetowers.objective.pairs import method_label
+from threetowers.report.panels import (
+    INK,
+    MUTED,
+    PAPER,
+    STYLE,
+    Plot,
+    colour,
+    finish,
+    label_ends,
+    legend,
+    panel,
+    short,
+)
 from threetowers.report.tables import (
-    METHODS,
     Compare,
     Curves,
     Key,
@@ -35,55 +37,16 @@ from threetowers.report.tables import (
     row_key,
 )
 
-# Name → colour in the light, colour in the dark. Methods: Okabe and Ito's colour-blind-safe set, one family
-# each; in the light every colour must be distinct, because the SVG's colours are recognised by value.
-PALETTE = {
-    "ink": ("#1c2024", "#e8eaed"),
-    "muted": ("#5f6977", "#a0a9b4"),
-    "line": ("#d9dde2", "#3a4048"),
-    "paper": ("#ffffff", "#14171a"),
-    "soft": ("#f4f5f7", "#1e2227"),
-    "baseline": ("#4d5560", "#b4bcc6"),
-    "lit": ("#d55e00", "#f0803c"),
-    "lit-unlocked": ("#e69f00", "#f3bb45"),
-    "3t": ("#0072b2", "#58aee8"),
-    "3t-regression": ("#009e73", "#35c79a"),
-    "other": ("#cc79a7", "#e39ac3"),
-}
-INK, MUTED, GRID, PAPER = (PALETTE[name][0] for name in ("ink", "muted", "line", "paper"))
-WIDTH = 400  # px, of every plot
 MAX_POINTS = 250  # of one line
-CLASSES = 8  # at either end, where there are too many to show all
+CLASSES = 8  # best and worst ones shown, where there are too many to show all
 _VARIANTS = (("o", "-"), ("D", "--"), ("^", ":"), ("s", "-."))  # marker and line by third tower
-# fmt: off
-_STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "threetowers", "text.parse_math": False, "axes.titlepad": 10,
-    "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "text.color": INK, "axes.titlecolor": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID,
-    "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": GRID, "grid.linewidth": 0.6, "lines.solid_capstyle": "round",
-    "legend.frameon": False, "legend.fontsize": 10.5, "legend.handlelength": 1.8, "legend.columnspacing": 1.4,
-    "legend.labelspacing": 0.45, "legend.borderpad": 0, "legend.borderaxespad": 0,
-}
-# fmt: on
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """One finished plot. name: its file's stem. svg: markup for an HTML page. png: the image file's bytes."""
-
-    name: str
-    svg: str
-    png: bytes
 
 
 def draw_plots(compare: Compare, curves: Curves) -> dict[str, list[Plot]]:
-    """Every plot that the figures allow, by section: primary, validation, loss, combination, classes, cost."""
-    with style.context(_STYLE, after_reset=True), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph"
-        )  # a script that the PNG's font lacks; the page's font has it
+    """The plots by section (primary, validation, loss, combination, classes, cost); sections without data are empty."""
+    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
+        # foreign scripts: the PNG's font may lack a character that the browser's font has
+        warnings.filterwarnings("ignore", "Glyph")
         return {
             "primary": _primary(compare),
             "validation": _validation(compare, curves),
@@ -94,13 +57,11 @@ def draw_plots(compare: Compare, curves: Curves) -> dict[str, list[Plot]]:
         }
 
 
-def colour(method: str) -> str:
-    """A method's colour in the light."""
-    return PALETTE[method if method in METHODS else "other"][0]
-
-
 def average(lines: Sequence[Line]) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Steps that all lines share, and there the mean, the lowest and the highest value; at most MAX_POINTS points."""
+    """The steps that all lines share, with the mean, lowest and highest value at each; at most MAX_POINTS points.
+
+    Beyond MAX_POINTS, neighbouring steps are averaged.
+    """
     tables = [dict(line) for line in lines]
     steps = sorted(set.intersection(*(set(table) for table in tables)))
     if not steps:
@@ -122,7 +83,7 @@ def _variant(compare: Compare, third: str) -> tuple[str, str]:
 
 
 def _marker(compare: Compare, key: Key, size: float = 8) -> dict[str, Any]:
-    """How a row's points look: colour by method, shape by third tower, hollow from the second third tower on."""
+    """The look of a row's points: colour by method, shape by third tower, filled for the first third tower only."""
     shape, shade = _variant(compare, key[1])[0], colour(key[0])
     return {
         "marker": shape,
@@ -134,89 +95,12 @@ def _marker(compare: Compare, key: Key, size: float = 8) -> dict[str, Any]:
     }
 
 
-def _short(text: str, width: int = 27) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _panel(height: float, *, left: float, right: float, top: float, bottom: float) -> tuple[Figure, Axes]:
-    """A figure of WIDTH × height px with one pair of axes inside the margins."""
-    figure = Figure(figsize=(WIDTH / 72, height / 72))
-    size = ((WIDTH - left - right) / WIDTH, (height - top - bottom) / height)
-    return figure, figure.add_axes((left / WIDTH, bottom / height, *size))
-
-
-def _height(ax: Axes) -> float:
-    """The height of the axes in px."""
-    return float(ax.bbox.height * 72 / ax.figure.dpi)
-
-
-def _legend(ax: Axes) -> None:
-    """A legend in two columns under the axes and their label, where it can cover nothing."""
-    ax.legend(loc="upper left", bbox_to_anchor=(-0.1, -40 / _height(ax)), ncols=2)
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """The nearest heights, none above 1, that are `gap` apart and in the same order; heights: ascending."""
-    steps = gap * np.arange(len(heights))
-    placed = isotonic_regression(np.array(heights) - steps).x + steps
-    return list(placed - max(0.0, placed[-1] - 1))
-
-
-def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Writes (height in data units, text, colour) beside the axes, moved apart where they would touch."""
-    low, high = ax.get_ylim()
-    ends = sorted(ends)
-    heights = [(y - low) / (high - low) for y, _, _ in ends]
-    for (_, text, shade), start, end in zip(ends, heights, spread(heights, 14 / _height(ax)), strict=True):
-        ax.plot([1.01, 1.05], [start, end], color=shade, linewidth=2, transform=ax.transAxes, clip_on=False)
-        ax.text(1.07, end, text, transform=ax.transAxes, va="center", fontsize=10.5)
-
-
-def _finish(figure: Figure, name: str, description: str) -> Plot:
-    svg, png = StringIO(), BytesIO()
-    figure.savefig(svg, format="svg", transparent=True)
-    figure.savefig(png, format="png", dpi=144, facecolor=PAPER, metadata={"Software": None})
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
-    return Plot(name, inline_svg(svg.getvalue(), name, description), png.getvalue())
-
-
-def inline_svg(svg: str, prefix: str, description: str) -> str:
-    """matplotlib's SVG document as an element for an HTML page.
-
-    Colours become CSS variables, the font the page's own, ids unique by `prefix`; the header, the metadata and
-    the style sheet, which would all reach beyond the element, are left out.
-    """
-    body = svg[svg.index("<svg") : svg.index("</svg>")]
-    for removed in (r"<metadata>.*?</metadata>", r"<defs>\s*<style.*?</style>\s*</defs>", r"<!--.*?-->"):
-        body = re.sub(removed, "", body, flags=re.DOTALL)
-    view = re.search(r'viewBox="([^"]+)"', body)
-    assert view
-    body = body[body.index(">") + 1 :].replace("xlink:href", "href")
-    names = {value[0]: f"var(--{name})" for name, value in PALETTE.items()}
-    body = re.sub(
-        r"(fill|stroke): (#[0-9a-f]{6})", lambda m: f"{m[1]}: {names.get(m[2], m[2])}", body
-    )  # text carries its colour in `fill` too
-    body = re.sub(r"font: (?:(\w+) )?([\d.]+)px [^;\"]+", _font, body)
-    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
-    body = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", body)
-    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", body)
-    body = re.sub(r">\s+<", "><", body)
-    return f'<svg class="plot" viewBox="{view[1]}" role="img" aria-label="{escape(description)}">{body}</svg>'
-
-
-def _font(match: re.Match[str]) -> str:
-    weight = f"; font-weight: {match[1]}" if match[1] else ""
-    return f"font-size: {match[2]}px{weight}"
-
-
 def _primary(compare: Compare) -> list[Plot]:
     table, path = cells(compare), primary(compare)
     keys = [key for key in ranking(compare) if path in table[key]]
     if not keys:
         return []
-    figure, ax = _panel(58 + 27 * len(keys), left=168, right=58, top=10, bottom=48)
+    figure, ax = panel(58 + 27 * len(keys), left=168, right=58, top=10, bottom=48)
     for place, key in enumerate(keys):
         cell, shade = table[key][path], colour(key[0])
         if cell.low is not None and cell.high is not None:
@@ -224,24 +108,27 @@ def _primary(compare: Compare) -> list[Plot]:
         ax.plot(100 * cell.mean, place, **_marker(compare, key))
         weight = "bold" if place == 0 else "normal"
         text: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center", "fontweight": weight}
-        ax.text(-0.04, place, _short(label(compare, key)), ha="right", **text)
+        ax.text(-0.04, place, short(label(compare, key)), ha="right", **text)
         ax.text(1.04, place, percent(cell.mean) + (" ★" if place == 0 else ""), **text)
     ax.set(ylim=(len(keys) - 0.4, -0.6), yticks=[], xlabel=f"{metric_name(path)}, percent")
     figures = ", ".join(f"{label(compare, key)} {percent(table[key][path].mean)}" for key in keys)
-    return [_finish(figure, "primary", f"{metric_name(path)} in percent: {figures}")]
+    return [finish(figure, "primary", f"{metric_name(path)} in percent: {figures}")]
 
 
-def _curve_panel(
+def _curvepanel(
     compare: Compare, curves: Curves, metric: str, third: str, name: str, unit: str
 ) -> list[Plot]:
-    """One metric over the steps: a line for the baseline and for each method with this third tower, if any has it."""
+    """One metric over the steps: a line for the baseline and for every method with this third tower.
+
+    An empty list when none of them logged the metric.
+    """
     keys = [key for key in curves if key[1] in ("", third) and metric in curves[key]]
     drawn = {key: line for key in keys if (line := average(curves[key][metric]))[0]}
     if not drawn:
         return []
     scale = 100 if unit else 1
     title = name + unit + (f" · {third}" if third else "")
-    figure, ax = _panel(250, left=42, right=104, top=32, bottom=42)
+    figure, ax = panel(250, left=42, right=104, top=32, bottom=42)
     for key, (x, y, low, high) in drawn.items():
         look: dict[str, Any] = {"color": colour(key[0]), "marker": "o" if len(x) == 1 else ""}
         ax.plot(x, scale * np.array(y), _variant(compare, key[1])[1], linewidth=2, **look)
@@ -250,13 +137,13 @@ def _curve_panel(
             ax.fill_between(x, *band, color=colour(key[0]), alpha=0.15, linewidth=0)
     ax.margins(x=0)
     ax.locator_params(nbins=5)
-    ax.set(xlabel="step", title=_short(title, 46))
+    ax.set(xlabel="step", title=short(title, 46))
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
-    _label_ends(
+    label_ends(
         ax,
-        [(scale * y[-1], METHODS.get(key[0], key[0]), colour(key[0])) for key, (_, y, *_) in drawn.items()],
+        [(scale * y[-1], method_label(key[0]), colour(key[0])) for key, (_, y, *_) in drawn.items()],
     )
-    return [_finish(figure, f"{metric}-{third or 'all'}", f"{title}, by training step")]
+    return [finish(figure, f"{metric}-{third or 'all'}", f"{title}, by training step")]
 
 
 def _validation(compare: Compare, curves: Curves) -> list[Plot]:
@@ -267,7 +154,7 @@ def _validation(compare: Compare, curves: Curves) -> list[Plot]:
     return [
         plot
         for third in _thirds(compare) or [""]
-        for plot in _curve_panel(compare, curves, metric, third, name, ", %")
+        for plot in _curvepanel(compare, curves, metric, third, name, ", %")
     ]
 
 
@@ -277,7 +164,7 @@ def _losses(compare: Compare, curves: Curves) -> list[Plot]:
         plot
         for metric in logged
         for third in _thirds(compare) or [""]
-        for plot in _curve_panel(
+        for plot in _curvepanel(
             compare, curves, metric, third, "loss " + metric.removeprefix("train/loss/"), ""
         )
     ]
@@ -291,8 +178,8 @@ def _combinations(compare: Compare) -> list[Plot]:
 
 
 def _combination(compare: Compare, third: str, metric: str, rows: list[dict[str, Any]]) -> Plot:
-    """Test score by α: the mean strong, each seed thin, the control dashed, baseline and LiT at the ends."""
-    figure, ax = _panel(330, left=42, right=16, top=32, bottom=102)
+    """Test score by α: the mean thick, each seed thin, the control dashed, baseline and LiT at the ends."""
+    figure, ax = panel(330, left=42, right=16, top=32, bottom=102)
     alphas, shade = rows[0]["alphas"], colour("3t")
     if controls := [100 * np.array(row["control"]["test"]) for row in rows if row.get("control")]:
         name = "control: baseline + LiT"
@@ -309,7 +196,7 @@ def _combination(compare: Compare, third: str, metric: str, rows: list[dict[str,
         values = [v for row in rows if (v := finite((row.get("references") or {}).get(method))) is not None]
         if values:
             look = _marker(compare, (method, "")) | {"marker": "s", "markerfacecolor": PAPER, "zorder": 5}
-            name = f"{METHODS[method]} alone"
+            name = f"{method_label(method)} alone"
             ax.plot(end, 100 * mean(values), linestyle="", label=name, clip_on=False, **look)
     ax.set(xlim=(0, 1), xlabel="α")
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
@@ -317,15 +204,15 @@ def _combination(compare: Compare, third: str, metric: str, rows: list[dict[str,
     ax.text(0, -0.12, "main pair alone", ha="left", **below)
     ax.text(1, -0.12, "third tower alone", ha="right", **below)
     title = f"test {metric_name(metric)}, %" + (f" · {third}" if third else "")
-    ax.set_title(_short(title, 46))
-    _legend(ax)
-    return _finish(
+    ax.set_title(short(title, 46))
+    legend(ax)
+    return finish(
         figure, f"combination-{metric}-{third or 'all'}", f"{title}, by α; chosen on validation: {span}"
     )
 
 
 def _classes(compare: Compare) -> list[Plot]:
-    """The leader's accuracy per class as bars, the baseline's and the runner-up's as points on them."""
+    """Accuracy by class: the best method as bars, the baseline and the second-best method as points."""
     rows: dict[Key, dict[str, float]] = {}
     for row in compare.get("per_class", []):
         rows.setdefault(row_key(row), {})[str(row["class"])] = 100 * row["value"]
@@ -349,26 +236,26 @@ def _class_bars(
     part: str,
     names: list[str],
 ) -> Plot:
-    figure, ax = _panel(124 + 20 * len(names), left=132, right=16, top=32, bottom=92)
+    figure, ax = panel(124 + 20 * len(names), left=132, right=16, top=32, bottom=92)
     places = np.arange(len(names))
     values = [rows[leader][name] for name in names]
     ax.barh(
-        places, values, height=0.62, color=colour(leader[0]), alpha=0.55, label=_short(label(compare, leader))
+        places, values, height=0.62, color=colour(leader[0]), alpha=0.55, label=short(label(compare, leader))
     )
     for key in others:
         points = [(rows[key][name], place) for place, name in enumerate(names) if name in rows[key]]
         look = _marker(compare, key, 6.5)
         ax.plot(
-            *zip(*points, strict=True), linestyle="", label=_short(label(compare, key)), clip_on=False, **look
+            *zip(*points, strict=True), linestyle="", label=short(label(compare, key)), clip_on=False, **look
         )
     ax.set(xlim=(0, 100), ylim=(len(names) - 0.4, -0.6), xlabel="zero-shot accuracy, percent")
-    ax.set_yticks(places, [_short(name, 20) for name in names])
+    ax.set_yticks(places, [short(name, 20) for name in names])
     ax.tick_params(axis="y", length=0, labelcolor=INK)
     ax.grid(visible=False, axis="y")
     ax.set_title({"best-classes": "best classes", "worst-classes": "worst classes"}.get(part, "all classes"))
-    _legend(ax)
+    legend(ax)
     shown = ", ".join(f"{name} {value:.0f}" for name, value in zip(names, values, strict=True))
-    return _finish(figure, part, f"Zero-shot accuracy of {label(compare, leader)} by class, percent: {shown}")
+    return finish(figure, part, f"Zero-shot accuracy of {label(compare, leader)} by class, percent: {shown}")
 
 
 def _costs(compare: Compare) -> list[Plot]:
@@ -389,12 +276,12 @@ def _cost(compare: Compare, field: str, axis: str, scale: float) -> list[Plot]:
     ]
     if not points:
         return []
-    figure, ax = _panel(286 + 9 * len(points), left=42, right=16, top=32, bottom=64 + 9 * len(points))
+    figure, ax = panel(286 + 9 * len(points), left=42, right=16, top=32, bottom=64 + 9 * len(points))
     for key, x in points:
-        name = _short(label(compare, key))
+        name = short(label(compare, key))
         ax.plot(x, 100 * table[key][path].mean, linestyle="", label=name, **_marker(compare, key))
     ax.set(xlabel=axis, title=f"{metric_name(path)}, %")
     ax.margins(0.12)
     ax.set_xlim(left=0)
-    _legend(ax)
-    return [_finish(figure, f"cost-{field}", f"{metric_name(path)} against {axis}")]
+    legend(ax)
+    return [finish(figure, f"cost-{field}", f"{metric_name(path)} against {axis}")]

@@ -1,6 +1,6 @@
-"""A comparison read from its folder, and its figures as text, HTML and CSV; needs no plotting library.
+"""A comparison read from its folder, and its figures as text, HTML and CSV.
 
-Every value in compare.json is a fraction; every value shown is in percent with one decimal.
+Values in compare.json are fractions; they are shown in percent with one decimal.
 """
 
 import csv
@@ -15,19 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from threetowers.errors import DataError
+from threetowers.objective.pairs import method_label
 
 Compare = dict[str, Any]
-Line = list[tuple[float, float]]  # (step, value), by step
-Key = tuple[str, str]  # (method, third tower): what a row of every table and a line of every plot is about
-Curves = dict[Key, dict[str, list[Line]]]  # row of the tables → metric → one line per seed
+Line = list[tuple[float, float]]
+"""(step, value) pairs, in the order of the steps."""
+Key = tuple[str, str]
+"""Method and third tower: what a row of a table or a line of a plot stands for."""
+Curves = dict[Key, dict[str, list[Line]]]
+"""By method and third tower, then by metric: one line per seed."""
 
-METHODS = {
-    "baseline": "baseline",
-    "lit": "LiT",
-    "lit-unlocked": "LiT unlocked",
-    "3t": "3T",
-    "3t-regression": "3T regression",
-}
 COLUMNS = (
     *("retrieval/mean_r@1", "retrieval/i2t_r@1", "retrieval/t2i_r@1"),
     *("retrieval/mean_r@5", "retrieval/i2t_r@5", "retrieval/t2i_r@5"),
@@ -47,13 +44,13 @@ _VOID = frozenset({"img", "meta", "br"})
 
 
 class Html(str):
-    """Markup that may stand in the page as it is; every other string is text and is escaped."""
+    """Markup that goes into the page unchanged; every other string is text and is escaped."""
 
     __slots__ = ()
 
 
 def join(*children: str | None) -> Html:
-    """The children in order: markup as it is, text escaped, None left out."""
+    """Concatenates the children: markup unchanged, text escaped, None left out."""
     return Html("".join(c if isinstance(c, Html) else html.escape(c) for c in children if c is not None))
 
 
@@ -67,9 +64,9 @@ def tag(name: str, /, *children: str | None, **attributes: str) -> Html:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One figure of the summary, in fractions.
+    """One figure of the summary, as fractions.
 
-    low, high: the 95 % interval, None when it is not known. best: whether it is the highest of its column.
+    low, high: the 95 % interval, None when it is not known. best: whether the mean is the highest of its column.
     """
 
     mean: float
@@ -80,12 +77,12 @@ class Cell:
 
     @property
     def interval(self) -> str:
-        """`59.8–62.8`, or nothing when the interval is not known."""
+        """The interval as `59.8–62.8`; empty when it is not known."""
         return "" if self.low is None or self.high is None else f"{percent(self.low)}–{percent(self.high)}"
 
 
 def read_compare(folder: Path) -> Compare:
-    """compare.json of a folder. Raises DataError when it is missing, damaged or of another schema."""
+    """The contents of a folder's compare.json; raises DataError when it is missing, damaged or of another schema."""
     path = folder / "compare.json"
     again = "Run `threetowers compare` again, or name the folder that it wrote"
     try:
@@ -100,15 +97,15 @@ def read_compare(folder: Path) -> Compare:
     for key in ("methods", "summary"):
         if key not in compare:
             raise DataError(f"{path}: has no {key!r}. {again}")
-    # A caption's stray bytes may be lone surrogates, which no UTF-8 file can hold.
+    # captions may contain lone surrogates, which cannot be encoded as UTF-8
     clean: Compare = json.loads(json.dumps(compare, ensure_ascii=False).encode("utf-8", "replace"))
     return clean
 
 
 def read_curves(folder: Path, compare: Compare) -> tuple[Curves, list[str]]:
-    """What the compared runs logged by step, and a sentence for each run or line that could not be read.
+    """The metrics that the compared runs logged by step, and a message for each log that cannot be read in full.
 
-    Trials of other learning rates are left out. An unfinished run's torn last line is passed over in silence.
+    Trials of other learning rates are left out. An incomplete last line, which an unfinished run can have, is ignored.
     """
     curves: Curves = {}
     problems = []
@@ -147,7 +144,7 @@ def _add_run(metrics: dict[str, list[Line]], rows: list[dict[str, float]]) -> No
 
 
 def row_key(row: dict[str, Any]) -> Key:
-    """Which row of the tables an entry of compare.json is about; the baseline's third tower is the empty name."""
+    """Method and third tower of an entry of compare.json; a method without a third tower has an empty name there."""
     return row["method"], row.get("third") or ""
 
 
@@ -157,17 +154,17 @@ def finite(value: Any) -> float | None:
 
 
 def percent(value: float | None) -> str:
-    """0.6132 → 61.3."""
+    """A fraction in percent: 0.6132 → 61.3; an unknown value → –."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
 def primary(compare: Compare) -> str:
-    """The metric that decides, as task/metric."""
+    """The metric that ranks the methods, as task/metric."""
     return str(compare.get("settings", {}).get("primary", COLUMNS[0]))
 
 
 def metric_name(path: str) -> str:
-    """`retrieval/i2t_r@1` → image → text R@1; a metric without a task is named likewise."""
+    """A metric's name for people: `retrieval/i2t_r@1` → image → text R@1. The task may be missing."""
     *task, metric = path.split("/")
     stem, at, k = metric.partition("@")
     name = f"{_METRICS.get(stem, stem)} R@{k}" if at else metric.replace("top", "top-").replace("_", " ")
@@ -175,16 +172,15 @@ def metric_name(path: str) -> str:
 
 
 def label(compare: Compare, key: Key) -> str:
-    """What a row is called: the comparison's own label, or the method with its third tower."""
+    """A row's name: the label in compare.json, or the method with its third tower."""
     for row in compare["methods"]:
         if row_key(row) == key:
             return " ".join(str(row.get("label") or key[0]).split())
-    name = METHODS.get(key[0], key[0])
-    return f"{name} ({key[1]})" if key[1] else name
+    return method_label(*key)
 
 
 def cells(compare: Compare) -> dict[Key, dict[str, Cell]]:
-    """The summary by row, then by task/metric; the rows are in the order of the methods."""
+    """The summary by row, then by task/metric; rows are in the order of compare.json's methods."""
     table: dict[Key, dict[str, Cell]] = {row_key(m): {} for m in compare["methods"]}
     for row in compare["summary"]:
         mean = finite(row["mean"])
@@ -196,21 +192,21 @@ def cells(compare: Compare) -> dict[Key, dict[str, Cell]]:
 
 
 def ranking(compare: Compare) -> list[Key]:
-    """The rows by the primary metric, best first; rows without it stand last."""
+    """The rows in the order of the primary metric, best first; rows without it come last."""
     table, path = cells(compare), primary(compare)
     return sorted(table, key=lambda key: -table[key][path].mean if path in table[key] else math.inf)
 
 
 def num_seeds(compare: Compare) -> int:
-    """How many seeds the primary metric's figures rest on (the fewest of any row)."""
+    """How many seeds each method's primary metric is the mean of; the smallest number where they differ."""
     path = primary(compare)
     return min((row[path].num_seeds for row in cells(compare).values() if path in row), default=0)
 
 
 def headline(compare: Compare) -> tuple[str, str]:
-    """Which method wins by the primary metric, and with what certainty: two sentences.
+    """Which method is best by the primary metric, and how certain that is: two texts.
 
-    A lead is called a win only when the 95 % intervals over several seeds do not overlap.
+    The best method "wins" when the 95 % intervals over several seeds do not overlap; otherwise it "leads".
     """
     table, path = cells(compare), primary(compare)
     ranked = [key for key in ranking(compare) if path in table[key]]
@@ -230,14 +226,17 @@ def headline(compare: Compare) -> tuple[str, str]:
 
 
 def _certainty(compare: Compare, ranked: Sequence[Key], apart: bool | None) -> str:
-    """What the intervals of the first two say about their order; apart: None when an interval is not known."""
+    """What the first two methods' intervals say about their order.
+
+    apart: whether they do not overlap; None when an interval is not known.
+    """
     count, table = num_seeds(compare), cells(compare)
     a, b = (table[key][primary(compare)].interval for key in ranked[:2])
     state = "are not known" if apart is None else f"{'do not overlap' if apart else 'overlap'} ({a} and {b})"
     if count <= 1:
         return (
             f"One seed: the 95 % intervals, a bootstrap over test queries, {state}; "
-            "they say nothing about how another training run would end."
+            "they do not include the variation between training runs."
         )
     text = f"The 95 % intervals over {count} seeds {state}"
     text += ", so the order of these two is not certain" if apart is False else ""
@@ -257,7 +256,7 @@ def _by_seed(compare: Compare, key: Key) -> dict[int, float]:
 
 
 def interval_note(compare: Compare) -> str:
-    """Which kind of interval the figures carry."""
+    """What the figures and their intervals are."""
     count = num_seeds(compare)
     if count > 1:
         return f"mean over {count} seeds with the 95 % t-interval"
@@ -265,14 +264,14 @@ def interval_note(compare: Compare) -> str:
 
 
 def claim_word(held: bool | None) -> tuple[str, str]:
-    """The symbol and the word of a claim's state."""
+    """The symbol and the word for a claim that is held, not held or not tested (None)."""
     return {True: ("✓", "held"), False: ("✗", "not held"), None: ("–", "not tested")}[held]
 
 
 def text_table(compare: Compare) -> str:
-    """The comparison for the terminal, at most 100 columns wide: headline, one row per method, claims.
+    """The comparison for the terminal, at most 100 columns wide: headline, one row per method, and the claims.
 
-    Figures are percent ± half the 95 % interval; `*` marks the best of a column.
+    Figures are in percent, ± half the width of the 95 % interval; `*` marks the best of a column.
     """
     table = cells(compare)
     paths = [path for path in TERMINAL_COLUMNS if any(path in row for row in table.values())]
@@ -284,9 +283,11 @@ def text_table(compare: Compare) -> str:
         names[key].ljust(width) + "".join(_terminal_cell(table[key].get(path)) for path in paths)
         for key in ranking(compare)
     ]
-    notes = [f"Percent; {interval_note(compare)} (± half its width). * marks the best of a column."]
+    notes = [f"Percent: {interval_note(compare)} (± half its width). * marks the best of each column."]
     if "combination/mean_r@1" in paths:
-        notes.append("combined: mean R@1 with the third tower at inference too, α chosen on validation data.")
+        notes.append(
+            "combined: mean R@1 with the third tower at inference as well; α is chosen on validation data."
+        )
     if claims := [f"{claim['id']} {claim_word(claim['held'])[1]}" for claim in compare.get("claims", [])]:
         notes.append(f"Claims: {', '.join(claims)}.")
     opening = _wrap([str(compare.get("title", "Comparison")), *headline(compare)])
@@ -314,9 +315,9 @@ def _printable(text: str) -> str:
 
 
 def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
-    """A table in a container of its own that scrolls sideways; the first column names the row.
+    """A table that scrolls sideways in its own container; the first column holds the names of the rows.
 
-    Cells are markup (Html) or text, which is escaped.
+    A cell is markup (Html), or text, which is escaped.
     """
 
     def line(name: str, values: Sequence[str]) -> Html:
@@ -330,7 +331,7 @@ def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
 
 
 def result_table(compare: Compare) -> Html:
-    """One row per method, best first, one column per metric; the best of a column is bold and carries a star."""
+    """One row per method, best first, and one column per metric; the best of a column is bold and has a star."""
     table = cells(compare)
     first = primary(compare)
     paths = [first, *(path for path in COLUMNS if path != first)]
@@ -353,7 +354,7 @@ def _result_cell(cell: Cell | None) -> Html:
 
 
 def csv_tables(compare: Compare) -> dict[str, str]:
-    """File name → CSV of every table in compare.json, in fractions as they were measured."""
+    """Every table of compare.json as CSV, by file name; values are unrounded fractions."""
 
     def rows_of(name: str) -> list[dict[str, Any]]:
         return [
@@ -377,7 +378,7 @@ def _curve_rows(curve: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as CSV; the columns are every key that occurs, in order of first appearance."""
+    """Rows as CSV. The columns are all keys of the rows, in the order of their first appearance."""
     text = StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
     writer.writeheader()

@@ -18,7 +18,7 @@ from threetowers.data.source import Source, check_problems, describe
 from threetowers.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
 from threetowers.errors import UsageError
 from threetowers.model import Architecture, ThreeTowers, build
-from threetowers.objective.pairs import objective
+from threetowers.objective.pairs import METHODS, objective
 from threetowers.progress import Progress
 from threetowers.run.allocator import keep_freed_memory
 from threetowers.run.thirds import Thirds, load_thirds, stores_place
@@ -182,7 +182,7 @@ def assemble(config: RunConfig, folder: Path, *, saved_tokenizer: Path | None = 
     objective(config)  # a table that cannot be built should fail before anything is read
     train, val, test = open_data(config)
     tokenizer = make_tokenizer(config, train, saved_tokenizer)
-    towers = {} if config.method == "baseline" else load_thirds(config, device)
+    towers = load_thirds(config, device) if METHODS[config.method].needs_third else {}
     model, architecture = build(config, towers, tokenizer.text_cfg())
     if config.grad_checkpointing:
         checkpoint_activations(model.img, model.txt)

@@ -1,4 +1,4 @@
-"""Result files that tools made for CLIP_benchmark can read beside its own."""
+"""Results in the format of CLIP_benchmark, for the tools that read its result files."""
 
 import re
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ _DIRECTION = {"t2i": "image_retrieval", "i2t": "text_retrieval"}
 def clip_benchmark_result(
     dataset: str, model: str, pretrained: str, task: Task, metrics: Mapping[str, float], language: str = "en"
 ) -> dict[str, Any]:
-    """One result in CLIP_benchmark's keys, ready for `json.dump`; metrics are shares in [0, 1], as there.
+    """One result with CLIP_benchmark's keys, ready for `json.dump`; metrics are shares in [0, 1], as in its files.
 
-    metrics: what `retrieval.recalls` or `zero_shot.accuracy` returns. Its retrieval names say what is looked for:
-    `image_retrieval_recall@k` is text→image. `mean_r@1` has no counterpart and is left out.
+    metrics: what `retrieval.recalls` or `zero_shot.accuracy` returns. CLIP_benchmark names retrieval by what is
+    retrieved: `image_retrieval_recall@k` is text→image. `mean_r@1` has no counterpart there and is left out.
     Raises UsageError for a metric that does not belong to the task.
 
         clip_benchmark_result("wds/flickr30k", "local-dir:mine", "", "zeroshot_retrieval", recalls(ranks))

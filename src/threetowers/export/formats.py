@@ -1,0 +1,46 @@
+"""The formats that a finished run can be exported to.
+
+This file imports nothing heavy, because `threetowers export --help` is drawn from the list.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One export format.
+
+    help: one line for the command line. write: run folder, folder to write → the folder written. loading: the Python
+    expression that loads the result; `{folder}` marks the place of the folder.
+    """
+
+    help: str
+    write: Callable[[Path, Path], Path]
+    loading: str
+
+    def how_to_load(self, folder: Path) -> str:
+        """The expression with the folder in its place."""
+        return self.loading.format(folder=folder)
+
+
+def _open_clip(run: Path, out: Path) -> Path:
+    from threetowers.export.open_clip import export_open_clip
+
+    return export_open_clip(run, out)
+
+
+FORMATS = {
+    "open_clip": Format(
+        "a directory for open_clip and the tools that load its models",
+        _open_clip,
+        'open_clip.create_model_and_transforms("local-dir:{folder}")',
+    ),
+}
+"""Every format by the name that --to takes. A new format is one file beside this one and one entry here."""
+
+
+def formats_help() -> str:
+    """The formats and what they are, in one line."""
+    return "; ".join(f"{name}: {form.help}" for name, form in FORMATS.items())
