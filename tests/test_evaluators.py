@@ -31,20 +31,27 @@ def random(rows: int, seed: int) -> Tensor:
     return unit(torch.randn(rows, 32, generator=torch.Generator().manual_seed(seed)))
 
 
-def encoded(oracle: bool, seed: int) -> Encoded:
+def noisy(exact: Tensor, knowledge: float, seed: int) -> Tensor:
+    """What an encoder gives instead of the exact vectors: these with knowledge 1, noise with knowledge 0."""
+    return unit(knowledge * exact + (1 - knowledge) * random(len(exact), seed))
+
+
+def encoded(knowledge: float, seed: int) -> Encoded:
     views = {}
     for place, (image, text) in enumerate((("img", "txt"), ("third@txt", "txt@third"))):
         views[image] = random(NUM_IMAGES, seed + place)
-        views[text] = views[image][TEXT_IMAGE] if oracle else random(NUM_CAPTIONS, seed + 10 + place)
+        views[text] = noisy(views[image][TEXT_IMAGE], knowledge, seed + 10 + place)
     return Encoded(views, TEXT_IMAGE, torch.arange(NUM_IMAGES), [f"caption {i}" for i in range(NUM_CAPTIONS)])
 
 
-def data(*, oracle: bool) -> EvaluationData:
-    """Validation, test and labelled data of an encoder that is always right, or of one that knows nothing."""
+def data(knowledge: float) -> EvaluationData:
+    """Validation, test and labelled data of an encoder that is right always (1), in part, or by chance (0)."""
     classes = random(NUM_CLASSES, 0)
-    image = classes[LABELS] if oracle else random(NUM_LABELLED, 1)
+    image = noisy(classes[LABELS], knowledge, 1)
     names = [f"class {i}" for i in range(NUM_CLASSES)]
-    return EvaluationData(encoded(oracle, 20), encoded(oracle, 50), Labelled(image, classes, LABELS, names))
+    return EvaluationData(
+        encoded(knowledge, 20), encoded(knowledge, 50), Labelled(image, classes, LABELS, names)
+    )
 
 
 def metrics(sections: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
@@ -56,15 +63,15 @@ def metrics(sections: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, 
             yield from metrics(value, f"{path}{name}/")
 
 
-def measured(evaluator: Evaluator, *, oracle: bool) -> Result:
-    result = evaluator.measure(data(oracle=oracle))
+def measured(evaluator: Evaluator, knowledge: float) -> Result:
+    result = evaluator.measure(data(knowledge))
     assert result is not None
     return result
 
 
 @every_evaluator
 def test_an_encoder_that_is_always_right_scores_one(evaluator: Evaluator) -> None:
-    result = measured(evaluator, oracle=True)
+    result = measured(evaluator, 1.0)
     found = dict(metrics(result.sections))
     assert found and set(found.values()) == {1.0}
     assert all(int(ranks.max()) == 0 for ranks in result.items.values())
@@ -72,7 +79,7 @@ def test_an_encoder_that_is_always_right_scores_one(evaluator: Evaluator) -> Non
 
 @every_evaluator
 def test_an_encoder_that_knows_nothing_scores_chance(evaluator: Evaluator) -> None:
-    for path, value in metrics(measured(evaluator, oracle=False).sections):
+    for path, value in metrics(measured(evaluator, 0.0).sections):
         name = path.split("/")[-1]
         num = int(name.split("@")[1]) if "@" in name else 5 if name == "top5" else 1
         chance = num / (NUM_CLASSES if "per_class" in path or path.startswith("zero_shot") else NUM_IMAGES)
@@ -83,7 +90,7 @@ def test_an_encoder_that_knows_nothing_scores_chance(evaluator: Evaluator) -> No
 
 @every_evaluator
 def test_items_are_one_per_query_and_give_the_metrics(evaluator: Evaluator) -> None:
-    result = measured(evaluator, oracle=False)
+    result = measured(evaluator, 0.3)
     assert result.items and set(result.saved) <= result.items.keys()
     for name, ranks in result.items.items():
         (size,) = (size for suffix, size in SIZES.items() if name.endswith(suffix))
@@ -112,7 +119,7 @@ def from_items(path: str, items: Mapping[str, Tensor]) -> float:
 
 @every_evaluator
 def test_sections_are_those_that_the_list_names(evaluator: Evaluator) -> None:
-    result = measured(evaluator, oracle=False)
+    result = measured(evaluator, 0.3)
     assert tuple(result.sections) == evaluator.sections
     assert json.loads(json.dumps(result.sections)) == result.sections, "plain values"
     assert result.lines and all(line.isprintable() for line in result.lines)
@@ -121,7 +128,7 @@ def test_sections_are_those_that_the_list_names(evaluator: Evaluator) -> None:
 @every_evaluator
 def test_absent_data_give_none(evaluator: Evaluator) -> None:
     assert evaluator.measure(EvaluationData()) is None
-    full = data(oracle=True)
+    full = data(1.0)
     alone = [
         evaluator.measure(replace(EvaluationData(), **{part: getattr(full, part)})) for part in vars(full)
     ]
