@@ -23,6 +23,7 @@ from step import MODEL, PAIR, SPEC, TOKENS, WIDTH, as_batch, random_batch
 from threetowers.config import RunConfig
 from threetowers.data.transforms import normalise
 from threetowers.model import build
+from threetowers.objective.pairs import METHODS
 from threetowers.run.setup import pick_device
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.train.accumulate import accumulate
@@ -87,7 +88,7 @@ def open_clip_step(pixels: Tensor, tokens: Tensor, third: Tensor | None, micro: 
 def our_step(config: RunConfig, device: torch.device) -> TrainingStep:
     """The step of `train` with a micro-batch size, on stored frozen features."""
     frozen = FrozenTower("third", "benchmark", nn.Identity(), WIDTH, SPEC)
-    thirds = {} if config.method == "baseline" else {"third": frozen}
+    thirds = {"third": frozen} if METHODS[config.method].needs_third else {}
     model, _ = build(config, thirds, {"vocab_size": 49_408})
     return TrainingStep(config, model.to(device), device, lambda batch: batch.third_features)
 

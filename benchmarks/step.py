@@ -23,6 +23,7 @@ from threetowers.config import InputConfig, PairConfig, RunConfig
 from threetowers.data.loader import Batch
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.model import build
+from threetowers.objective.pairs import METHODS
 from threetowers.run.setup import pick_device
 from threetowers.run.thirds import Thirds
 from threetowers.towers.frozen.base import FrozenTower
@@ -95,7 +96,7 @@ def our_step(
     """A step as `train` takes it; the frozen tower computed in the step in bf16, or stored."""
     visual = open_clip.create_model(THIRD).visual
     tower = FrozenTower("third", "benchmark", visual, WIDTH, SPEC, precision="bf16").to(device)
-    thirds = {} if config.method == "baseline" else {"third": tower}
+    thirds = {"third": tower} if METHODS[config.method].needs_third else {}
     model, _ = build(config, thirds, {"vocab_size": 49_408})
     stored = torch.randn(len(batch[0]), WIDTH, device=device) if thirds else None
     inputs = as_batch(batch[0], batch[1][:, :TOKENS] if trimmed else batch[1], stored, live=live)
