@@ -53,6 +53,10 @@ def writing_aside(path: Path, *, sync: bool = False) -> Iterator[Path]:
         temporary.replace(path)
         if sync:
             sync_to_disk(path.parent)
+    except OSError as error:
+        if error.filename == str(temporary):  # the name that the user knows
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
