@@ -401,9 +401,8 @@ def _embed(words: list[str]) -> int:
 
     device = pick_device(arguments.device)
     views = Views(arguments.views, arguments.crop_scale, arguments.crop_ratio, arguments.flip)
-    source = open_source(
-        arguments.data, image_column=arguments.image_column, caption_columns=arguments.caption_columns
-    )
+    image_column = None if arguments.image_column == "none" else arguments.image_column
+    source = open_source(arguments.data, image_column=image_column, caption_columns=arguments.caption_columns)
     tower = load_frozen(arguments.tower, features=arguments.features, precision=arguments.precision)
     store = write_store(
         tower.to(device), source, arguments.out, device, views=views, dtype=arguments.dtype,

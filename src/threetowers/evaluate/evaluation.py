@@ -80,8 +80,9 @@ def evaluate_run(folder: Path, *, data: str = "none", classes: str = "none") -> 
     run = prepare(config, folder, saved_tokenizer=folder)
     restore_trained(run.model, folder)
     own = data == "none" and classes == "none"
+    image_column = None if config.inputs.image_column == "none" else config.inputs.image_column
     test = run.test if data == "none" else open_source(
-        data, image_column=config.inputs.image_column, caption_columns=config.inputs.caption_columns
+        data, image_column=image_column, caption_columns=config.inputs.caption_columns
     )  # fmt: skip
     result, encoded, class_ranks = evaluate(run, test)
     if own:

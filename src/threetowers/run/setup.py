@@ -199,7 +199,7 @@ def _open_splits(
 ) -> tuple[Source, Source, Source]:
     return splits(
         path,
-        image_column=image_column,
+        image_column=None if image_column == "none" else image_column,
         caption_columns=caption_columns,
         val_fraction=val_fraction,
         test_fraction=test_fraction,

@@ -23,7 +23,7 @@ from threetowers.data.shards.index import Shard
 from threetowers.data.shards.indexing import find_shards, open_index
 from threetowers.data.shards.remote import is_address, shown, text_beside
 from threetowers.data.shards.tar import OpenFile
-from threetowers.data.source import Record
+from threetowers.data.source import Format, Record
 from threetowers.errors import BadSample, DataError, UsageError
 
 
@@ -115,6 +115,9 @@ class ShardSource:
                 self._id(index), "unreadable", f"{shown(shard.place)}: {len(data)} of {size} bytes"
             )
         return data
+
+    def image_key(self, index: int) -> str:
+        return ""
 
     def split_draws(self, seed: int) -> np.ndarray | None:
         """`hash64("split", seed, id)` of every sample, uint64 [n], for the seed for which it is stored: 0."""
@@ -238,3 +241,12 @@ def _lines_beside(shard: str, folder: str, name: str) -> list[str]:
         file = next((file for file in files if file.is_file()), None)
         lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file else []
     return [line.strip() for line in lines if line.strip()]
+
+
+SHARDS = Format(
+    have="webdataset / img2dataset tar shards",
+    give="the folder, or `'shards/{00000..00099}.tar'`; also `s3://…` and other addresses "
+    "(`pip install 'threetowers[remote]'`)",
+    accepts=names_shards,
+    open=lambda path, columns, opener: open_shards(path),
+)
