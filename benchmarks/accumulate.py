@@ -106,7 +106,7 @@ def prepared(config: RunConfig, device: torch.device) -> Prepared:
 
 def as_batch(pixels: Tensor, tokens: Tensor, third: Tensor) -> Batch:
     ids = torch.arange(len(pixels))
-    return Batch(ids, tokens[:, :TOKENS], pixels, {"third": third}, ids, ids)
+    return Batch(ids, tokens[:, :TOKENS], pixels, {"third": third}, {}, ids, ids)
 
 
 def our_step(run: Prepared, batch: Batch) -> Callable[[], None]:

@@ -195,7 +195,7 @@ def poisoned(steps: set[int]) -> Callable[..., Iterator[loader.Batch]]:
     def batches(reader: Any, first: int, last: int, **options: Any) -> Iterator[loader.Batch]:
         for step, batch in enumerate(loader.batches(reader, first, last, **options), start=first):
             if step in steps:
-                batch.thirds["third"][0, 0] = float("nan")
+                batch.third_features["third"][0, 0] = float("nan")
             yield batch
 
     return batches

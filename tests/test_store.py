@@ -151,7 +151,7 @@ def test_batches_show_the_main_tower_the_region_whose_features_they_hold(
             assert sum(shown) == 1
             view = shown.index(True)
             drawn.setdefault(index, set()).add(view)
-            assert torch.equal(batch.thirds["third"][row], store.rows(np.array([index]), view)[0])
+            assert torch.equal(batch.third_features["third"][row], store.rows(np.array([index]), view)[0])
     assert max(map(len, drawn.values())) > 1, "another view in another epoch"
     assert run.stores(run.val)["third"].num_views == 0, "evaluation takes the fixed view"
 
@@ -413,7 +413,7 @@ def test_a_text_side_third_tower_trains_and_combines_with_captions(
         captions = run.train.record(index).captions
         seen = [c for c in captions if torch.equal(_tokens(run.tokenizer, c, len(tokens)), tokens)]
         live = tower(tower.tokenizer(seen[:1]))
-        torch.testing.assert_close(batch.thirds["third"][row : row + 1], live, rtol=2**-10, atol=1e-3)
+        torch.testing.assert_close(batch.third_features["third"][row : row + 1], live, rtol=2**-10, atol=1e-3)
     result = evaluate_run(tmp_path / "run")
     features = load_file(tmp_path / "run" / "features.safetensors")
     num_texts = len(features["test/text_image"])

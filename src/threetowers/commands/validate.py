@@ -180,7 +180,7 @@ def _step(run: Prepared) -> Iterator[str]:
     num = config.batch_size if run.device.type == "cuda" else min(config.batch_size, CPU_BATCH)
     batch, data_seconds = _batch(run, num)
     thirds, embed_seconds = _third_features(run, batch)
-    batch = replace(batch, thirds=thirds)
+    batch = replace(batch, third_features=thirds, third_pixels={})
     run = replace(
         run, config=replace_nested(config, {"inputs": {"third_view": "fixed"}})
     )  # they are there now
@@ -250,8 +250,8 @@ def _third_features(run: Prepared, batch: Batch) -> tuple[dict[str, Tensor], flo
         records = [run.train.record(int(index)) for index in batch.index]
         if not isinstance(tower, FrozenTower):
             features[view] = tower(tower.tokenizer([r.captions[0] for r in records]).to(run.device))
-        elif view in batch.thirds:
-            features[view] = tower(batch.thirds[view])
+        elif view in batch.third_pixels:
+            features[view] = tower(batch.third_pixels[view])
         else:
             indices = batch.index.tolist()
             images = [decode(run.train.image(i), r.id) for i, r in zip(indices, records, strict=True)]

@@ -1,7 +1,7 @@
 """A configuration made real: its data opened, its towers built and loaded, its frozen features stored."""
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -108,17 +108,19 @@ class Prepared:
         towers = {name: self.thirds[name] for name in self.model.thirds}
         return {name: tower for name, tower in towers.items() if isinstance(tower, FrozenTower)}
 
-    def third_features(self, thirds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def third_features(self, batch: Batch) -> dict[str, Tensor]:
         """A batch's frozen features: as stored, or computed now from its pixels."""
         live = self.live_thirds()
-        return {name: live[name](values) if name in live else values for name, values in thirds.items()}
+        return batch.third_features | {
+            name: live[name](pixels) for name, pixels in batch.third_pixels.items()
+        }
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """The features fp32 by tower name of a batch that lies on the device."""
         return self.model.features(
             pixels=batch.pixels,
             tokens=batch.tokens,
-            thirds=self.third_features(batch.thirds),
+            thirds=self.third_features(batch),
             autocast=None if self.working else self.autocast(),
             working=self.working,
         )
