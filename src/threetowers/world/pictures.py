@@ -1,7 +1,7 @@
 """Draws the scenes of the built-in world.
 
-Only operations that IEEE 754 requires to be rounded correctly are used (no sin, no exp), so that the bytes do not depend
-on the batch, the processor or the NumPy version.
+Only operations that IEEE 754 requires to be rounded correctly are used (no sin, no exp), so that the bytes do not
+depend on the batch, the processor or the NumPy version.
 
 Shape suffixes: B scenes, H height, W width, S slots for objects (2).
 """
