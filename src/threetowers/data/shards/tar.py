@@ -47,30 +47,30 @@ def walk(path: Path | str, file: int, file_size: int, digest: Callable[[bytes], 
     offset = count = 0
     override: dict[str, str] = {}  # name and size for the next member, from a GNU or PAX header
     while (header := os.pread(file, _BLOCK, offset)) != _ZERO_BLOCK:
-        so_far = f"found {count} files in {file_size} bytes"
+        found = f"found {count} files in {file_size} bytes"
         if len(header) < _BLOCK:
             raise _damaged(
-                path, f"it is cut short: expected another file or the end mark at byte {offset}, {so_far}"
+                path, f"it is cut short: expected another file or the end mark at byte {offset}, {found}"
             )
         size, kind = _number(header[124:136]), header[156]
         if size is None or _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:
             if offset == 0 and header.startswith(_COMPRESSED):
                 raise DataError(f"{path}: it is compressed; unpack it to a plain .tar first")
-            raise _damaged(path, f"expected a file's header at byte {offset}, {so_far} before it")
+            raise _damaged(path, f"expected a file's header at byte {offset}, {found} before it")
         digest(header)
         if kind not in _EXTENDED and "size" in override:
             size = _number(override["size"].encode(), base=10) or 0
         content = offset + _BLOCK
         offset = content + (0 if kind in _DIRECTORY + _LINKS else -(-size // _BLOCK) * _BLOCK)
         if offset > file_size:
-            raise _damaged(path, f"it is cut short: a file needs the bytes up to {offset}, {so_far}")
+            raise _damaged(path, f"it is cut short: a file needs the bytes up to {offset}, {found}")
         if kind in _EXTENDED:
             text = os.pread(file, min(size, MAX_TEXT_BYTES), content)
             digest(text)
             try:
                 override |= _override(kind, text)
             except ValueError as error:
-                raise _damaged(path, f"the extended header at byte {content} is damaged, {so_far}") from error
+                raise _damaged(path, f"the extended header at byte {content} is damaged, {found}") from error
             continue
         count += 1
         if kind in _REGULAR + _LINKS:
