@@ -218,7 +218,7 @@ def _read_tokens(file: Path, text: str) -> _Annotations:
 
 ANNOTATIONS = Format(
     have="COCO captions JSON, Karpathy's `dataset_*.json`, Flickr's `.token` file",
-    give="its path; images are found in the usual folders beside it, Karpathy's splits are kept",
+    give="its path; images are found in the usual folders beside it, and Karpathy's splits are kept",
     accepts=names_annotations,
     open=lambda path, columns, opener: open_annotations(path),
     parts=lambda path, columns, opener: check_parts(path, open_parts(path)),

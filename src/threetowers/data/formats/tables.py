@@ -98,7 +98,7 @@ def merge_rows(
 
 
 TABLES = Format(
-    have="a CSV, TSV or JSONL with image paths and one or more captions",
+    have="a CSV, TSV, JSONL or parquet table with image paths and one or more captions",
     give="its path",
     accepts=_is_table,
     open=lambda path, columns, opener: open_table(path, columns),

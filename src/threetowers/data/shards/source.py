@@ -237,7 +237,7 @@ def _lines_beside(shard: str, folder: str, name: str) -> list[str]:
 
 
 SHARDS = Format(
-    have="webdataset / img2dataset tar shards",
+    have="webdataset or img2dataset tar shards",
     give="the folder, or `'shards/{00000..00099}.tar'`; also `s3://…` and other addresses "
     "(`pip install 'threetowers[remote]'`)",
     accepts=names_shards,
