@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from threetowers.config import Method, RunConfig
+from threetowers.data.open import FORMATS
 from threetowers.objective.pairs import Objective, objective
 from threetowers.recipes import PRESETS
 from threetowers.towers.frozen.load import KINDS
@@ -23,20 +24,6 @@ from threetowers.towers.frozen.load import KINDS
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-FORMATS = (
-    ("a CSV, TSV, JSONL or parquet table with image paths and one or more captions", "its path"),
-    ("a folder of images with a `.txt` beside each", "the folder"),
-    ("webdataset or img2dataset tar shards", "the folder, or `'shards/{00000..00099}.tar'`; also `s3://…` and other "
-     "addresses (`pip install 'threetowers[remote]'`)"),
-    ("COCO captions JSON, Karpathy's `dataset_*.json`, Flickr's `.token` file", "its path; images are found in the "
-     "usual folders beside it, and Karpathy's splits are kept"),
-    ("a dataset saved by Hugging Face `datasets` (`pip install 'threetowers[datasets]'`)", "`hfds:DIR`; its train, "
-     "validation and test parts are kept"),
-    ("several of these", "a `mix.toml` of `[[source]]` tables: `path`, `weight`, `image_column`, `caption_columns`"),
-    ("any of these already split", "a folder with `train/`, `val/` and `test/`"),
-)  # fmt: skip
-"""What people have, and what they give as --data."""
 
 IMAGE_TOWERS = {
     "own": "trained from scratch",
@@ -48,7 +35,7 @@ IMAGE_TOWERS = {
 def tables() -> dict[str, str]:
     """Every table as Markdown, by the name that the documents mark its place with."""
     return {
-        "formats": markdown(("you have", "you give as `--data`"), FORMATS),
+        "formats": markdown(("you have", "you give as `--data`"), ((f.have, f.give) for f in FORMATS)),
         "towers": markdown(("name", "meaning"), ((_code(kind.forms), kind.help) for kind in KINDS)),
         "methods": markdown(
             ("`--method`", "rows of the objective", "image tower"),

@@ -2,12 +2,10 @@
 
 import io
 import json
-import pickle
 import random
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -116,50 +114,6 @@ def class_dataset(folder: Path) -> Path:
     rows = Dataset.from_dict({"img": images, "label": [0, 1, 1, 0]}, features=features)
     rows.save_to_disk(folder / "classes")
     return folder / "classes"
-
-
-def mix_file(folder: Path) -> Path:
-    karpathy_file(folder / "k" / "deep")
-    token_file(folder / "f")
-    saved_dataset(folder)
-    (folder / "mix.toml").write_text(
-        '[[source]]\npath = "k/deep/dataset_coco.json"\nweight = 2.5\n'
-        '[[source]]\npath = "f/results_20130124.token"\n'
-        '[[source]]\npath = "hfds:saved"\ncaption_columns = "caption"\nweight = 0.5\n'
-    )
-    return folder / "mix.toml"
-
-
-MAKERS = (coco_file, karpathy_file, token_file, saved_dataset, class_dataset, mix_file)
-
-
-@pytest.mark.parametrize("make", MAKERS)
-def test_battery(make: Callable[[Path], Path], tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "k" / "deep").mkdir(parents=True)
-    (tmp_path / "a" / "f").mkdir()
-    path = make(tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    for source in (open_source(str(path)), splits(str(path), val_fraction=0.2, test_fraction=0.2)[0]):
-        assert len(source) > 0
-        assert not source.problems
-        copy = pickle.loads(pickle.dumps(source))
-        records = [source.record(i) for i in range(len(source))]
-        assert len({record.id for record in records}) == len(source)
-        for i, record in enumerate(records):
-            assert record.captions or record.label is not None
-            assert decode(source.image(i), record.id).mode == "RGB"
-            assert (copy.record(i), copy.image(i)) == (record, source.image(i))
-        assert source.fingerprint == copy.fingerprint
-        text = describe(source)
-        assert records[0].id in text
-        assert any(
-            word in text.split("\n")[0] for word in ("COCO", "Karpathy", "Flickr", "Hugging", "mix of")
-        )
-        with pytest.raises(IndexError):
-            source.record(len(source))
-    moved = open_source(str(tmp_path / "b" / path.relative_to(tmp_path / "a")))
-    assert moved.fingerprint == open_source(str(path)).fingerprint
 
 
 @pytest.mark.parametrize(

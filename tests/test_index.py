@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,9 @@ from threetowers.data.open import split
 from threetowers.data.order import hash64
 from threetowers.data.shards import columns as columns_module
 from threetowers.data.shards import index, indexing
-from threetowers.data.shards.columns import Column, Columns, packed
+from threetowers.data.shards.columns import Column, Columns, pack_columns
+from threetowers.data.shards.groups import TarGroups
+from threetowers.data.shards.index import Shard
 from threetowers.data.shards.source import ShardSource, open_shards
 from threetowers.data.shards.write import ShardSample, write_shards
 from threetowers.data.source import Subset
@@ -58,13 +61,13 @@ def content(source: ShardSource) -> list[tuple[object, bytes]]:
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the shards that are walked from here on."""
     names: list[str] = []
-    shelf = index.Shelf
+    read_groups = index.read_groups
 
-    def counted(name: str, file: int, stem: str) -> index.Shelf:
+    def counted(name: str, file: int, stem: str) -> TarGroups:
         names.append(stem)
-        return shelf(name, file, stem)
+        return read_groups(name, file, stem)
 
-    monkeypatch.setattr(index, "Shelf", counted)
+    monkeypatch.setattr(index, "read_groups", counted)
     return names
 
 
@@ -87,7 +90,7 @@ def test_columns_round_trip_in_any_parts(
         "n": Column("I64", sum(map(len, parts)), [np.array(part, np.int64) for part in parts]),
         "t_ends": Column("I64", len(data), [np.cumsum([len(text) for text in data], dtype=np.int64)]),
     }
-    raw = packed("about", given_columns)
+    raw = pack_columns("about", given_columns)
     (tmp_path / "f").write_bytes(raw)
     whole = [number for part in parts for number in part]
     for place in (raw, tmp_path / "f"):
@@ -110,7 +113,7 @@ def test_no_damaged_byte_is_believed(whole: bool, tmp_path: Path, monkeypatch: p
     if not whole:
         monkeypatch.setattr(columns_module, "CHECKED_AT_OPENING", 0)
     numbers = np.arange(40, dtype=np.int64) * 7
-    raw = packed("k", {"n": Column("I64", 40, [numbers])})
+    raw = pack_columns("k", {"n": Column("I64", 40, [numbers])})
     generator = random.Random(0)
     for _ in range(400):
         damaged = bytearray(raw)
@@ -223,12 +226,14 @@ def rewritten(file: Path, **changes: Callable[[np.ndarray], np.ndarray]) -> None
     """The same index with columns changed, and sums that fit: what damage cannot do, but a bug or a foe can."""
     whole = Columns(file, file.stem)
     values = {name: changes.get(name, lambda a: a)(whole.array(name)) for name in whole.names()}
-    file.write_bytes(packed(file.stem, {n: Column(index.COLUMNS[n], len(v), [v]) for n, v in values.items()}))
+    file.write_bytes(
+        pack_columns(file.stem, {n: Column(index.COLUMNS[n], len(v), [v]) for n, v in values.items()})
+    )
 
 
 def test_an_offset_beyond_the_shard_is_an_error(tmp_path: Path, cache: Path) -> None:
     folder = shards(tmp_path / "s", count=2)
-    (file,) = (open_shards(str(folder)).index.place,)
+    (file,) = (open_shards(str(folder)).index.columns.place,)
     assert isinstance(file, Path)
     before = content(open_shards(str(folder)))
     for column in ("offsets", "sizes"):
@@ -238,7 +243,7 @@ def test_an_offset_beyond_the_shard_is_an_error(tmp_path: Path, cache: Path) -> 
                 "a shard's own index is checked when it is opened"
             )
     folder = shards(tmp_path / "many")
-    file = open_shards(str(folder)).index.place
+    file = open_shards(str(folder)).index.columns.place
     assert isinstance(file, Path)
     for value in (10**6, 2**63 - 1, -5):
         rewritten(file, offsets=lambda a, value=value: np.full_like(a, value))  # type: ignore[misc]
@@ -309,15 +314,56 @@ def test_processes_make_the_same_index(
         open_shards(str(folder))
 
 
+def die_at_the_third(number: int, shard: Shard, num_classes: int) -> int:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return STORE_INDEX(number, shard, num_classes)
+
+
+STORE_INDEX = indexing._store_index
+
+
+def test_what_a_dead_process_leaves_is_indexed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shards(tmp_path / "s", count=10, size=2)
+    monkeypatch.setattr(indexing, "PARALLEL_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(indexing, "_store_index", die_at_the_third)
+    walked = walks(monkeypatch)
+    assert len(open_shards(str(folder))) == 10
+    assert "00002" in walked
+
+
 def test_processes_that_cannot_start_leave_the_work_to_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shards(tmp_path / "s")
     monkeypatch.setattr(indexing, "PARALLEL_AFTER_SECONDS", 0.0)
-    monkeypatch.setattr(indexing.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     walked = walks(monkeypatch)
     assert len(open_shards(str(folder))) == 7
     assert sorted(walked) == ["00000", "00001", "00002"]
+
+
+SCRIPT = """
+from pathlib import Path
+from threetowers.data.shards import index, indexing
+from threetowers.data.open import open_source
+
+with Path("runs").open("a") as file:
+    file.write("x")
+indexing.PARALLEL_AFTER_SECONDS = 0.0
+index.read_groups = None
+print(len(open_source("s")))
+"""
+
+
+def test_a_script_without_a_main_guard_is_not_run_by_the_processes(tmp_path: Path) -> None:
+    shards(tmp_path / "s", count=8, size=2)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, check=True, timeout=60, capture_output=True, text=True
+    )
+    assert done.stdout == "8\n", "all was read by other processes"
+    assert (tmp_path / "runs").read_text() == "x"
 
 
 def test_indexing_processes_import_no_torch() -> None:

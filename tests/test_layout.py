@@ -15,55 +15,87 @@ from threetowers.cli import VERBS
 SOURCE = Path(__file__).parents[1] / "src" / "threetowers"
 ROOT = SOURCE.parents[1]
 
-# A module may import modules of its own rank or below it; the names are packages or modules under threetowers.
-RANKS = [
+# From the ground up. A part may import parts that stand before its line, never one beside it or behind it.
+ORDER = [
     {"errors", "progress", "files"},
     {"config"},
-    {"data", "objective"},
+    {"data", "objective", "recipes"},
     {"towers", "world"},
     {"model", "store"},
     {"run"},
     {"evaluate", "export"},
     {"train"},
-    {"compare", "commands", "recipes"},
+    {"compare", "commands"},
     {"cli"},
 ]
+REPORT_READS = {"errors", "progress", "files", "objective.pairs"}
+"""What report/ imports: it reads files, and of the package nothing but plain data."""
+LONGEST_FILE = 400
+"""Lines; about what is read in one sitting."""
 
-
-def rank(name: str) -> int:
-    return next(i for i, names in enumerate(RANKS) if name in names)
+FILES = sorted(SOURCE.rglob("*.py"))
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
+    for path in FILES
+}
 
 
 def imports(path: Path) -> set[str]:
-    """The threetowers packages or modules that a file imports, anywhere in it."""
+    """The modules of this package that a file imports, anywhere in it: at its top, in functions, for types alone."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("threetowers"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
-            found |= {
-                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("threetowers.")
-            }
-    return {name for name in found if not name.startswith("__")}
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports name the whole module"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    names = {
+        name.removeprefix("threetowers").removeprefix(".") for name in found if name.startswith("threetowers")
+    }
+    return {name for name in names if name and name in MODULES}
 
 
-FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.name != "__init__.py")
+def part(module: str) -> str:
+    """The package or module right below `threetowers` that a module belongs to."""
+    return module.partition(".")[0]
+
+
+def rank(name: str) -> int:
+    return next(i for i, names in enumerate(ORDER) if name in names)
+
+
+def test_every_part_has_its_place_in_the_order() -> None:
+    assert {part(module) for module in MODULES} - {""} == {*set().union(*ORDER), "report"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
+def test_imports_point_one_way(module: str) -> None:
+    own = part(module)
+    for name in imports(MODULES[module]):
+        if own == "report":
+            assert part(name) == "report" or name in REPORT_READS | {part(each) for each in REPORT_READS}
+        elif part(name) == "report":
+            assert own == "cli", "who makes a report asks for it on the command line"
+        elif part(name) != own:
+            assert rank(part(name)) < rank(own), f"{module} may not import {name}"
+
+
+def test_no_circle_of_files() -> None:
+    graph = {module: imports(path) - {module} for module, path in MODULES.items()}
+    done: set[str] = set()
+    while ready := [module for module, needs in graph.items() if module not in done and needs <= done]:
+        done |= set(ready)
+    assert not graph.keys() - done, f"in a circle, or above one: {sorted(graph.keys() - done)}"
+
+
+def test_nothing_in_data_imports_its_roof() -> None:
+    users = {module for module, path in MODULES.items() if "data.open" in imports(path)}
+    assert not {module for module in users if part(module) == "data"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_imports_point_one_way(path: Path) -> None:
-    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    if own == "report":
-        assert imports(path) <= {"report", "errors", "progress", "files", "objective"}, (
-            "report/ reads files and the list of methods, nothing else"
-        )
-        return
-    for name in imports(path) - {own}:
-        if name == "report":
-            assert own == "cli"
-            continue
-        assert rank(name) <= rank(own), f"{own} may not import {name}"
+def test_a_file_is_read_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])

@@ -52,6 +52,28 @@ def test_a_batch_depends_on_its_positions_alone(photos: Path) -> None:
     )
 
 
+class Stored:
+    """Features of the captions of 96 samples, 5 numbers each that are the sample's index."""
+
+    usable = np.ones(96, dtype=bool)
+    side, num_views = "text", 0
+
+    def rows(self, samples: np.ndarray, which: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(samples)[:, None].expand(-1, 5).float()
+
+
+def test_stored_features_and_pixels_for_live_towers_are_apart(photos: Path) -> None:
+    one = reader(photos, live={"third_a": replace(SPEC, size=16)}, stores={"third_b": Stored()})
+    batch = one[range(8)]
+    assert (set(batch.third_pixels), set(batch.third_features)) == ({"third_a"}, {"third_b"})
+    for part, num in ((batch, 8), (batch.part(2, 5), 3), (batch.to(torch.device("cpu")), 8)):
+        assert part.pixels is not None
+        assert (part.third_pixels["third_a"].shape, part.third_pixels["third_a"].dtype) == (
+            (num, 3, 16, 16), torch.uint8,
+        )  # fmt: skip
+        assert torch.equal(part.third_features["third_b"][:, 0], part.index.float())
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_any_number_of_workers_sees_the_same_samples_for_three_epochs(workers: int, photos: Path) -> None:
     one = reader(photos)

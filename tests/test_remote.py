@@ -32,8 +32,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def close() -> None:
     """Closes the shards that this process has open."""
-    shards._far.cache_clear()
-    shards._near.cache_clear()
+    shards._open_remote.cache_clear()
+    shards._open_local.cache_clear()
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_an_index_outlives_its_shard(
     for path in cache.glob("*.tar"):
         path.unlink()
     fetches.clear()
-    monkeypatch.setattr(index, "Shelf", None)
+    monkeypatch.setattr(index, "read_groups", None)
     source = open_shards(SET)
     assert not fetches
     assert source.image(5) == expected[5][1]

@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from threetowers.data.decode import decode
 from threetowers.data.formats.tables import open_table
 from threetowers.data.open import open_source, split, splits
 from threetowers.data.shards.source import open_shards
@@ -80,7 +79,7 @@ def seen_ids(source: Source) -> set[str]:
     return {*captions(source), *(problem.id for problem in source.problems)}
 
 
-# --- the battery that every source passes
+# --- what each source notices
 
 
 def shard_set(folder: Path) -> str:
@@ -121,33 +120,6 @@ def class_folder(folder: Path) -> str:
 
 
 SOURCES = (shard_set, labelled_shards, csv_table, sidecar_folder, class_folder)
-
-
-@pytest.mark.parametrize("make", SOURCES)
-@pytest.mark.parametrize("part", [False, True])
-def test_battery(make: Callable[[Path], str], part: bool, tmp_path: Path) -> None:
-    path = make(tmp_path / "data")
-
-    def opened() -> Source:
-        source = open_source(path)
-        return split(source, val_fraction=0.3, test_fraction=0.0, seed=1)[0] if part else source
-
-    source, again = opened(), opened()
-    assert len(source) > 0
-    assert not source.problems
-    records = [source.record(i) for i in range(len(source))]
-    assert len({record.id for record in records}) == len(source)
-    copy = pickle.loads(pickle.dumps(source))
-    for i, record in enumerate(records):
-        assert record.captions or record.label is not None
-        assert record.label is None or 0 <= record.label < len(source.class_names)
-        assert decode(source.image(i), record.id).mode == "RGB"
-        assert copy.record(i) == again.record(i) == record
-        assert copy.image(i) == source.image(i)
-    assert source.fingerprint == again.fingerprint == copy.fingerprint
-    assert records[0].id in describe(source)
-    with pytest.raises(IndexError):
-        source.record(len(source))
 
 
 @pytest.mark.parametrize("make", SOURCES)

@@ -1,6 +1,6 @@
-"""Encoded image files to upright RGB pixels; the one place where foreign image bytes are decoded.
+"""Decodes image files to upright RGB pixels; nothing else in the package decodes images of unknown origin.
 
-Whatever the bytes are, the outcome is an image or a BadSample with a reason out of `Reason`.
+Any bytes give an image or a BadSample with a reason from `Reason`.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-# Registers WebP by itself: asking for a format that is not registered makes Pillow load every decoder it has.
+# Imported to register WebP. If a format in FORMATS were not registered, Pillow would load all its decoders.
 from PIL import Image, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from threetowers.errors import BadSample, UsageError
@@ -35,7 +35,7 @@ MAX_PIXELS = 64_000_000
 # Scaling the short side of a 60,000 × 1 image to 224 would take gigabytes, though its own pixels are few.
 MAX_SIDE_RATIO = 200
 
-# What Pillow warns of (oversized headers, broken EXIF) comes back as a reason; a warning per file would hide the rest.
+# What Pillow warns about, such as damaged EXIF, is a reason here; a warning for each file would hide other output.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
@@ -63,18 +63,18 @@ def decode(
     decoder: Decoder = "pillow",
     shrink: Callable[[tuple[int, int]], float] | None = None,
 ) -> Image.Image:
-    """The image in an encoded file: mode RGB, upright by its EXIF orientation, the first frame of an animation.
+    """The image in an encoded file, in mode RGB, upright by its EXIF orientation; of an animation the first frame.
 
-    Transparency is laid on white and 16-bit grey keeps its high byte. An EXIF block that cannot be read counts as
-    absent, since the pixels are whole. Size and shape are checked from the header, before memory is taken.
+    Transparent images are laid on white, and 16-bit grey keeps its high byte. EXIF data that cannot be read are
+    ignored, since the pixels are intact. Size and shape are checked by the header before memory is allocated.
 
-    decoder: `simplejpeg` takes the plain colour JPEGs and gives the same pixels sooner; everything else is Pillow's.
-    shrink: from the upright (width, height), how many times smaller the caller can use both sides. A JPEG is then
-    decoded at a scale that leaves no less than that, which is faster and changes pixels slightly. Below 2 it is left
-    whole: the scales between cost as much as they save.
+    decoder: with `simplejpeg`, colour JPEGs are decoded by it, to the same pixels and faster; Pillow decodes the rest.
+    shrink: called with the upright (width, height); returns the factor by which the caller can use both sides
+    reduced. A JPEG is then decoded at a scale that keeps at least that size, which is faster and changes pixels
+    slightly. A factor below 2 is ignored: the scales between 1 and 2 cost as much as they save.
 
-    Raises BadSample(id, reason, detail) with a reason out of `REASONS`, and UsageError for a decoder that is not
-    installed, and nothing else.
+    Raises BadSample(id, reason, detail) with a reason from `REASONS`, UsageError for a decoder that is not installed,
+    and nothing else.
     """
     decoded = _decode(data, id, max_pixels, decoder, shrink)
     return decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded)
@@ -87,7 +87,7 @@ def decode_array(
     decoder: Decoder = "pillow",
     shrink: Callable[[tuple[int, int]], float] | None = None,
 ) -> np.ndarray:
-    """The pixels uint8 [H, W, 3] of what `decode` gives, perhaps read-only; raises as it does."""
+    """The pixels of the image that `decode` returns, uint8 [H, W, 3], which can be read-only; raises as it does."""
     return np.asarray(_decode(data, id, MAX_PIXELS, decoder, shrink))
 
 
@@ -133,7 +133,7 @@ def check_decoder(decoder: Decoder) -> None:
 def _load_jpeg(
     image: Image.Image, data: bytes, decoder: Decoder, shrink: Callable[[tuple[int, int]], float] | None
 ) -> np.ndarray | None:
-    """A JPEG's pixels [H, W, 3] as they lie in the file; None when Pillow is to decode, at the scale set here."""
+    """A JPEG's pixels uint8 [H, W, 3], not turned upright; None when Pillow is to decode, at the scale set here."""
     width, height = image.size
     factor = 1.0
     if shrink is not None:
@@ -157,9 +157,9 @@ def _simplejpeg(data: bytes, size: tuple[int, int], least: tuple[int, int]) -> n
     try:
         height, width = simplejpeg.decode_jpeg_header(data)[:2]
         if (width, height) != size:
-            return None  # two parsers that disagree: only the one whose size was checked may take memory
+            return None  # the two parsers disagree, and only the size that Pillow found has been checked
         pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", min_width=least[0], min_height=least[1])
-    except ValueError:  # it stops at what Pillow lets pass, such as stray bytes between segments
+    except ValueError:  # it refuses some files that Pillow reads, such as those with bytes between segments
         return None
     return pixels
 
@@ -172,7 +172,7 @@ def _check_shape(id: str, width: int, height: int, max_pixels: int) -> None:
 
 
 def _unidentified(data: bytes) -> Reason:
-    """Why Pillow does not know the file, by its first bytes."""
+    """The reason why Pillow does not recognise a file, by its first bytes."""
     if data.startswith(_SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         return "damaged image"
     if data.startswith(_FOREIGN_SIGNATURES) or data[4:8] == b"ftyp":  # AVIF, HEIC and video share `ftyp`
@@ -181,7 +181,7 @@ def _unidentified(data: bytes) -> Reason:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; 1 when there is none that can be read."""
+    """The EXIF orientation, 1 to 8; 1 when there is none or it cannot be read."""
     if "exif" not in image.info and "Raw profile type exif" not in image.info:
         return 1
     try:
@@ -205,7 +205,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit grey by its high byte, as Pillow reads 16-bit colour; `convert` would clip at 255 instead."""
+    """16-bit grey reduced to its high byte, as Pillow does for 16-bit colour; `convert` would clip at 255."""
     wide = np.asarray(image).astype(np.uint16)
     grey = (wide >> 8).astype(np.uint8)
     transparent = image.info.get("transparency")

@@ -1,4 +1,4 @@
-"""Positions to batches: reading, decoding, augmenting, tokenising, and replacing what cannot be used."""
+"""Turns positions into batches: reads, decodes, augments and tokenises samples, and replaces unusable ones."""
 
 import math
 import signal
@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,10 @@ T = TypeVar("T")
 
 
 class Features(Protocol):
-    """Stored features of a source, by sample: of its images, in `num_views` random views or one fixed, or its texts."""
+    """The stored features of a source's images or of its captions.
+
+    num_views: the number of random views of each image; 0: one fixed view. usable: bool [n], by sample.
+    """
 
     usable: np.ndarray
 
@@ -39,7 +42,7 @@ class Features(Protocol):
     def num_views(self) -> int: ...
 
     def rows(self, samples: np.ndarray, which: np.ndarray) -> Tensor:
-        """float32 [B, P]; which: the stored view of an image, or the caption of a text."""
+        """float32 [B, P]. which: the number of the view of each image, or of its caption."""
         ...
 
     def crop(self, sample: int, view: int) -> Crop:
@@ -47,11 +50,12 @@ class Features(Protocol):
         ...
 
 
-class _Sample(NamedTuple):
-    """What is read of one sample: the caption drawn and its place, the stored view drawn, pixels by view."""
+@dataclass(slots=True)
+class _Sample:
+    """One sample of a batch. caption, view: the numbers of the drawn caption and stored view; pixels: by tower name."""
 
-    at: int
-    id: str
+    index: int
+    image_id: str
     text: str
     caption: int
     view: int
@@ -60,7 +64,7 @@ class _Sample(NamedTuple):
 
 @dataclass
 class Batch:
-    """One step's samples. Legend: B samples, n tokens of the longest caption, P a frozen tower's width."""
+    """The samples of one step. Legend: B samples, n tokens of the longest caption, P a frozen tower's width."""
 
     index: Tensor
     """int64 [B], index of each sample in the source."""
@@ -69,9 +73,9 @@ class Batch:
     pixels: Tensor | None
     """uint8 [B, 3, H, W] for the main image tower; None when it is not needed."""
     third_features: dict[str, Tensor]
-    """Stored features of frozen towers, float32 [B, P] by view name."""
+    """By tower name: float32 [B, P], the stored features of a frozen tower."""
     third_pixels: dict[str, Tensor]
-    """What frozen towers that run live take, uint8 [B, 3, H, W] by view name."""
+    """By tower name: uint8 [B, 3, H, W], the input of a frozen tower that runs while the model trains."""
     image_ids: Tensor
     """int64 [B], equal for equal images."""
     caption_ids: Tensor
@@ -85,8 +89,8 @@ class Batch:
             index=self.index[start:stop],
             tokens=self.tokens[start:stop],
             pixels=None if self.pixels is None else self.pixels[start:stop],
-            third_features={view: value[start:stop] for view, value in self.third_features.items()},
-            third_pixels={view: value[start:stop] for view, value in self.third_pixels.items()},
+            third_features={name: value[start:stop] for name, value in self.third_features.items()},
+            third_pixels={name: value[start:stop] for name, value in self.third_pixels.items()},
             image_ids=self.image_ids[start:stop],
             caption_ids=self.caption_ids[start:stop],
         )
@@ -95,7 +99,7 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory, from which `to` need not wait; a DataLoader calls this by its name."""
+        """The batch in page-locked memory, from which copies to a GPU need not wait; called by DataLoader."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, do: Callable[[Tensor], Tensor]) -> "Batch":
@@ -103,8 +107,8 @@ class Batch:
             self,
             tokens=do(self.tokens),
             pixels=None if self.pixels is None else do(self.pixels),
-            third_features={view: do(value) for view, value in self.third_features.items()},
-            third_pixels={view: do(value) for view, value in self.third_pixels.items()},
+            third_features={name: do(value) for name, value in self.third_features.items()},
+            third_pixels={name: do(value) for name, value in self.third_pixels.items()},
             image_ids=do(self.image_ids),
             caption_ids=do(self.caption_ids),
         )
@@ -113,9 +117,9 @@ class Batch:
 class BatchReader:
     """Makes the batch of a range of positions; the same range gives the same batch in any process.
 
-    image: what the main image tower takes, None when no row needs it. live: the specs of the frozen towers that see
-    the main tower's augmented view. stores: the features of the others. Where random views are stored, one is drawn
-    at each visit and the main tower sees its region.
+    image: the input of the main image tower; None when no row of the objective needs it. live: the inputs of the
+    frozen towers that see the main tower's augmented view. stores: the features of the other frozen towers. Where
+    random views are stored, one is drawn at each visit, and the main tower sees the same region.
     """
 
     def __init__(
@@ -139,21 +143,21 @@ class BatchReader:
         samples = [self._sample(position, bad) for position in positions]
         texts = [sample.text for sample in samples]
         tokens = self.tokenizer(texts)
-        index = np.array([sample.at for sample in samples])
+        index = np.array([sample.index for sample in samples])
         drawn = {"text": np.array([s.caption for s in samples]), "image": np.array([s.view for s in samples])}
-        views = {
+        pixels = {
             name: torch.from_numpy(np.stack([sample.pixels[name] for sample in samples]))
             for name in samples[0].pixels
         }
         return Batch(
             index=torch.from_numpy(index),
             tokens=tokens[:, : int(self.tokenizer.lengths(tokens).max())],
-            pixels=views.pop("img", None),
+            pixels=pixels.pop("img", None),
             third_features={
                 name: store.rows(index, drawn[store.side]) for name, store in self.stores.items()
             },
-            third_pixels=views,
-            image_ids=_as_ids([sample.id for sample in samples]),
+            third_pixels=pixels,
+            image_ids=_as_ids([sample.image_id for sample in samples]),
             caption_ids=_as_ids(texts),
             bad=bad,
         )
@@ -175,17 +179,17 @@ class BatchReader:
         if self._viewed is not None:
             view = hash64(seed, "view") % self._viewed.num_views
             crop = self._viewed.crop(index, view)
-        specs = ({"img": self.image} if self.image else {}) | self.live
-        pixels = augmented_views(self.source, index, record.id, seed, self.inputs, specs, crop)
+        images = ({"img": self.image} if self.image else {}) | self.live
+        pixels = augmented_views(self.source, index, record.id, seed, self.inputs, images, crop)
         return _Sample(index, record.image_id or record.id, record.captions[caption], caption, view, pixels)
 
 
 def usable_sample(
     order: Order, position: int, source: Source, bad: list[BadSample], read: Callable[[int], T]
 ) -> T:
-    """What `read` makes of the sample at a position, or of the first of its replacements that can be used.
+    """What `read` returns for the sample at a position, or for the first of its replacements that can be used.
 
-    Samples that cannot are appended to `bad`. Raises DataError after 100 of them in a row.
+    The problems of unusable samples are appended to `bad`. Raises DataError after MAX_ATTEMPTS of them in a row.
     """
     index = order.index(position)
     for attempt in range(MAX_ATTEMPTS):
@@ -203,29 +207,29 @@ def augmented_views(
     id: str,
     seed: int,
     inputs: InputConfig,
-    specs: Mapping[str, ImageSpec],
-    given: Crop | None = None,
+    images: Mapping[str, ImageSpec],
+    crop: Crop | None = None,
 ) -> dict[str, np.ndarray]:
-    """The same random region of an image for every tower, each in its own size: uint8 [3, H, W] by view.
+    """The same random region of an image for several towers: uint8 [3, H, W] by tower name, in the tower's size.
 
-    given: the region, when it is not to be drawn. Raises BadSample when the image cannot be read.
+    crop: the region; None: it is drawn. Raises BadSample when the image cannot be read.
     """
-    if not specs:
+    if not images:
         return {}
 
-    def crop(size: tuple[int, int]) -> Crop:
-        return given or random_crop(
+    def region(size: tuple[int, int]) -> Crop:
+        return crop or random_crop(
             hash64(seed, "crop"), size, inputs.crop_scale, inputs.crop_ratio, inputs.flip
         )
 
     def shrink(size: tuple[int, int]) -> float:
-        return crop(size).shrink(size, max(spec.size for spec in specs.values()))
+        return region(size).shrink(size, max(image.size for image in images.values()))
 
-    image = decode_array(
+    pixels = decode_array(
         source.image(index), id, decoder=inputs.decoder, shrink=shrink if inputs.draft else None
     )
-    box = crop((image.shape[1], image.shape[0]))
-    return {view: cropped_view(image, box, spec) for view, spec in specs.items()}
+    seen = region((pixels.shape[1], pixels.shape[0]))
+    return {name: cropped_view(pixels, seen, image) for name, image in images.items()}
 
 
 def _as_ids(texts: list[str]) -> Tensor:
@@ -242,8 +246,8 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of the steps, read ahead by the configured number of worker processes.
 
-    A worker that dies is started again at the first batch that has not come. say: told of that, and of a batch that is
-    long in coming. Raises what reading raises, and DataError when workers keep dying.
+    When a worker dies, all are started again at the first batch that has not arrived. say: called with messages
+    about that and about batches that are late. Raises what reading raises, and DataError when workers keep dying.
     """
     step, deaths = first_step, 0
     while step < last_step:
@@ -271,7 +275,10 @@ def batches(
 
 
 def _is_a_death(error: Exception) -> bool:
-    """Whether a worker died, rather than raised: torch says so, or the tensors that it had sent cannot be fetched."""
+    """Whether a worker process died, which torch reports in two ways; an error raised in a worker is no death.
+
+    Either the DataLoader names the worker, or the connection fails over which the worker's tensors are received.
+    """
     text = str(error)
     raised_in_worker = text.startswith("Caught ")
     return not raised_in_worker and ("DataLoader worker" in text or not isinstance(error, RuntimeError))
@@ -292,7 +299,7 @@ def _loader(reader: BatchReader, first_step: int, last_step: int, pin_memory: bo
 
 
 class _Returning:
-    """Hands errors that are the user's to mend to the training process as they are, without a worker's traceback."""
+    """Returns errors that the user can correct, since an error raised in a worker arrives as text with a traceback."""
 
     def __init__(self, reader: BatchReader) -> None:
         self._reader = reader
@@ -305,7 +312,7 @@ class _Returning:
 
 
 class _StallWatch:
-    """Says so each time an iterator has kept its reader waiting for another STALL_SECONDS."""
+    """Calls `say` each time that the next item of an iterator is late by another STALL_SECONDS."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -322,7 +329,7 @@ class _StallWatch:
         self._thread.join()
 
     def items(self, iterator: Iterator[T]) -> Iterator[T]:
-        """What the iterator gives."""
+        """The items of the iterator, which are watched while they are waited for."""
         while True:
             self._since = time.monotonic()
             try:
@@ -346,7 +353,10 @@ class _StallWatch:
 
 
 def _keep_worker_deaths_to_the_queue() -> None:
-    """Takes away torch's SIGCHLD handler, which raises wherever the training step is; its queue finds a death too."""
+    """Removes torch's SIGCHLD handler, which would raise in the middle of a training step.
+
+    The loader's queue notices a death as well, when the next batch is fetched.
+    """
     handler = signal.getsignal(signal.SIGCHLD)
     if getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

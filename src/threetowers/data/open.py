@@ -1,22 +1,133 @@
-"""Which source a path means, and how it is split into training, validation and test data."""
+"""Opens the source that a path means, and splits it into training, validation and test data."""
 
 import difflib
 from array import array
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from threetowers.data.formats.annotations import ANNOTATIONS
+from threetowers.data.formats.folders import FOLDERS
+from threetowers.data.formats.hf_datasets import HF_DATASETS
+from threetowers.data.formats.mix import MIXES
+from threetowers.data.formats.split_folders import SPLIT_FOLDERS
+from threetowers.data.formats.tables import TABLES
 from threetowers.data.order import hash64
-from threetowers.data.source import Drawn, Source, Subset, _counts, _examples
+from threetowers.data.shards.source import SHARDS
+from threetowers.data.source import (
+    ANY_COLUMNS,
+    ColumnNames,
+    Drawn,
+    Format,
+    Source,
+    Subset,
+    count_reasons,
+    list_examples,
+)
 from threetowers.errors import BadSample, DataError, UsageError
+
+FORMATS: tuple[Format, ...] = (SHARDS, HF_DATASETS, MIXES, ANNOTATIONS, SPLIT_FOLDERS, TABLES, FOLDERS)
+"""All formats of sources. The first that accepts a path opens it; the last two accept any file and any folder."""
+
+
+def open_source(
+    path: str, *, image_column: str | None = None, caption_columns: tuple[str, ...] = ()
+) -> Source:
+    """The source that a path means.
+
+        open_source("cc3m/{00000..00331}.tar")     # shards; also a folder of them, one, or several joined by ::
+        open_source("flickr/captions.csv")         # csv, tsv, jsonl or parquet
+        open_source("photos")                      # images with .txt beside them, or one subfolder per class
+        open_source("captions_train2017.json")     # COCO or Karpathy JSON; also Flickr's token file
+        open_source("hfds:saved")                  # what Hugging Face `datasets` wrote with save_to_disk
+        open_source("mix.toml")                    # several of these, see `mix`
+
+    image_column, caption_columns: for tables; None and empty: they are found.
+    Raises DataError when nothing is there or nothing in it can be used, UsageError for a column that is not there.
+    """
+    columns = ColumnNames(image_column, caption_columns)
+    source = _format_of(path, columns).open(path, columns, _Opener())
+    if not len(source):
+        raise DataError(
+            f"{path}: no sample in it can be used ({source.layout}). "
+            f"{count_reasons(source.problems)}{list_examples(source.problems)}"
+        )
+    return source
+
+
+def splits(
+    path: str, *, val_fraction: float = 0.05, test_fraction: float = 0.05, seed: int = 0,
+    image_column: str | None = None, caption_columns: tuple[str, ...] = (),
+) -> tuple[Source, Source, Source]:  # fmt: skip
+    """Training, validation and test part of the data at a path.
+
+    Parts that come with the data are taken as they are: those of split folders, of a Karpathy file and of a saved
+    `DatasetDict`. A validation or test part that is missing there is split off the training part by `split`. Other
+    data are split as a whole, and the sources of a mix one by one. Raises DataError and UsageError.
+    """
+    columns = ColumnNames(image_column, caption_columns)
+    given = _format_of(path, columns).parts(path, columns, _Opener(val_fraction, test_fraction, seed))
+    if not given:
+        whole = open_source(path, image_column=image_column, caption_columns=caption_columns)
+        return split(whole, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
+    if "train" not in given:
+        raise DataError(f"{path}: it has the parts {', '.join(given)}, but none to train on")
+    if len(given) == 3:
+        train, val, test = given["train"], given["val"], given["test"]
+    else:
+        train, val, test = split(
+            given["train"],
+            val_fraction=0.0 if "val" in given else val_fraction,
+            test_fraction=0.0 if "test" in given else test_fraction,
+            seed=seed,
+        )
+    parts = train, given.get("val", val), given.get("test", test)
+    for part in parts:
+        if list(part.class_names) != list(train.class_names):
+            raise DataError(
+                f"{path}: {part.name} has other classes than {train.name} "
+                f"({len(part.class_names)} and {len(train.class_names)}); give every part the same class folders"
+            )
+    return parts
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """What formats that consist of other sources open these with; implements Opener."""
+
+    val_fraction: float = 0.0
+    test_fraction: float = 0.0
+    seed: int = 0
+
+    def open(self, path: str, columns: ColumnNames) -> Source:
+        return open_source(path, image_column=columns.image, caption_columns=columns.captions)
+
+    def split(self, path: str, columns: ColumnNames) -> tuple[Source, Source, Source]:
+        return splits(
+            path, val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed,
+            image_column=columns.image, caption_columns=columns.captions,
+        )  # fmt: skip
+
+
+def _format_of(path: str, columns: ColumnNames) -> Format:
+    """The format of a path; raises DataError when there is none, UsageError for columns that it does not take."""
+    format = next((format for format in FORMATS if format.accepts(path)), None)
+    if format is None:
+        raise DataError(f"{path}: there is no such file or folder{_siblings(Path(path))}")
+    if columns != ANY_COLUMNS and not format.takes_columns:
+        raise UsageError(
+            f"{path} is no table, so image_column and caption_columns mean nothing; leave them out"
+        )
+    return format
 
 
 def split(
     source: Source, *, val_fraction: float, test_fraction: float, seed: int = 0
 ) -> tuple[Source, Source, Source]:
-    """Training, validation and test part, each sample's part drawn by a hash of (seed, id of its image).
+    """Training, validation and test part; a sample's part is drawn by a hash of (seed, id of its image).
 
-    A sample stays in its part when rows are added, removed or reordered; part sizes are therefore near the
+    A sample stays in its part when other rows are added, removed or reordered. The sizes are therefore near the
     fractions, not exact. Raises UsageError for fractions that leave nothing to train on.
     """
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
@@ -50,148 +161,8 @@ def split(
     return train, val, test
 
 
-def splits(
-    path: str, *, val_fraction: float = 0.05, test_fraction: float = 0.05, seed: int = 0,
-    image_column: str | None = None, caption_columns: tuple[str, ...] = (),
-) -> tuple[Source, Source, Source]:  # fmt: skip
-    """Training, validation and test part of what a path holds.
-
-    Parts that come with the data are taken as they are: the folders `train/`, `val/` (or `valid/`, `validation/`)
-    and `test/`, a Karpathy file's, a saved `DatasetDict`'s; one that is not there, like everything of any other path,
-    is split off by `split`. The parts of a mix are split one by one. Raises DataError and UsageError.
-    """
-    from threetowers.data.formats.mix import mixed_splits, names_mix
-
-    columns = (image_column, caption_columns)
-    if names_mix(path):
-        _refuse_columns(path, columns)
-        return mixed_splits(path, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
-    given = _given_parts(path, columns)
-    if not given:
-        whole = open_source(path, image_column=image_column, caption_columns=caption_columns)
-        return split(whole, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
-    for label, part in given.items():
-        if not len(part):
-            raise DataError(f"{path}: no sample of its part {label} can be used. {_counts(part.problems)}")
-    if "train" not in given:
-        raise DataError(f"{path}: it has the parts {', '.join(given)}, but none to train on")
-    if len(given) == 3:
-        train, val, test = given["train"], given["val"], given["test"]
-    else:
-        train, val, test = split(
-            given["train"],
-            val_fraction=0.0 if "val" in given else val_fraction,
-            test_fraction=0.0 if "test" in given else test_fraction,
-            seed=seed,
-        )
-    parts = train, given.get("val", val), given.get("test", test)
-    for part in parts:
-        if list(part.class_names) != list(train.class_names):
-            raise DataError(
-                f"{path}: {part.name} has other classes than {train.name} "
-                f"({len(part.class_names)} and {len(train.class_names)}); give every part the same class folders"
-            )
-    return parts
-
-
-def _given_parts(path: str, columns: tuple[str | None, tuple[str, ...]]) -> dict[str, Source]:
-    """The parts (train, val, test) that come with the data, by name; empty when it is one whole."""
-    from threetowers.data.formats.annotations import names_annotations, open_parts
-    from threetowers.data.formats.hf_datasets import names_dataset, open_dataset_parts
-
-    place = Path(path)
-    if names_dataset(path):
-        return dict(open_dataset_parts(path, *columns))
-    if names_annotations(place):
-        _refuse_columns(path, columns)
-        return dict(open_parts(place))
-    if not _has_split_folders(place):
-        return {}
-    val = next((name for name in _VAL_FOLDERS if (place / name).is_dir()), "val")
-    folders = {"train": place / "train", "val": place / val, "test": place / "test"}
-    return {
-        label: open_source(str(folder), image_column=columns[0], caption_columns=columns[1])
-        for label, folder in folders.items()
-        if folder.is_dir()
-    }
-
-
-_VAL_FOLDERS = ("val", "valid", "validation")
-
-
-def _has_split_folders(folder: Path) -> bool:
-    if not (folder / "train").is_dir() or any(folder.glob("*.tar")):
-        return False
-    others = {entry.name for entry in folder.iterdir() if entry.is_dir()} - {"train"}
-    return not others or not others.isdisjoint((*_VAL_FOLDERS, "test"))
-
-
-def open_source(
-    path: str, *, image_column: str | None = None, caption_columns: tuple[str, ...] = ()
-) -> Source:
-    """The source that a path means: tar shards, a table or annotation file, a folder of images, or a mix of these.
-
-        open_source("cc3m/{00000..00331}.tar")     # shards; also a folder of them, one, or several joined by ::
-        open_source("flickr/captions.csv")         # csv, tsv, jsonl or parquet
-        open_source("photos")                      # images with .txt beside them, or one subfolder per class
-        open_source("captions_train2017.json")     # COCO or Karpathy JSON; also Flickr's token file
-        open_source("hfds:saved")                  # what Hugging Face `datasets` wrote with save_to_disk
-        open_source("mix.toml")                    # several of these, see `mix`
-
-    image_column, caption_columns: for tables; detected when `none` and empty.
-    Raises DataError when nothing is there or nothing in it can be used, UsageError for a column that is not there.
-    """
-    from threetowers.data.formats.annotations import names_annotations, open_annotations
-    from threetowers.data.formats.folders import open_folder
-    from threetowers.data.formats.hf_datasets import names_dataset, open_dataset
-    from threetowers.data.formats.mix import names_mix, open_mix
-    from threetowers.data.formats.rows import TABLE_ENDINGS
-    from threetowers.data.formats.tables import open_table
-    from threetowers.data.shards.source import names_shards, open_shards
-
-    place = Path(path)
-    columns = (image_column, caption_columns)
-    source: Source
-    if names_shards(path):
-        source = _without_columns(path, columns, open_shards(path))
-    elif names_dataset(path):
-        source = open_dataset(path, *columns)
-    elif names_mix(path):
-        source = _without_columns(path, columns, open_mix(path))
-    elif names_annotations(place):
-        source = _without_columns(path, columns, open_annotations(place))
-    elif place.is_dir():
-        if _has_split_folders(place):
-            raise DataError(f"{path} holds separate parts; name one of them, for example {place / 'train'}")
-        tables = [place / f"metadata{ending}" for ending in TABLE_ENDINGS]
-        table = next((table for table in tables if table.is_file()), None)
-        source = open_table(table, *columns) if table else _without_columns(path, columns, open_folder(place))
-    elif place.is_file():
-        source = open_table(place, *columns)
-    else:
-        raise DataError(f"{path}: there is no such file or folder{_siblings(place)}")
-    if not len(source):
-        raise DataError(
-            f"{path}: no sample in it can be used ({source.layout}). "
-            f"{_counts(source.problems)}{_examples(source.problems)}"
-        )
-    return source
-
-
-def _without_columns(path: str, columns: tuple[str | None, tuple[str, ...]], source: Source) -> Source:
-    _refuse_columns(path, columns)
-    return source
-
-
-def _refuse_columns(path: str, columns: tuple[str | None, tuple[str, ...]]) -> None:
-    if columns != (None, ()):
-        raise UsageError(
-            f"{path} is no table, so image_column and caption_columns mean nothing; leave them out"
-        )
-
-
 def _siblings(place: Path) -> str:
-    """What a mistyped path may have meant: the nearest name in its folder, or the folder that is missing."""
+    """What a mistyped path may have meant: the nearest name in its folder, or that the folder is missing too."""
     folder = place.parent
     if not folder.is_dir():
         return f"; the folder {folder} does not exist either"

@@ -1,11 +1,11 @@
 """Which sample comes at which position: a pure function of (seed, epoch, position).
 
-Nothing here keeps state, so a run that continues at position p, on any number of workers or processes, sees what
+There is no state, so a run that continues at position p, with any number of workers or processes, sees the samples that
 the uninterrupted run would have seen. All random choices about a sample come from `hash64` of what identifies them.
 
-Up to GROUP_SAMPLES samples an epoch is one permutation. Above that it permutes blocks of BLOCK_SAMPLES neighbours and
-shuffles the samples of GROUP_BLOCKS permuted blocks at a time: reads stay within a few stretches of the disk, and
-what is held in memory does not grow with the data.
+Up to GROUP_SAMPLES samples, an epoch is one permutation. Above that, blocks of BLOCK_SAMPLES neighbours are permuted,
+and the samples of GROUP_BLOCKS blocks at a time are shuffled. Reads then stay within a few regions of the disk, and
+memory does not grow with the data.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ GROUP_SAMPLES = BLOCK_SAMPLES * GROUP_BLOCKS
 
 
 def hash64(*parts: int | str) -> int:
-    """A uniform 64-bit number that depends on the parts alone, the same in every process and on every machine."""
+    """A uniform 64-bit number that depends on the parts only and is the same in every process and on every machine."""
     return int.from_bytes(_digest(parts, 8), "little")
 
 
 def uniforms(num: int, *parts: int | str) -> list[float]:
-    """At most eight numbers in [0, 1) that depend on the parts alone; one hash for all of them."""
+    """Up to eight uniform numbers in [0, 1) that depend on the parts only, all from one hash."""
     digest = _digest(parts, 8 * num)
     return [int.from_bytes(digest[at : at + 8], "little") / 2**64 for at in range(0, 8 * num, 8)]
 
@@ -43,14 +43,14 @@ def _shuffled(num: int, *key: int | str) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _blocks(seed: int, epoch: int, num_samples: int) -> tuple[np.ndarray, int]:
-    """The epoch's order of blocks, and the group that the last, shorter block falls into."""
+    """The epoch's order of blocks, and the group that the last block, which can be shorter, falls into."""
     blocks = _shuffled(-(-num_samples // BLOCK_SAMPLES), "order", seed, epoch)
     return blocks, int(blocks.argmax()) // GROUP_BLOCKS
 
 
 @lru_cache(maxsize=2)  # a batch may lie across two groups
 def _group(seed: int, epoch: int, num_samples: int, group: int) -> np.ndarray:
-    """The indices of a group's samples in the order in which they come; int64 [at most GROUP_SAMPLES]."""
+    """The indices of a group's samples in the epoch's order; int64 [at most GROUP_SAMPLES]."""
     if num_samples <= GROUP_SAMPLES:
         return _shuffled(num_samples, "order", seed, epoch)
     blocks = _blocks(seed, epoch, num_samples)[0][group * GROUP_BLOCKS : (group + 1) * GROUP_BLOCKS]
@@ -61,9 +61,9 @@ def _group(seed: int, epoch: int, num_samples: int, group: int) -> np.ndarray:
 
 
 def _place(seed: int, epoch: int, num_samples: int, offset: int) -> tuple[int, int]:
-    """The group that holds an epoch's offset, and the place in it.
+    """The group of the sample at an offset in the epoch, and its place in the group.
 
-    Groups are full but for the last and for the one with the shorter block, behind which all start earlier.
+    All groups are full except the last and the one with the shorter block; the groups after that one start earlier.
     """
     if num_samples <= GROUP_SAMPLES:
         return 0, offset
@@ -74,9 +74,9 @@ def _place(seed: int, epoch: int, num_samples: int, offset: int) -> tuple[int, i
 
 
 class Order:
-    """The endless sequence of samples of a training run; each epoch is a fresh permutation, its tail dropped.
+    """The endless sequence of samples of a training run; each epoch is a new permutation without its incomplete batch.
 
-    Raises UsageError when the data is smaller than one batch.
+    Raises UsageError when there are fewer samples than one batch has.
     """
 
     def __init__(self, seed: int, num_samples: int, batch_size: int) -> None:
@@ -98,10 +98,10 @@ class Order:
         return int(_group(self.seed, epoch, self.num_samples, group)[place])
 
     def replacement(self, position: int, attempt: int) -> int:
-        """Index of the sample that stands in for an unusable one, so that nothing after it shifts."""
+        """Index of the sample that replaces an unusable one; the samples at other positions stay the same."""
         return hash64("replacement", self.seed, self.epoch(position), position, attempt) % self.num_samples
 
     def batches(self, first_step: int, last_step: int) -> Iterator[range]:
-        """The positions of each step's batch; steps count from 0, `last_step` excluded."""
+        """The positions of each step's batch, for the steps from `first_step` up to, not including, `last_step`."""
         for step in range(first_step, last_step):
             yield range(step * self.batch_size, (step + 1) * self.batch_size)

@@ -1,4 +1,4 @@
-"""What a source of samples is, and which one a path means.
+"""What a source of samples is, and what a format of sources is.
 
 A source is an ordered, finite, indexable collection of images with captions or labels. Opening one reads no
 image; every row that cannot be used is listed in `problems`, never dropped in silence.
@@ -8,9 +8,9 @@ import hashlib
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload, runtime_checkable
+from typing import NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
 
@@ -19,12 +19,12 @@ from threetowers.errors import BadSample, DataError
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a source knows of one sample before its image is decoded.
+    """What a source knows about one sample before its image is decoded.
 
-    id: unique and stable inside the source: the key in a shard, the path in a table.
+    id: unique and stable inside the source, such as the key in a shard or the path in a table.
     captions: one or more texts for the image; empty in a purely labelled set.
     label: index into the source's `class_names`, or None.
-    image_id: what samples of the same image share, when a source repeats images; else the id says it.
+    image_id: equal for samples of the same image in a source that repeats images; empty where `id` identifies it.
     """
 
     id: str
@@ -34,7 +34,11 @@ class Record:
 
 
 class Source(Protocol):
-    """An ordered collection of samples; must be picklable, since loader workers receive a copy."""
+    """An ordered collection of samples; must be picklable, since loader workers receive a copy.
+
+    problems: the samples that cannot be used, and defects of those that can. templates: prompts for zero-shot
+    classification that come with the data, with `{}` for the class name. fingerprint: changes with the content.
+    """
 
     name: str
     problems: Sequence[BadSample]
@@ -44,7 +48,7 @@ class Source(Protocol):
 
     @property
     def layout(self) -> str:
-        """What was recognised, for people."""
+        """What was recognised, in words for the user."""
         ...
 
     def __len__(self) -> int: ...
@@ -57,10 +61,14 @@ class Source(Protocol):
         """The encoded image file of the sample; raises BadSample when it cannot be read."""
         ...
 
+    def image_key(self, index: int) -> str:
+        """Equal for the same image in different sources; empty where only comparing the bytes could tell."""
+        ...
+
 
 @runtime_checkable
 class Drawn(Protocol):
-    """A source that stores what `split` draws for its samples, so that millions need not be hashed one by one."""
+    """A source that stores the hashes by which `split` draws, so that millions need not be computed one by one."""
 
     def split_draws(self, seed: int) -> np.ndarray | None:
         """`hash64("split", seed, id)` of every sample, uint64 [n]; None when it is not stored for this seed."""
@@ -72,8 +80,8 @@ SOURCE_REASONS = (
     "no caption", "empty caption", "caption is not UTF-8", "bad label", "no class", "member given twice",
     "unknown image", "id given twice",
 )  # fmt: skip
-"""Every reason that a source's problems and its `image` give; `caption is not UTF-8`, `bad label`, `damaged json`
-and `member given twice` can leave the sample usable."""
+"""All values of `BadSample.reason` that sources use. A sample can still be usable after `caption is not UTF-8`,
+`bad label`, `damaged json` and `member given twice`."""
 
 MAX_CAPTION_CHARS = 2_000
 MISSING_CAPTIONS = frozenset({"", "nan", "NaN", "None", "null"})
@@ -81,10 +89,11 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def clean_captions(texts: Iterable[str]) -> tuple[tuple[str, ...], bool]:
-    """The captions that say something, and whether one of them held bytes that are not UTF-8.
+    """The captions that are not empty, and whether one of them held bytes that are not UTF-8.
 
-    White space is collapsed, length is cut at MAX_CAPTION_CHARS, literal markers of a missing value are left out.
-    texts: decoded with `surrogateescape`, so that stray bytes arrive as lone surrogates; they become U+FFFD.
+    White space is collapsed, captions are cut at MAX_CAPTION_CHARS, and markers of a missing value (`NaN`) are
+    left out. texts: decoded with `surrogateescape`, so that invalid bytes arrive as lone surrogates; they are
+    replaced by U+FFFD.
     """
     captions, damaged = [], False
     for text in texts:
@@ -97,12 +106,12 @@ def clean_captions(texts: Iterable[str]) -> tuple[tuple[str, ...], bool]:
 
 
 def decode_text(data: bytes) -> str:
-    """A text file's content as `clean_captions` takes it: byte-order mark dropped, stray bytes as surrogates."""
+    """A text file's content for `clean_captions`: no byte-order mark, invalid bytes as lone surrogates."""
     return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
 
 
 class Texts(Sequence[str]):
-    """Strings in one buffer: a fraction of a list's memory, and forked workers share it without copying."""
+    """A list of strings in one buffer, which takes less memory and is shared with forked workers without copying."""
 
     __slots__ = ("_data", "_ends")
 
@@ -156,6 +165,62 @@ class Subset:
     def image(self, index: int) -> bytes:
         return self.source.image(self.indices[index])
 
+    def image_key(self, index: int) -> str:
+        return self.source.image_key(self.indices[index])
+
+
+class ColumnNames(NamedTuple):
+    """The columns of a table that the caller names; None and empty: the format finds them."""
+
+    image: str | None = None
+    captions: tuple[str, ...] = ()
+
+
+ANY_COLUMNS = ColumnNames()
+
+
+class Opener(Protocol):
+    """Opens the sources that a source consists of, as `open_source` and `splits` do."""
+
+    def open(self, path: str, columns: ColumnNames) -> Source: ...
+
+    def split(self, path: str, columns: ColumnNames) -> tuple[Source, Source, Source]:
+        """Training, validation and test part, with the fractions that the caller of `splits` gave."""
+        ...
+
+
+def _no_parts(path: str, columns: ColumnNames, opener: Opener) -> Mapping[str, Source]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of sources: an entry of `FORMATS` in data/open.py.
+
+    have, give: what a user has and what to give as `--data`, in Markdown: a row of the README's table.
+    accepts: whether a path means this format. The first format of the list that accepts a path opens it.
+    open: the whole source at a path; raises DataError and UsageError.
+    parts: the parts that come with the data, by name (train, val, test); empty when it is one whole.
+    takes_columns: whether image and caption columns can be named.
+    """
+
+    have: str
+    give: str
+    accepts: Callable[[str], bool]
+    open: Callable[[str, ColumnNames, Opener], Source]
+    parts: Callable[[str, ColumnNames, Opener], Mapping[str, Source]] = _no_parts
+    takes_columns: bool = False
+
+
+def check_parts(path: str, parts: Mapping[str, Source]) -> Mapping[str, Source]:
+    """The parts themselves; raises DataError when one of them has no usable sample."""
+    for label, part in parts.items():
+        if not len(part):
+            raise DataError(
+                f"{path}: no sample of its part {label} can be used. {count_reasons(part.problems)}"
+            )
+    return parts
+
 
 def check_problems(source: Source, *, limit: float = 0.01) -> None:
     """Raises DataError that counts the reasons and names ten examples when more than `limit` of the rows are bad."""
@@ -164,26 +229,28 @@ def check_problems(source: Source, *, limit: float = 0.01) -> None:
         raise DataError(
             f"{source.name}: {len(source.problems)} of {total} samples have problems, more than inputs.max_bad_share = "
             f"{limit:g} allows; mend them, leave them out, or raise it. "
-            f"{_counts(source.problems)}{_examples(source.problems)}"
+            f"{count_reasons(source.problems)}{list_examples(source.problems)}"
         )
 
 
-def _counts(problems: Sequence[BadSample]) -> str:
+def count_reasons(problems: Sequence[BadSample]) -> str:
+    """The reasons and how often each occurs, for an error message."""
     counts = Counter(problem.reason for problem in problems)
     listed = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
     return listed or "There is no image in it."
 
 
-def _examples(problems: Sequence[BadSample]) -> str:
+def list_examples(problems: Sequence[BadSample]) -> str:
+    """The first ten problems, one a line, for an error message."""
     return "".join(f"\n  {problem}" for problem in problems[:10])
 
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-"""Endings taken for images: lower case, without the dot."""
+"""File name endings of images: lower case, without the dot."""
 
 
 def describe(source: Source) -> str:
-    """A few lines for people: what was recognised, how many samples, the first three, and the problems counted.
+    """A few lines for the user: what was recognised, the number of samples and problems, and the first samples.
 
     captions.csv: table captions.csv, images in column `file`, captions in `caption`
     5 samples, 1 problem (missing file: 1)
@@ -207,5 +274,5 @@ def describe(source: Source) -> str:
 
 
 def is_image_name(text: str) -> bool:
-    """Whether a text ends as the name of an image file does."""
+    """Whether a text ends like the name of an image file."""
     return text.strip().lower().endswith(tuple(f".{ending}" for ending in IMAGE_ENDINGS))

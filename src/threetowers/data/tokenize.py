@@ -1,4 +1,4 @@
-"""Captions to token ids: open_clip's vocabulary, a tokenizer.json, or a vocabulary learned from the captions."""
+"""Turns captions into token ids, with open_clip's vocabulary, a tokenizer.json, or one learned from the captions."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,10 @@ _open_clip_clean = get_clean_fn("whitespace")
 
 
 def clean(text: str) -> str:
-    """What open_clip does to a text before a tokenizer.json, so that exports agree.
+    """Cleans a text as open_clip does before it applies a tokenizer.json, so that exported models agree.
 
-    It mends mojibake, HTML entities and white space; plain ASCII without entities can only need the last.
+    Wrongly decoded characters, HTML entities and white space are corrected. Printable ASCII without entities can only
+    have white space to correct.
     """
     if text.isascii() and text.isprintable() and "&" not in text:
         return " ".join(text.split())
@@ -32,7 +33,7 @@ class Tokenizer(Protocol):
     """Turns captions into the ids that a text tower takes."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token ids, int64 [B, context_length], end token kept when a caption is cut."""
+        """Token ids, int64 [B, context_length]; a caption that is cut still ends with the end token."""
         ...
 
     def lengths(self, tokens: Tensor) -> Tensor:
@@ -44,15 +45,15 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that ids stand for, special tokens included: what the text tower sees."""
+        """The text of token ids, with the special tokens that the text tower sees."""
         ...
 
     def text_cfg(self) -> dict[str, Any]:
-        """The keys of open_clip's text_cfg that this vocabulary decides."""
+        """The keys of open_clip's text_cfg that depend on the vocabulary."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes what `load_tokenizer` and open_clip's local-dir need to make the same ids."""
+        """Writes the files from which `load_tokenizer` and open_clip's local-dir make the same ids."""
         ...
 
 
@@ -83,7 +84,7 @@ class OpenClipTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json of Hugging Face's `tokenizers`, cut and padded to the context length."""
+    """A tokenizer.json of Hugging Face's `tokenizers`; captions are cut and padded to the context length."""
 
     def __init__(self, tokenizer: FastTokenizer, context_length: int, source: str = "tokenizer.json") -> None:
         self.pad_id = _pad_id(tokenizer)
@@ -139,15 +140,15 @@ def _pad_id(tokenizer: FastTokenizer) -> int:
     if tokenizer.padding:
         return int(tokenizer.padding["pad_id"])
     for token in (PAD, "[PAD]", "<|pad|>"):
-        if (found := tokenizer.token_to_id(token)) is not None:
-            return int(found)
+        if (id := tokenizer.token_to_id(token)) is not None:
+            return int(id)
     return 0
 
 
 def train_tokenizer(captions: Iterable[str], *, vocab_size: int, context_length: int) -> FileTokenizer:
-    """A lower-casing byte-level BPE learned from the captions; any script, no unknown token.
+    """Learns a lower-casing byte-level BPE from the captions. It encodes any script and has no unknown token.
 
-    Ids: 0 pads, 1 starts, 2 ends a caption. Deterministic in the captions and their order.
+    Ids: 0 is padding, 1 the start and 2 the end of a caption. The result depends on the captions and their order only.
     """
     tokenizer = FastTokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -168,7 +169,7 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int, context_length:
 
 
 def load_tokenizer(name: str, context_length: int) -> Tokenizer:
-    """`open_clip`, or a tokenizer.json or a folder that holds one; raises UsageError when it cannot be read."""
+    """Loads `open_clip`'s tokenizer, a tokenizer.json, or one in a folder. Raises UsageError if it cannot be read."""
     if name == "open_clip":
         return OpenClipTokenizer(context_length)
     path = Path(name)

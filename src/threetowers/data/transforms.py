@@ -1,8 +1,8 @@
-"""Decoded images to the pixels that a tower takes.
+"""Turns decoded images into the pixels that a tower takes.
 
-Every tower states its own `ImageSpec`. Fixed views are resized by Pillow, as in torchvision, timm and open_clip, so the
-numbers are theirs; random views by torch's uint8 kernel, which is several times faster and a grey level or two
-away. Pixels travel as uint8 and are normalised on the device.
+Every tower states its own `ImageSpec`. Fixed views are resized by Pillow, so that they equal those of torchvision,
+timm and open_clip. Random views are resized by torch's uint8 kernel, which is several times faster and differs from
+Pillow by a grey level or two. Pixels are uint8 until they are normalised on the device.
 """
 
 import math
@@ -18,16 +18,16 @@ from torch.nn import functional as F
 from threetowers.data.order import uniforms
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-TENSOR_KERNELS = ("bilinear", "bicubic")  # what torch resizes as Pillow does, smoothed against aliasing
+TENSOR_KERNELS = ("bilinear", "bicubic")  # what torch resizes with antialiasing, as Pillow does
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """How an image tower wants its input.
+    """The input of an image tower.
 
-    size: side of the square input in pixels. resize: `shortest` scales the shorter side to resize_size and takes
-    the centre, `squash` scales both sides to it. centre: which way an odd margin falls, `round` as in torchvision,
-    `floor` as in transformers. mean, std: per channel, for pixels in [0, 1].
+    size: side of the square input in pixels. resize: `shortest` scales the shorter side to resize_size and takes the
+    centre, `squash` scales both sides to it; resize_size 0 means size. centre: how half of an odd margin is rounded,
+    `round` as in torchvision, `floor` as in transformers. mean, std: per channel, for pixels in [0, 1].
     """
 
     size: int
@@ -46,43 +46,43 @@ class ImageSpec:
         return ImageSpec(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
-def _filter(spec: ImageSpec) -> Image.Resampling:
-    return Image.Resampling[spec.interpolation.upper()]
+def _filter(image_spec: ImageSpec) -> Image.Resampling:
+    return Image.Resampling[image_spec.interpolation.upper()]
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def fixed_view(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """The image as at inference: uint8 [3, size, size]; the arithmetic of torchvision's Resize and CenterCrop."""
-    target = spec.resize_size or spec.size
+def fixed_view(image: Image.Image, image_spec: ImageSpec) -> np.ndarray:
+    """The view of an image for inference, uint8 [3, size, size]; it equals torchvision's Resize and CenterCrop."""
+    target = image_spec.resize_size or image_spec.size
     width, height = image.size
-    if spec.resize == "squash":
+    if image_spec.resize == "squash":
         resized = (target, target)
     else:
         short, long = sorted((width, height))
         new_long = int(target * long / short)
         resized = (target, new_long) if width <= height else (new_long, target)
     if resized != image.size:
-        image = image.resize(resized, _filter(spec))
-    middle = round if spec.centre == "round" else math.floor
-    left = middle((resized[0] - spec.size) / 2.0)
-    top = middle((resized[1] - spec.size) / 2.0)
-    if (left, top) != (0, 0) or resized != (spec.size, spec.size):
-        image = image.crop((left, top, left + spec.size, top + spec.size))
+        image = image.resize(resized, _filter(image_spec))
+    middle = round if image_spec.centre == "round" else math.floor
+    left = middle((resized[0] - image_spec.size) / 2.0)
+    top = middle((resized[1] - image_spec.size) / 2.0)
+    if (left, top) != (0, 0) or resized != (image_spec.size, image_spec.size):
+        image = image.crop((left, top, left + image_spec.size, top + image_spec.size))
     return _to_array(image)
 
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """A random view: the box in relative coordinates (left, top, right, bottom), and whether it is mirrored."""
+    """A region of an image. box: left, top, right, bottom as shares of its sides; flip: whether it is mirrored."""
 
     box: tuple[float, float, float, float]
     flip: bool
 
     def pixels(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """(left, top, width, height) in whole pixels, at least one each, of an image of `size` (width, height)."""
+        """(left, top, width, height) in whole pixels, of an image of `size` (width, height); at least 1 × 1."""
         left, top, right, bottom = (
             round(edge * side) for edge, side in zip(self.box, (*size, *size), strict=True)
         )
@@ -90,7 +90,10 @@ class Crop:
         return left, top, max(min(right, size[0]) - left, 1), max(min(bottom, size[1]) - top, 1)
 
     def shrink(self, size: tuple[int, int], target: int) -> float:
-        """How many times smaller an image of `size` (width, height) may be and still cover target × target pixels."""
+        """The factor by which an image can be reduced such that the region's shorter side keeps `target` pixels.
+
+        size: (width, height) of the image in pixels.
+        """
         left, top, right, bottom = self.box
         return min((right - left) * size[0], (bottom - top) * size[1]) / target
 
@@ -98,10 +101,11 @@ class Crop:
 def random_crop(
     seed: int, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], flip: bool
 ) -> Crop:
-    """The view that belongs to a seed: area and aspect ratio drawn as by Inception's random resized crop.
+    """The region that belongs to a seed, drawn as in Inception's random resized crop.
 
-    size: (width, height) in pixels, which bounds the aspect ratio. One draw that does not fit is clamped to the
-    image rather than drawn again, so that a seed costs the same everywhere.
+    size: (width, height) of the image in pixels. scale, ratio: ranges of the area, as a share of the image, and of
+    the aspect ratio. A region that does not fit is clamped to the image and not drawn again, so that every seed
+    takes the same number of draws.
     """
     uniform = uniforms(5, seed)
     area = size[0] * size[1] * (scale[0] + (scale[1] - scale[0]) * uniform[0])
@@ -112,24 +116,24 @@ def random_crop(
     return Crop((left, top, left + width, top + height), flip and uniform[4] < 0.5)
 
 
-def cropped_view(image: np.ndarray, crop: Crop, spec: ImageSpec) -> np.ndarray:
-    """The cropped region of an image [H, W, 3], to whole pixels, at the tower's size: uint8 [3, size, size]."""
+def cropped_view(image: np.ndarray, crop: Crop, image_spec: ImageSpec) -> np.ndarray:
+    """A region, in whole pixels, of an image uint8 [H, W, 3], resized to the tower's size: uint8 [3, size, size]."""
     height, width = image.shape[:2]
     left, top, across, down = crop.pixels((width, height))
-    region, size = image[top : top + down, left : left + across].copy(), (spec.size, spec.size)
-    if spec.interpolation in TENSOR_KERNELS:
+    region, size = image[top : top + down, left : left + across].copy(), (image_spec.size, image_spec.size)
+    if image_spec.interpolation in TENSOR_KERNELS:
         batch = torch.from_numpy(region).permute(2, 0, 1)[None]
-        pixels = F.interpolate(batch, size, mode=spec.interpolation, antialias=True)[0].numpy()
+        pixels = F.interpolate(batch, size, mode=image_spec.interpolation, antialias=True)[0].numpy()
     else:
-        pixels = _to_array(Image.fromarray(region).resize(size, _filter(spec)))
+        pixels = _to_array(Image.fromarray(region).resize(size, _filter(image_spec)))
     return pixels[:, :, ::-1] if crop.flip else pixels
 
 
-def normalise(pixels: Tensor, spec: ImageSpec) -> Tensor:
-    """uint8 [B, 3, H, W] to float32, scaled to [0, 1] and standardised per channel, on the pixels' device.
+def normalise(pixels: Tensor, image_spec: ImageSpec) -> Tensor:
+    """Pixels uint8 [B, 3, H, W] as float32, scaled to [0, 1] and standardised per channel, on their device.
 
-    The result lies channels last in memory, in which convolutions are faster on CPUs and GPUs alike.
+    The memory format is channels last, in which convolutions are faster on CPUs and GPUs.
     """
-    mean = torch.tensor(spec.mean, device=pixels.device).view(1, -1, 1, 1)
-    std = torch.tensor(spec.std, device=pixels.device).view(1, -1, 1, 1)
+    mean = torch.tensor(image_spec.mean, device=pixels.device).view(1, -1, 1, 1)
+    std = torch.tensor(image_spec.std, device=pixels.device).view(1, -1, 1, 1)
     return ((pixels.float() / 255.0 - mean) / std).contiguous(memory_format=torch.channels_last)

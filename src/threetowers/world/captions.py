@@ -15,7 +15,7 @@ from threetowers.world.scenes import (
     uniform,
 )
 
-# {a} and {b} are the objects with article; {rel} says where a is seen from b, {at} where b is seen from a.
+# {a} and {b} are the objects with their articles. {rel} is the position of a relative to b, {at} that of b to a.
 _TWO = (
     "{a} {rel} {b} on {bg}",
     "on {bg} {a} {rel} {b}",
@@ -25,8 +25,6 @@ _TWO = (
     "{a} with {b} {at}",
     "a pair of shapes {layout} on {bg} with {a} {rel} {b}",
 )
-
-
 _ONE = (
     "{a} on {bg}",
     "on {bg} there is {a}",
@@ -36,30 +34,33 @@ _ONE = (
     "there is {a}",
 )
 
-
 # By [layout - 1][whether the right or lower object is named first].
 _REL = (
     (("left of", "to the left of"), ("right of", "to the right of")),
     (("above", "over"), ("below", "under")),
 )
-
-
 _AT = (("to its right", "to its left"), ("below it", "above it"))
-
 
 _LANES = 12  # uniform numbers per caption: template, order, words of relation, spare, then four per object
 
 
 def captions(seed: int, indices: Ints, *, split: Split = "train") -> list[tuple[str, ...]]:
-    """Five different wordings of each `pairs` scene, every one true, of 3 to 20 words without punctuation.
+    """Five different captions of each `pairs` scene, all true, of 3 to 20 words without punctuation.
 
-    The first names everything: both objects with size, texture, colour and shape, their relation and the
-    background. The others leave out some of it. Right and left are the viewer's.
+    The first caption is complete: both objects with size, texture, colour and shape, their relation and the
+    background. The others leave some of that out. Right and left are as the viewer sees them.
     """
-    shown = scenes(seed, indices, split=split)
+    content = scenes(seed, indices, split=split)
     roots = scene_roots(seed, indices, "pairs", split)
     draws = uniform(roots, "caption", 5 * _LANES).reshape(-1, 5, _LANES).tolist()
-    columns = (shown.background, shown.layout, shown.shape, shown.colour, shown.texture, shown.size)
+    columns = (
+        content.background,
+        content.layout,
+        content.shape,
+        content.colour,
+        content.texture,
+        content.size,
+    )
     rows = zip(*(column.tolist() for column in columns), strict=True)
     result = []
     for (background, layout, *of_objects), draw in zip(rows, draws, strict=True):
@@ -90,7 +91,7 @@ def _five(
 
 
 def _noun(thing: tuple[int, ...], u: list[float], full: bool, short: bool) -> str:
-    """An object with its article, such as "a small striped red circle"; u in [0, 1)^4 picks words and gaps."""
+    """An object with its article, such as "a small striped red circle"; u in [0, 1)^4 chooses and omits words."""
     shape, colour, texture, size = SHAPES[thing[0]], COLOURS[thing[1]], TEXTURES[thing[2]], SIZES[thing[3]]
     words = []
     if full or (not short and u[0] < 0.85):

@@ -1,7 +1,7 @@
-"""The scenes of the built-in world, drawn.
+"""Draws the scenes of the built-in world.
 
-Only operations that IEEE 754 rounds correctly are used (no sin, no exp), so the bytes do not depend on the batch, the
-processor or the NumPy version.
+Only operations that IEEE 754 requires to be rounded correctly are used (no sin, no exp), so that the bytes do not
+depend on the batch, the processor or the NumPy version.
 
 Shape suffixes: B scenes, H height, W width, S slots for objects (2).
 """
@@ -33,7 +33,7 @@ from threetowers.world.scenes import (
 # fmt: off
 _COLOUR_RGB: Floats = np.array([(.88, .10, .10), (.98, .52, .05), (.98, .90, .10), (.10, .68, .15),
                         (.10, .85, .88), (.10, .22, .92), (.52, .14, .74), (1., .52, .76)], np.float32)
-# Ground and pattern of each background: muted, so that the objects stand out.
+# Ground and pattern colour of each background; muted, so that the objects stand out.
 _GROUND_RGB = np.array([((.60, .68, .46), (.45, .54, .32)), ((.84, .75, .56), (.72, .62, .42)),
                         ((.93, .94, .97), (.72, .76, .84)), ((.56, .70, .82), (.40, .55, .70)),
                         ((.62, .42, .36), (.82, .76, .70)), ((.19, .18, .34), (.82, .80, .72))], np.float32)
@@ -59,51 +59,51 @@ def render(
             f"The shapes world cannot be drawn at {size} px. Give a size of 16 or more; 32 is usual."
         )
     roots = scene_roots(seed, indices, kind, split)
-    shown = scenes(seed, indices, kind=kind, split=split)
+    content = scenes(seed, indices, kind=kind, split=split)
     images = np.empty((len(indices), size, size, 3), np.uint8)
     for start in range(0, len(indices), CHUNK):
         rows = slice(start, start + CHUNK)
-        fields = (getattr(shown, name)[rows] for name in Scenes.__slots__)
+        fields = (getattr(content, name)[rows] for name in Scenes.__slots__)
         images[rows] = _render_chunk(roots[rows], Scenes(*fields), size)
     return images
 
 
-def _render_chunk(roots: NDArray[np.uint64], shown: Scenes, size: int) -> NDArray[np.uint8]:
+def _render_chunk(roots: NDArray[np.uint64], content: Scenes, size: int) -> NDArray[np.uint8]:
     names = ("radius", "place", "turn", "tint", "light", "phase", "texture_phase", "noise_level")
     u = {name: uniform(roots, name, 12).astype(np.float32) for name in names}
     x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]  # [1, 1, W]
     y = x.transpose(0, 2, 1)  # [1, H, 1], downwards
-    canvas = _ground(shown.background, u["phase"], u["tint"][:, 9:12], x, y, size)
-    radius, centre_x, centre_y = _place(shown, u["radius"], u["place"])
+    canvas = _ground(content.background, u["phase"], u["tint"][:, 9:12], x, y, size)
+    radius, centre_x, centre_y = _place(content, u["radius"], u["place"])
     for slot in range(2):
-        rows = np.flatnonzero(shown.shape[:, slot] >= 0)
+        rows = np.flatnonzero(content.shape[:, slot] >= 0)
         r = radius[rows, slot, None, None]
         t = (u["turn"][rows, slot] * 2 - 1) * _TURN
         cos, sin = _col((1 - t * t) / (1 + t * t)), _col(2 * t / (1 + t * t))
         right, up = x - centre_x[rows, slot, None, None], centre_y[rows, slot, None, None] - y
         p, q = right * cos + up * sin, up * cos - right * sin  # the object's own axes, in image sides
         cover = np.empty_like(p)
-        for shape in np.unique(shown.shape[rows, slot]):
-            these = shown.shape[rows, slot] == shape
+        for shape in np.unique(content.shape[rows, slot]):
+            these = content.shape[rows, slot] == shape
             distance = _OUTLINES[shape](p[these] / r[these], q[these] / r[these]) * r[these]
             cover[these] = _soft(distance * size)
         marks = _marks(
-            shown.texture[rows, slot], p, q, u["texture_phase"][rows, 4 * slot : 4 * slot + 4], size
+            content.texture[rows, slot], p, q, u["texture_phase"][rows, 4 * slot : 4 * slot + 4], size
         )
         tint = u["tint"][rows, 3 * slot : 3 * slot + 3]
-        colour = _COLOUR_RGB[shown.colour[rows, slot]] + (tint - 0.5) * 0.14
+        colour = _COLOUR_RGB[content.colour[rows, slot]] + (tint - 0.5) * 0.14
         colour = colour[:, :, None, None] * (1 - 0.75 * marks)[:, None]
         canvas[rows] += cover[:, None] * (colour - canvas[rows])
     canvas = _light(canvas, u["light"], x, y) * 255 + _noise(roots, u["noise_level"][:, 0], size)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def _place(shown: Scenes, u_radius: Floats, u: Floats) -> tuple[Floats, Floats, Floats]:
+def _place(content: Scenes, u_radius: Floats, u: Floats) -> tuple[Floats, Floats, Floats]:
     """Radius and centre [B, S] of every object, in image sides; two objects never touch or leave the picture."""
-    low, high = np.array(_RADII, np.float32)[np.maximum(shown.size, 0)].transpose(2, 0, 1)
+    low, high = np.array(_RADII, np.float32)[np.maximum(content.size, 0)].transpose(2, 0, 1)
     radius = low + (high - low) * u_radius[:, :2]
     r1, r2 = radius[:, 0], radius[:, 1]
-    single, side = shown.layout == 0, shown.layout == 1
+    single, side = content.layout == 0, content.layout == 1
     # Along the layout's axis the free length is cut at two random points: before, between and after the objects.
     free = 1 - 2 * _MARGIN - _GAP - 2 * (r1 + r2)
     before, until = np.minimum(u[:, 0], u[:, 1]) * free, np.maximum(u[:, 0], u[:, 1]) * free

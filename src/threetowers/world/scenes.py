@@ -1,7 +1,7 @@
-"""What stands in each scene of the built-in world: a pure function of (seed, kind, split, index).
+"""The content of each scene of the built-in world: a pure function of (seed, kind, split, index).
 
-One or two objects (shape, colour, texture, size) stand on one of six backgrounds. All draws come from a counter-based
-hash, so any scene can be made alone or in any batch.
+A scene has one or two objects (shape, colour, texture, size) on one of six backgrounds. All draws come from a
+counter-based hash, so that a scene can be made alone or in any batch.
 
 Shape suffixes: B scenes, S slots for objects (2).
 """
@@ -38,7 +38,7 @@ BACKGROUNDS = ("grass", "sand", "snow", "water", "brick", "carpet")
 LAYOUTS = ("single", "side by side", "stacked")
 SYNONYMS = {"solid": "plain", "dotted": "spotted", "small": "little", "large": "big", "checked": "chequered"}
 
-# Each held-out pair has its own colour and its own shape, so both words are well known from other scenes.
+# Each held-out pair has a colour and a shape of its own, and both words occur in many other scenes.
 HELD_OUT = (
     *(("red", "star"), ("yellow", "cross"), ("green", "circle")),
     *(("blue", "hourglass"), ("purple", "triangle"), ("pink", "arrow")),
@@ -46,7 +46,7 @@ HELD_OUT = (
 _ALL_PAIRS = tuple((colour, shape) for shape in SHAPES for colour in COLOURS)
 _SEEN_PAIRS = tuple(pair for pair in _ALL_PAIRS if pair not in HELD_OUT)
 
-# Every draw has its own lane of the hash: appending a name changes no other draw.
+# Every draw has a range of hash counters of its own, so that a name can be appended without changing other draws.
 # fmt: off
 _DRAWS = ("pair", "texture", "size", "background", "layout", "radius", "place", "turn", "tint", "light", "phase",
           "texture_phase", "noise_level", "noise", "caption")
@@ -69,19 +69,12 @@ class Scenes:
     texture: Ints
     size: Ints
 
-    def holds_held_out(self) -> NDArray[np.bool_]:
-        """[B]: whether any object is one of the colour and shape pairs that only test scenes show."""
-        found = np.zeros(self.shape.shape, bool)
-        for colour, shape in HELD_OUT:
-            found |= (self.colour == COLOURS.index(colour)) & (self.shape == SHAPES.index(shape))
-        return found[:, 0] | found[:, 1]
-
 
 def scenes(seed: int, indices: Ints, *, kind: Kind = "pairs", split: Split = "train") -> Scenes:
-    """What the scenes at these indices show, before anything is drawn.
+    """The content of the scenes at these indices.
 
-    indices: [B], each 0 or more; there is no last one. Labelled kinds cycle through their classes, so any run of
-    indices is balanced. Held-out pairs of colour and shape occur in test splits only.
+    indices: [B], each 0 or more, without an upper bound. Labelled kinds cycle through their classes, so that
+    consecutive indices are balanced. Held-out pairs of colour and shape occur in test splits only.
     Raises UsageError on an unknown kind or split, or on indices that are not a vector of whole numbers >= 0.
     """
     roots = scene_roots(seed, indices, kind, split)
@@ -115,15 +108,15 @@ def labels(seed: int, indices: Ints, *, kind: Kind, split: Split = "train") -> I
     """[B] class of each scene, an index into `class_names(kind)`. Raises UsageError for `pairs`."""
     if kind == "pairs":
         raise UsageError("The kind `pairs` has captions and no labels. Ask for kind 'objects' or 'scenes'.")
-    scene_roots(seed, indices, kind, split)  # the same checks as everywhere
+    scene_roots(seed, indices, kind, split)  # checks the arguments
     return indices.astype(np.int64) % len(class_names(kind))
 
 
 def class_names(kind: Kind) -> tuple[str, ...]:
-    """Names of the classes in the captions' own words, for zero-shot classification; none for `pairs`.
+    """Names of the classes in the words of the captions, for zero-shot classification; none for `pairs`.
 
-    The 48 `objects` are shape and texture: a tower that learns them sees what captions speak of, but was never
-    told of colours or relations. The 18 `scenes` are background and layout: such a tower knows no object.
+    The 48 `objects` are combinations of texture and shape: a tower trained on them learns what captions are about, but
+    no colours or relations. The 18 `scenes` are combinations of layout and background: such a tower learns no objects.
     """
     if kind == "objects":
         return tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
@@ -134,7 +127,7 @@ def class_names(kind: Kind) -> tuple[str, ...]:
 
 
 def templates() -> tuple[str, ...]:
-    """Prompts around a class name `{}`, in the captions' own words; they fit the names of every kind."""
+    """Prompts around a class name `{}`, in the words of the captions; they fit the names of every kind."""
     return ("a {}", "a picture of a {}", "there is a {}", "a picture with a {}")
 
 
@@ -146,7 +139,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def scene_roots(seed: int, indices: Ints, kind: str, split: str) -> NDArray[np.uint64]:
-    """[B] one 64-bit state per scene; the three splits of each kind are streams of their own."""
+    """[B] one 64-bit state per scene; each split of each kind has a stream of its own."""
     if kind not in KINDS or split not in SPLITS:
         raise UsageError(
             f"The shapes world has no kind {kind!r} with split {split!r}. "

@@ -1,6 +1,6 @@
-"""The built-in world `shapes`: rendered scenes with true captions, for trials that need no download.
+"""Writes the built-in world `shapes` to disk: rendered scenes with true captions, for trials without a download.
 
-`data/scenes.py` says what stands where, `data/pictures.py` draws it; here are its captions and its folders.
+`scenes.py` decides what is in a scene, `pictures.py` draws it, and `captions.py` describes it.
 """
 
 import json
@@ -9,11 +9,12 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from threetowers.data.shards.write import ShardSample, write_shards
 from threetowers.errors import DataError, UsageError
 from threetowers.world.captions import captions
 from threetowers.world.pictures import render
@@ -25,11 +26,9 @@ from threetowers.world.scenes import (
     Kind,
     Split,
     class_names,
+    labels,
     templates,
 )
-
-if TYPE_CHECKING:
-    from threetowers.data.shards.write import ShardSample
 
 
 def write_world(
@@ -45,13 +44,13 @@ def write_world(
 ) -> None:
     """Writes the world as tar shards: `{train,val,test}` with captions, `{objects,scenes}/{train,val,test}` labelled.
 
-    `num_labelled` is the training size of each labelled set; their val and test sizes are those of the captioned
-    ones. Labelled folders carry `classnames.txt` and `zeroshot_classification_templates.txt`. The folder appears
-    whole or not at all: it is written beside its place and renamed, and a second call with equal arguments does
-    nothing. A killed call leaves a hidden `.NAME.*.partial` folder, which may be deleted.
-    `progress(done, total)` counts images.
+    size: side of the images in pixels. num_labelled: training samples of each labelled set, whose validation and test
+    sizes are those of the captioned set. Labelled folders hold `classnames.txt` and
+    `zeroshot_classification_templates.txt`. progress: called with the numbers of images done and in total.
 
-    Raises DataError when the folder holds anything else, or cannot be written; UsageError for sizes below 1.
+    The world is written to a hidden folder `.NAME.*.partial`, which is then renamed; a killed call leaves it behind,
+    and it may be deleted. A second call with equal arguments does nothing.
+    Raises DataError when the folder holds anything else or cannot be written, UsageError for sizes that are too small.
     """
     if size < 16 or min(num_train, num_val, num_test, num_labelled) < 1:
         raise UsageError(f"Size {size} px with {num_train}, {num_val}, {num_test} and {num_labelled} samples cannot be "
@@ -79,20 +78,20 @@ def write_world(
 
 
 def _is_written(directory: Path, about: dict[str, Any]) -> bool:
-    """Whether this very world stands there; DataError when anything else does."""
+    """Whether the folder holds the world described by `about`; raises DataError when it holds anything else."""
     try:
-        found = json.loads((directory / "world.json").read_bytes())
+        present = json.loads((directory / "world.json").read_bytes())
     except FileNotFoundError:
         if not directory.exists() or not any(directory.iterdir()):
             return False
-        found = None
+        present = None
     except ValueError:
-        found = None
-    if found == about:
+        present = None
+    if present == about:
         return True
-    if not isinstance(found, dict) or found.get("world") != "shapes":
+    if not isinstance(present, dict) or present.get("world") != "shapes":
         raise DataError(f"{directory} holds other files and no shapes world. Give another folder.")
-    other = {key: found.get(key) for key in about if found.get(key) != about[key]}
+    other = {key: present.get(key) for key in about if present.get(key) != about[key]}
     said = "; ".join(f"{key} is {value!r}, asked is {about[key]!r}" for key, value in other.items())
     raise DataError(
         f"{directory} holds another shapes world ({said or 'with unknown keys'}). "
@@ -101,8 +100,6 @@ def _is_written(directory: Path, about: dict[str, Any]) -> bool:
 
 
 def _write_sets(root: Path, about: dict[str, Any], progress: Callable[[int, int], None] | None) -> None:
-    from threetowers.data.shards.write import write_shards
-
     sets: list[tuple[Path, Kind, Split, int]] = []
     for kind in KINDS:
         for split in SPLITS:
@@ -110,7 +107,7 @@ def _write_sets(root: Path, about: dict[str, Any], progress: Callable[[int, int]
             sets.append((root / split if kind == "pairs" else root / kind / split, kind, split, count))
     total, done = sum(count for *_, count in sets), 0
 
-    def told(samples: "Iterator[ShardSample]") -> "Iterator[ShardSample]":
+    def counted(samples: Iterator[ShardSample]) -> Iterator[ShardSample]:
         nonlocal done
         for sample in samples:
             yield sample
@@ -120,7 +117,7 @@ def _write_sets(root: Path, about: dict[str, Any], progress: Callable[[int, int]
 
     for folder, kind, split, count in sets:
         folder.mkdir(parents=True)
-        write_shards(folder, told(_samples(about["seed"], count, kind, split, about["size"])))
+        write_shards(folder, counted(_samples(about["seed"], count, kind, split, about["size"])))
         if kind != "pairs":
             _write_lines(folder / "classnames.txt", class_names(kind))
             _write_lines(
@@ -133,16 +130,16 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _samples(seed: int, count: int, kind: Kind, split: Split, size: int) -> "Iterator[ShardSample]":
-    from threetowers.data.shards.write import ShardSample
-
+def _samples(seed: int, count: int, kind: Kind, split: Split, size: int) -> Iterator[ShardSample]:
     for start in range(0, count, CHUNK):
         indices = np.arange(start, min(start + CHUNK, count))
         images = render(seed, indices, kind=kind, size=size, split=split)
         texts = captions(seed, indices, split=split) if kind == "pairs" else [()] * len(indices)
-        classes = [None] * len(indices) if kind == "pairs" else (indices % len(class_names(kind))).tolist()
+        classes: list[int | None] = [None] * len(indices)
+        if kind != "pairs":
+            classes = labels(seed, indices, kind=kind, split=split).tolist()
         for index, image, caption, label in zip(indices, images, texts, classes, strict=True):
             with BytesIO() as file:
-                # Stored, not compressed: noise would shrink by a fifth and take 1.7 times as long to read.
+                # Not compressed: noise would shrink by a fifth only and take 1.7 times as long to read.
                 Image.fromarray(image).save(file, "PNG", compress_level=0)
                 yield ShardSample(f"{index:08d}", file.getvalue(), "png", caption, label)

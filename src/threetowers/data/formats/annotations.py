@@ -1,10 +1,10 @@
-"""Captions in a file of their own: COCO's JSON, Karpathy's split files, Flickr's token files.
+"""Files of captions that name their images: COCO's JSON, Karpathy's split files, Flickr's token files.
 
     {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "a cat"}]}   COCO
     {"images": [{"filename": "a.jpg", "split": "val", "sentences": [{"raw": "a cat"}]}]}                  Karpathy
     a.jpg#0<tab>a cat                                                                                     Flickr
 
-The images lie in a folder found beside the file or one level up.
+The folder of the images is looked for beside the file and one level up.
 """
 
 import json
@@ -18,29 +18,32 @@ from threetowers.data.formats.files import FileSource
 from threetowers.data.formats.places import image_folder, image_folders
 from threetowers.data.formats.rows import Row
 from threetowers.data.formats.tables import merge_rows
-from threetowers.data.source import decode_text
+from threetowers.data.source import Format, check_parts, decode_text
 from threetowers.errors import BadSample, DataError
 
 PARTS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
-"""Karpathy's names of splits and the part that each belongs to."""
+"""The part that each of Karpathy's split names belongs to."""
 
 _TOKEN_LINE = re.compile(rb"(?:\xef\xbb\xbf)?[^\t\n]+#\d+\t")
 
 
 @dataclass
 class _Annotations:
-    """What a file says: a row of each caption or list of captions, and the part of each image that has one."""
+    """The content of a file. rows: one per caption or list of captions. parts: the part of each image, in a split file.
+
+    flat: image names without their folder, for a set whose images were put into one folder.
+    """
 
     layout: str
     rows: list[Row]
     parts: dict[str, str] = field(default_factory=dict)
     problems: list[BadSample] = field(default_factory=list)
     flat: dict[str, str] = field(default_factory=dict)
-    """Image names without their folder, for a set whose folders were laid together."""
 
 
-def names_annotations(path: Path) -> bool:
-    """Whether a path means a file of captions: a JSON, or text whose first line is `name.jpg#0<tab>caption`."""
+def names_annotations(path: str | Path) -> bool:
+    """Whether a path means a file of captions: JSON, or text whose first line is `name.jpg#0<tab>caption`."""
+    path = Path(path)
     if not path.is_file():
         return False
     if path.suffix.lower() in (".json", ".token"):
@@ -52,9 +55,9 @@ def names_annotations(path: Path) -> bool:
 
 
 def open_annotations(path: str | Path) -> FileSource:
-    """All images that the file has captions for, whatever their split.
+    """All images that the file has captions for, in every split.
 
-    Raises DataError when it is another kind of file, cannot be read, or none of its images is found.
+    Raises DataError when the file cannot be read or is of another kind, or when none of its images is found.
     """
     return _source(Path(path), _read(Path(path)), "")
 
@@ -65,16 +68,15 @@ def open_parts(path: str | Path) -> dict[str, FileSource]:
     Raises DataError like `open_annotations`.
     """
     annotations = _read(Path(path))
-    known = sorted(set(annotations.parts.values()))
-    return {part: _source(Path(path), annotations, part) for part in known}
+    return {part: _source(Path(path), annotations, part) for part in sorted(set(annotations.parts.values()))}
 
 
 def _source(file: Path, annotations: _Annotations, part: str) -> FileSource:
     names = list(dict.fromkeys(row["image"] for _, row in annotations.rows if isinstance(row["image"], str)))
-    folder, found = image_folder(file, names)
-    flat_folder, flat_found = image_folder(file, [annotations.flat.get(name, name) for name in names])
-    flat = flat_found > found
-    if not max(found, flat_found):
+    folder, num_hits = image_folder(file, names)
+    flat_folder, num_flat_hits = image_folder(file, [annotations.flat.get(name, name) for name in names])
+    flat = num_flat_hits > num_hits
+    if not max(num_hits, num_flat_hits):
         tried = ", ".join(str(place) for place in dict.fromkeys(p.resolve() for p in image_folders(file)))
         raise DataError(
             f"{file}: none of its images was found, for example {', '.join(names[:2]) or 'no name at all'}. "
@@ -92,7 +94,7 @@ def _source(file: Path, annotations: _Annotations, part: str) -> FileSource:
         if not part or annotations.parts[row["image"]] == part
     )
     merged = merge_rows(source, file.name, rows, "image", ("captions",))
-    return source._fill((path, size, captions, -1) for path, (size, captions) in merged.items() if captions)
+    return source.fill((path, size, captions, -1) for path, (size, captions) in merged.items() if captions)
 
 
 def _read(file: Path) -> _Annotations:
@@ -111,12 +113,13 @@ def _read(file: Path) -> _Annotations:
             return _read_karpathy(file, images)
         if isinstance(document.get("annotations"), list):
             return _read_coco(file, images, document["annotations"])
-    raise DataError(f"{file}: {_found(document)}. Known are COCO captions (images, annotations) and "
+    raise DataError(f"{file}: {_content(document)}. Known are COCO captions (images, annotations) and "
                     "Karpathy's dataset_*.json (images with sentences); anything else can be written as JSONL, one "
                     'object per line: {"image": "a.jpg", "caption": "…"}')  # fmt: skip
 
 
-def _found(document: Any) -> str:
+def _content(document: Any) -> str:
+    """What a JSON document of an unknown format holds, for the error message."""
     if isinstance(document, list):
         return f"it is a list of {len(document)} entries, which no caption format is"
     if isinstance(document, dict):
@@ -132,59 +135,59 @@ def _read_coco(file: Path, images: list[Any], entries: list[Any]) -> _Annotation
             f"{file}: its annotations hold no `caption`{example}; give the captions file, captions_*.json"
         )
     names: dict[Any, Any] = {}
-    found = _Annotations("COCO captions", [])
+    annotations = _Annotations("COCO captions", [])
     for line, image in enumerate(images, 1):
-        known = isinstance(image, dict) and isinstance(image.get("id"), int | str)
-        name = image.get("file_name") if known else None
+        has_id = isinstance(image, dict) and isinstance(image.get("id"), int | str)
+        name = image.get("file_name") if has_id else None
         if not isinstance(name, str):
-            found.problems.append(
+            annotations.problems.append(
                 BadSample(f"{file.name}:image {line}", "no path", "no `id` or no `file_name`")
             )
         elif names.setdefault(image["id"], name) != name:
             detail = f"its id {image['id']} is that of {names[image['id']]}"
-            found.problems.append(BadSample(name, "id given twice", detail))
+            annotations.problems.append(BadSample(name, "id given twice", detail))
     captioned = set()
     for line, entry in enumerate(entries, 1):
         key = entry.get("image_id") if isinstance(entry, dict) else None
         if not isinstance(key, int | str) or key not in names:
             detail = f"image_id {key!r} is not among the images"
-            found.problems.append(BadSample(f"{file.name}:{line}", "unknown image", detail))
+            annotations.problems.append(BadSample(f"{file.name}:{line}", "unknown image", detail))
             continue
         captioned.add(key)
-        found.rows.append((line, {"image": names[key], "captions": entry.get("caption")}))
-    found.problems += [
+        annotations.rows.append((line, {"image": names[key], "captions": entry.get("caption")}))
+    annotations.problems += [
         BadSample(name, "no caption", f"no annotation has its id {key}")
         for key, name in names.items()
         if key not in captioned
     ]
-    return found
+    return annotations
 
 
 def _read_karpathy(file: Path, images: list[Any]) -> _Annotations:
-    found = _Annotations("Karpathy split", [])
+    annotations = _Annotations("Karpathy split", [])
     unknown: list[str] = []
     for line, image in enumerate(images, 1):
         name = image.get("filename") if isinstance(image, dict) else None
         if not isinstance(name, str):
-            found.problems.append(BadSample(f"{file.name}:{line}", "no path", "no `filename`"))
+            annotations.problems.append(BadSample(f"{file.name}:{line}", "no path", "no `filename`"))
             continue
         folder = image.get("filepath")
         path = f"{folder}/{name}" if isinstance(folder, str) and folder else name
-        if path in found.parts:
-            found.problems.append(BadSample(path, "id given twice", f"{file.name}:{line}"))
+        if path in annotations.parts:
+            annotations.problems.append(BadSample(path, "id given twice", f"{file.name}:{line}"))
             continue
-        found.flat[path] = name
+        annotations.flat[path] = name
         split = image.get("split")
         if split not in PARTS:
             unknown.append(f"{path}: {split!r}")
-        found.parts[path] = PARTS.get(str(split), "train")
-        found.rows.append((line, {"image": path, "captions": list(_sentences(image.get("sentences")))}))
+        annotations.parts[path] = PARTS.get(str(split), "train")
+        annotations.rows.append((line, {"image": path, "captions": list(_sentences(image.get("sentences")))}))
     if unknown:
         raise DataError(
             f"{file}: {len(unknown)} images have a `split` that is none of {', '.join(PARTS)}, "
             f"for example {unknown[0]}"
         )
-    return found
+    return annotations
 
 
 def _sentences(entries: Any) -> Iterator[str]:
@@ -195,7 +198,7 @@ def _sentences(entries: Any) -> Iterator[str]:
 
 
 def _read_tokens(file: Path, text: str) -> _Annotations:
-    found = _Annotations("Flickr captions", [])
+    annotations = _Annotations("Flickr captions", [])
     for line, row in enumerate(text.split("\n"), 1):
         if not row.strip():
             continue
@@ -205,9 +208,18 @@ def _read_tokens(file: Path, text: str) -> _Annotations:
             problem = BadSample(
                 f"{file.name}:{line}", "wrong number of fields", "expected name.jpg#0<tab>caption"
             )
-            found.problems.append(problem)
+            annotations.problems.append(problem)
             continue
-        found.rows.append((line, {"image": image, "captions": caption}))
-    if not found.rows:
+        annotations.rows.append((line, {"image": image, "captions": caption}))
+    if not annotations.rows:
         raise DataError(f"{file}: no line is `name.jpg#0<tab>caption`, as in Flickr30k's token file")
-    return found
+    return annotations
+
+
+ANNOTATIONS = Format(
+    have="COCO captions JSON, Karpathy's `dataset_*.json`, Flickr's `.token` file",
+    give="its path; images are found in the usual folders beside it, and Karpathy's splits are kept",
+    accepts=names_annotations,
+    open=lambda path, columns, opener: open_annotations(path),
+    parts=lambda path, columns, opener: check_parts(path, open_parts(path)),
+)

@@ -1,24 +1,22 @@
-"""Images that lie as files: the source that tables, folders and annotation files make."""
+"""Images in files of their own: the source that tables, folders and annotation files are opened as."""
 
 import hashlib
+import os
 import unicodedata
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from threetowers.data.source import (
-    Record,
-    Texts,
-)
+from threetowers.data.source import Record, Texts
 from threetowers.errors import BadSample
 
 
 @dataclass(eq=False)
 class FileSource:
-    """Images in files below `folder`, sorted as found; implements Source.
+    """Images in files below `folder`, in the order in which they were added; implements Source.
 
-    layout: what was recognised, for people. A sample's id is its path relative to the folder, in NFC.
+    layout: what was recognised, in words for the user. A sample's id is its path relative to the folder, in NFC.
     """
 
     name: str
@@ -42,13 +40,13 @@ class FileSource:
     def record(self, index: int) -> Record:
         captions, label = self._captions[index], self._labels[index]
         return Record(
-            _id(self._paths[index]),
+            path_id(self._paths[index]),
             tuple(captions.split("\n")) if captions else (),
             label if label >= 0 else None,
         )
 
     def path(self, index: int) -> Path:
-        """Where the sample's image lies."""
+        """The path of the sample's image."""
         return Path(self.folder, self._paths[index])
 
     def image(self, index: int) -> bytes:
@@ -57,16 +55,22 @@ class FileSource:
             return path.read_bytes()
         except OSError as error:
             reason = "missing file" if isinstance(error, FileNotFoundError) else "unreadable"
-            raise BadSample(_id(self._paths[index]), reason, f"{path}: {error.strerror}") from error
+            raise BadSample(path_id(self._paths[index]), reason, f"{path}: {error.strerror}") from error
 
-    def _problem(self, path: str, reason: str, detail: str = "") -> None:
-        self._problems.append(BadSample(_id(path), reason, detail))
+    def image_key(self, index: int) -> str:
+        return os.path.abspath(self.path(index))  # noqa: PTH100 - Path.resolve would follow links
 
-    def _fill(self, samples: Iterator[tuple[str, int, str, int]]) -> "FileSource":
-        """Takes in (path, size in bytes, captions joined by newlines, label or -1) and signs it all."""
+    def add_problem(self, path: str, reason: str, detail: str = "") -> None:
+        self._problems.append(BadSample(path_id(path), reason, detail))
+
+    def fill(self, samples: Iterator[tuple[str, int, str, int]]) -> "FileSource":
+        """Adds samples, each (path, size in bytes, captions joined by newlines, label or -1), and sets the fingerprint.
+
+        Returns the source itself.
+        """
         digest = hashlib.sha256(repr(tuple(self.class_names)).encode())
         for path, size, captions, label in samples:
-            digest.update(repr((_id(path), size, captions, label)).encode())
+            digest.update(repr((path_id(path), size, captions, label)).encode())
             self._paths.append(path)
             self._captions.append(captions)
             self._labels.append(label)
@@ -74,6 +78,6 @@ class FileSource:
         return self
 
 
-def _id(path: str) -> str:
-    """One spelling of a path on every system: NFC, and no bytes that cannot be printed."""
+def path_id(path: str) -> str:
+    """The id of a file: its path in NFC, which is the same on every system, without bytes that cannot be printed."""
     return path if path.isascii() else unicodedata.normalize("NFC", path.encode("utf-8", "replace").decode())

@@ -1,27 +1,27 @@
-"""A folder of images with sidecar texts, or with one subfolder per class."""
+"""A folder of images with a text file beside each, or with one subfolder per class."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from threetowers.data.formats.files import FileSource, _id
+from threetowers.data.formats.files import FileSource, path_id
 from threetowers.data.formats.rows import TABLE_ENDINGS
-from threetowers.data.source import clean_captions, decode_text, is_image_name
+from threetowers.data.source import Format, clean_captions, decode_text, is_image_name
 from threetowers.errors import DataError
 
 
 def open_folder(path: str | Path) -> FileSource:
     """The images below a folder: with captions from `NAME.txt` beside them, else one class per subfolder.
 
-    Captions stand one per line. Classes are the sorted names of at least two subfolders.
+    A `.txt` file holds one caption per line. Classes are the sorted names of at least two subfolders.
     Raises DataError when the folder holds a table instead, or a subfolder cannot be read.
     """
     folder = Path(path)
     images = list(_image_files(folder))
     source = FileSource(folder.resolve().name, "folder of images with .txt files", str(folder))
     if any(has_text for _, has_text in images):
-        return source._fill(_captioned(source, images))
+        return source.fill(_captioned(source, images))
     tables = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in TABLE_ENDINGS)
     if tables:
         raise DataError(
@@ -29,14 +29,14 @@ def open_folder(path: str | Path) -> FileSource:
         )
     classes = sorted({image.split("/")[0] for image, _ in images if "/" in image})
     if len(classes) < 2:
-        return source._fill(_captioned(source, images))
+        return source.fill(_captioned(source, images))
     source.layout = f"folder with {len(classes)} class folders"
-    source.class_names = [_id(name) for name in classes]
-    return source._fill(_classified(source, images, {name: label for label, name in enumerate(classes)}))
+    source.class_names = [path_id(name) for name in classes]
+    return source.fill(_classified(source, images, {name: label for label, name in enumerate(classes)}))
 
 
 def _image_files(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Relative path of each image in sorted order, and whether a .txt of its name is there."""
+    """The relative path of each image in sorted order, and whether there is a .txt of the same name."""
 
     def refuse(error: OSError) -> NoReturn:
         raise DataError(f"{error.filename}: it cannot be read: {error.strerror}")
@@ -44,7 +44,7 @@ def _image_files(folder: Path) -> Iterator[tuple[str, bool]]:
     seen: set[str] = set()
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)
-        if real in seen:  # a link back up would never end
+        if real in seen:  # a link to a folder above would never end
             folders.clear()
             continue
         seen.add(real)
@@ -61,21 +61,21 @@ def _captioned(source: FileSource, images: list[tuple[str, bool]]) -> Iterator[t
     for image, has_text in images:
         path = Path(source.folder, image)
         if not has_text:
-            source._problem(image, "no caption", "there is no .txt beside it")
+            source.add_problem(image, "no caption", "there is no .txt beside it")
             continue
         try:
             text = decode_text(path.with_suffix(".txt").read_bytes())
             size = path.stat().st_size
         except OSError as error:
-            source._problem(image, "unreadable", f"{error.filename}: {error.strerror}")
+            source.add_problem(image, "unreadable", f"{error.filename}: {error.strerror}")
             continue
         captions, damaged = clean_captions(text.split("\n"))
         if damaged:
-            source._problem(image, "caption is not UTF-8")
+            source.add_problem(image, "caption is not UTF-8")
         if captions:
             yield image, size, "\n".join(captions), -1
         else:
-            source._problem(image, "empty caption")
+            source.add_problem(image, "empty caption")
 
 
 def _classified(
@@ -85,8 +85,16 @@ def _classified(
         name, slash, _ = image.partition("/")
         path = Path(source.folder, image)
         if not slash:
-            source._problem(image, "no class", "it lies beside the class folders")
+            source.add_problem(image, "no class", "it lies beside the class folders")
         elif path.is_file():
             yield image, path.stat().st_size, "", labels[name]
         else:
-            source._problem(image, "missing file", f"{path}: the link leads nowhere")
+            source.add_problem(image, "missing file", f"{path}: the link leads nowhere")
+
+
+FOLDERS = Format(
+    have="a folder of images with a `.txt` beside each",
+    give="the folder",
+    accepts=lambda path: Path(path).is_dir(),
+    open=lambda path, columns, opener: open_folder(path),
+)

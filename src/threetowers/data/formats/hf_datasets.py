@@ -1,7 +1,7 @@
-"""Folders that Hugging Face `datasets` wrote with `save_to_disk`; nothing is fetched, no image is decoded.
+"""Folders that Hugging Face `datasets` wrote with `save_to_disk`. Nothing is fetched and no image is decoded.
 
-Rows with equal image bytes are one sample with several captions, and its id is a digest of those bytes: published
-sets repeat a picture for each of its captions, and a split by row would put it into training and test.
+Rows with equal image bytes become one sample with several captions, whose id is a digest of those bytes. Published
+sets often have one row per caption, and splitting them by row would put the same image into training and test.
 """
 
 import hashlib
@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from threetowers.config import did_you_mean
-from threetowers.data.formats.columns import cell_texts, known_captions, known_path, longest_texts
-from threetowers.data.source import Record, Texts, clean_captions
+from threetowers.data.formats.columns import (
+    NUM_SNIFFED,
+    caption_family,
+    cell_texts,
+    longest_texts,
+    usual_image_column,
+)
+from threetowers.data.source import ColumnNames, Format, Record, Texts, check_parts, clean_captions
 from threetowers.errors import BadSample, DataError, UsageError
 
 PREFIX = "hfds:"
@@ -23,12 +29,11 @@ _PART_NAMES = {
     "val": ("validation", "val", "valid", "dev"),
     "test": ("test",),
 }
-_NUM_SNIFFED = 100
-_EDGE = 4096  # bytes at both ends and in the middle that tell images apart before all of them are compared
+_EDGE = 4096  # bytes from both ends and the middle of an image that its id is made from at first
 
 
 def names_dataset(path: str) -> bool:
-    """Whether a path means a saved dataset: by the prefix `hfds:`, or a folder with the files of one."""
+    """Whether a path means a saved dataset: it begins with `hfds:`, or is a folder with the files of one."""
     place = Path(path.removeprefix(PREFIX))
     saved = (place / "state.json").is_file() and (place / "dataset_info.json").is_file()
     return path.startswith(PREFIX) or saved or (place / "dataset_dict.json").is_file()
@@ -76,13 +81,14 @@ class DatasetSource:
             reason = "missing file" if isinstance(error, FileNotFoundError) else "unreadable"
             raise BadSample(id, reason, str(error)) from error
 
+    def image_key(self, index: int) -> str:
+        return self.record(index).image_id
+
     def _file(self, path: str) -> Path:
         return Path(self.folder, path)
 
 
-def open_dataset(
-    path: str, image_column: str | None = None, caption_columns: tuple[str, ...] = ()
-) -> DatasetSource:
+def open_dataset(path: str, columns: ColumnNames) -> DatasetSource:
     """The samples of a folder that `Dataset.save_to_disk` wrote, or of the only part of a `DatasetDict`.
 
     The image column is the one of type Image; captions are found by name as in tables. Without captions a ClassLabel
@@ -98,7 +104,7 @@ def open_dataset(
     for name in parts:
         place = place / name
     rows = _load(place)
-    image, captions, label = _columns(place, rows, image_column, caption_columns)
+    image, captions, label = _find_columns(place, rows, columns)
     named = (
         f"captions in {', '.join(f'`{name}`' for name in captions)}" if captions else f"labels in `{label}`"
     )
@@ -114,9 +120,7 @@ def open_dataset(
     return source
 
 
-def open_dataset_parts(
-    path: str, image_column: str | None = None, caption_columns: tuple[str, ...] = ()
-) -> dict[str, DatasetSource]:
+def open_dataset_parts(path: str, columns: ColumnNames) -> dict[str, DatasetSource]:
     """The parts (train, val, test) of a saved `DatasetDict`; empty for one dataset, or a dict of one part.
 
     Raises DataError for parts that are none of these, and like `open_dataset`.
@@ -125,17 +129,15 @@ def open_dataset_parts(
     folders = _part_folders(place)
     if len(folders) < 2:
         return {}
-    found = {part: [n for n in names if n in folders] for part, names in _PART_NAMES.items()}
+    present = {part: [n for n in names if n in folders] for part, names in _PART_NAMES.items()}
     extra = [name for name in folders if not any(name in names for names in _PART_NAMES.values())]
-    if extra or not found["train"] or any(len(names) > 1 for names in found.values()):
+    if extra or not present["train"] or any(len(names) > 1 for names in present.values()):
         raise DataError(
             f"{path}: its parts are {', '.join(folders)}; train, validation and test are known. "
             f"Name one of them, for example {PREFIX}{place / folders[0]}, or save it with those alone"
         )
     return {
-        part: open_dataset(f"{PREFIX}{place / names[0]}", image_column, caption_columns)
-        for part, names in found.items()
-        if names
+        part: open_dataset(f"{PREFIX}{place / names[0]}", columns) for part, names in present.items() if names
     }
 
 
@@ -191,36 +193,34 @@ def _load(place: Path) -> Any:
         ) from error
 
 
-def _columns(
-    place: Path, rows: Any, image_column: str | None, caption_columns: tuple[str, ...]
-) -> tuple[str, tuple[str, ...], str]:
-    """The columns of images, of captions and of labels; captions are empty when labels count."""
+def _find_columns(place: Path, rows: Any, columns: ColumnNames) -> tuple[str, tuple[str, ...], str]:
+    """The columns of images, captions and labels. Either captions or the label column are empty."""
     import datasets
 
     features = dict(rows.features)
     listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-    for column in (image_column, *caption_columns):
-        if column is not None and column not in features:
+    for column in columns.captions if columns.image is None else (columns.image, *columns.captions):
+        if column not in features:
             raise UsageError(f"{place}: there is no column `{column}`{did_you_mean(column, features)}")
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if image_column is None and len(images) > 1 and (known := known_path(images)):
-        images = [known]
-    if image_column is not None:
-        images = [name for name in images if name == image_column]
+    if columns.image is not None:
+        images = [name for name in images if name == columns.image]
+    elif len(images) > 1 and (usual := usual_image_column(images)):
+        images = [usual]
     if len(images) != 1:
         raise UsageError(
             f"{place}: {len(images)} columns of type Image can be meant. Name one as image_column. "
             f"Its columns: {listed}"
         )
-    if caption_columns:
-        return images[0], caption_columns, ""
+    if columns.captions:
+        return images[0], columns.captions, ""
     texts = [name for name in features if name != images[0] and _is_text(features[name])]
-    if captions := known_captions(texts):
+    if captions := caption_family(texts):
         return images[0], captions, ""
     for name, feature in features.items():
         if isinstance(feature, datasets.ClassLabel):
             return images[0], (), name
-    head = rows.select_columns(texts)[:_NUM_SNIFFED].to_pydict() if texts else {}
+    head = rows.select_columns(texts)[:NUM_SNIFFED].to_pydict() if texts else {}
     if captions := longest_texts(head):
         return images[0], captions, ""
     raise UsageError(f"{place}: no column holds captions. Name it as caption_columns. Its columns: {listed}")
@@ -234,7 +234,7 @@ def _is_text(feature: Any) -> bool:
 
 
 def _fill(source: DatasetSource, rows: Any, captions: tuple[str, ...], label: str) -> None:
-    """Takes in every row, merges rows of equal images that have captions, and signs it all."""
+    """Adds every row, merges captioned rows of equal images, and sets the fingerprint and the problems."""
     problems: list[BadSample] = []
     seen: dict[str, int] = {}  # id → number of its sample
     merged: list[list[str]] = []
@@ -272,7 +272,7 @@ def _fill(source: DatasetSource, rows: Any, captions: tuple[str, ...], label: st
 def _cells(
     source: DatasetSource, rows: Any, captions: tuple[str, ...], label: str
 ) -> Iterator[tuple[int, memoryview | None, list[str], int]]:
-    """Row number, encoded image, caption texts and label (-1: none) of each row; images are not copied."""
+    """The number, encoded image, caption texts and label (-1: none) of each row; images are not copied."""
     wanted = [source.image_column, *captions, *([label] if label else [])]
     row = 0
     for table in rows.select_columns(wanted).iter(1000):
@@ -283,7 +283,8 @@ def _cells(
         for i in range(table.num_rows):
             cell: memoryview | None = None
             if images[i].is_valid and data[i].is_valid:
-                cell = memoryview(data[i].as_buffer()).cast("B")  # else bytes above 127 differ from `bytes`
+                # The buffer's own format is signed, in which bytes above 127 would not equal those of `bytes`.
+                cell = memoryview(data[i].as_buffer()).cast("B")
             elif images[i].is_valid and paths[i].is_valid:
                 file = source._file(paths[i].as_py())
                 cell = memoryview(file.read_bytes()) if file.is_file() else None
@@ -294,7 +295,7 @@ def _cells(
 
 
 def _image_id(source: DatasetSource, data: memoryview, seen: dict[str, int], *, merge: bool) -> str:
-    """A digest of the image: of its size and parts of it, or of all when another image has the same of those."""
+    """A digest of the image's size and of three parts of it, or of all its bytes if another image has equal parts."""
     middle = len(data) // 2
     digest = hashlib.blake2b(str(len(data)).encode(), digest_size=8)
     for place in (data[:_EDGE], data[middle : middle + _EDGE], data[-_EDGE:]):
@@ -304,10 +305,19 @@ def _image_id(source: DatasetSource, data: memoryview, seen: dict[str, int], *, 
         id = hashlib.blake2b(data, digest_size=16).hexdigest()
     if merge:
         return id
+    # Equal images of a labelled set stay separate samples, so that accuracy is over the published number of images.
     count, plain = 1, id
-    while (
-        id in seen
-    ):  # equal images of a labelled set stay samples of their own, as their number is the set's
+    while id in seen:
         count += 1
         id = f"{plain}~{count}"
     return id
+
+
+HF_DATASETS = Format(
+    have="a dataset saved by Hugging Face `datasets` (`pip install 'threetowers[datasets]'`)",
+    give="`hfds:DIR`; its train, validation and test parts are kept",
+    accepts=names_dataset,
+    open=lambda path, columns, opener: open_dataset(path, columns),
+    parts=lambda path, columns, opener: check_parts(path, open_dataset_parts(path, columns)),
+    takes_columns=True,
+)

@@ -1,8 +1,8 @@
 """Several sources as one, each with a weight, described by a TOML file.
 
 [[source]]
-path = "cc3m/{00000..00331}.tar"   # relative to the file's folder; anything that `open_source` takes
-weight = 0.5                       # visits of each sample per epoch; default 1
+path = "cc3m/{00000..00331}.tar"   # relative to the file's folder; anything that can be given as data
+weight = 0.5                       # how often each sample is visited per epoch; default 1
 
 [[source]]
 path = "flickr/captions.csv"
@@ -12,7 +12,6 @@ caption_columns = ["caption_0"]    # also image_column, as for a table alone
 
 import hashlib
 import math
-import os
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,11 +19,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from threetowers.config import did_you_mean, read_toml
-from threetowers.data.formats.files import FileSource
-from threetowers.data.formats.hf_datasets import PREFIX, DatasetSource
-from threetowers.data.open import open_source, splits
+from threetowers.data.formats.hf_datasets import PREFIX
 from threetowers.data.order import hash64
-from threetowers.data.source import Record, Source, Subset
+from threetowers.data.source import ANY_COLUMNS, ColumnNames, Format, Opener, Record, Source
 from threetowers.errors import BadSample, DataError, UsageError
 
 MAX_WEIGHT = 1000.0
@@ -33,68 +30,70 @@ _KEYS = ("path", "weight", "image_column", "caption_columns")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One source of a mix, as its file describes it."""
+class MixEntry:
+    """One `[[source]]` of a mix file."""
 
     path: str
     weight: float = 1.0
-    image_column: str | None = None
-    caption_columns: tuple[str, ...] = ()
+    columns: ColumnNames = ANY_COLUMNS
 
 
 @dataclass(eq=False)
 class MixedSource:
-    """Samples of several sources in their order, some of them repeated; implements Source.
+    """The samples of several sources one after the other, some of them repeated; implements Source.
 
-    prefixes: one per part; a sample's id is `prefix/id`, and `prefix/id~2` where it comes the second time.
-    Labels are kept when all parts have the same classes.
+    prefixes: one per source. A sample's id is `prefix/id`, and `prefix/id~2` where it is repeated.
+    Labels are kept when all sources have the same classes.
     """
 
     name: str
     layout: str
-    parts: Sequence[Source]
+    sources: Sequence[Source]
     prefixes: Sequence[str]
     problems: Sequence[BadSample] = ()
     class_names: Sequence[str] = ()
     templates: Sequence[str] = ()
     fingerprint: str = ""
-    _part: "array[int]" = field(default_factory=lambda: array("i"))
+    # Of each sample: the number of its source, its index there, and how often it has come before.
+    _source: "array[int]" = field(default_factory=lambda: array("i"))
     _index: "array[int]" = field(default_factory=lambda: array("q"))
     _visit: "array[int]" = field(default_factory=lambda: array("i"))
-
-    def _sign(self) -> None:
-        signed = [(part.fingerprint, prefix) for part, prefix in zip(self.parts, self.prefixes, strict=True)]
-        digest = hashlib.sha256(repr((signed, list(self.class_names))).encode("utf-8", "surrogateescape"))
-        for column in (self._part, self._index, self._visit):
-            digest.update(column.tobytes())
-        self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._index)
 
     def record(self, index: int) -> Record:
-        part, visit = self._part[index], self._visit[index]
-        record = self.parts[part].record(self._index[index])
-        image_id = f"{self.prefixes[part]}/{record.image_id or record.id}"
+        number, visit = self._source[index], self._visit[index]
+        record = self.sources[number].record(self._index[index])
+        prefix = self.prefixes[number]
         return replace(
             record,
-            id=f"{self.prefixes[part]}/{record.id}" + (f"~{visit + 1}" if visit else ""),
+            id=f"{prefix}/{record.id}" + (f"~{visit + 1}" if visit else ""),
             label=record.label if self.class_names else None,
-            image_id=image_id,
+            image_id=f"{prefix}/{record.image_id or record.id}",
         )
 
     def image(self, index: int) -> bytes:
-        part = self._part[index]
         try:
-            return self.parts[part].image(self._index[index])
+            return self.sources[self._source[index]].image(self._index[index])
         except BadSample as problem:
             raise BadSample(self.record(index).id, problem.reason, problem.detail) from problem
 
-    def _add(self, part: int, index: int, visits: int) -> None:
-        for visit in range(visits):
-            self._part.append(part)
+    def image_key(self, index: int) -> str:
+        return self.sources[self._source[index]].image_key(self._index[index])
+
+    def _add(self, number: int, index: int, num_visits: int) -> None:
+        for visit in range(num_visits):
+            self._source.append(number)
             self._index.append(index)
             self._visit.append(visit)
+
+    def _set_fingerprint(self) -> None:
+        origins = [(source.fingerprint, p) for source, p in zip(self.sources, self.prefixes, strict=True)]
+        digest = hashlib.sha256(repr((origins, list(self.class_names))).encode("utf-8", "surrogateescape"))
+        for column in (self._source, self._index, self._visit):
+            digest.update(column.tobytes())
+        self.fingerprint = digest.hexdigest()
 
 
 def names_mix(path: str) -> bool:
@@ -102,48 +101,43 @@ def names_mix(path: str) -> bool:
     return Path(path).suffix.lower() == ".toml" and Path(path).is_file()
 
 
-def open_mix(path: str) -> MixedSource:
-    """Every sample of every part once; weights count in training alone.
+def open_mix(path: str, opener: Opener) -> MixedSource:
+    """Every sample of every source once; weights count in training only.
 
-    Raises UsageError for a key or value that cannot be meant, and what `open_source` raises for a part.
+    Raises UsageError for a key or value that cannot be meant, and what the opener raises for a source.
     """
     entries = read_mix(path)
-    sources = [_opened(open_source, path, number, entry) for number, entry in enumerate(entries, 1)]
+    sources = [_opened(opener.open, path, number, entry) for number, entry in enumerate(entries, 1)]
     return _mixed(path, "", sources, entries, _prefixes([source.name for source in sources]), None)
 
 
-def mixed_splits(
-    path: str, *, val_fraction: float, test_fraction: float, seed: int
-) -> tuple[Source, Source, Source]:
-    """Training, validation and test part; each source is split first, then its training samples are repeated.
+def split_mix(path: str, opener: Opener) -> dict[str, Source]:
+    """Training, validation and test part: each source is split first, then its training samples are repeated.
 
     An image that another source has in its validation or test part is left out of training, and `layout` counts
-    them; it is known by its file, or by its bytes in a Hugging Face dataset. Raises what `open_mix` and `splits` raise.
+    these. Images are compared by `Source.image_key`. Raises what `open_mix` raises.
     """
     entries = read_mix(path)
-    shares = {"val_fraction": val_fraction, "test_fraction": test_fraction, "seed": seed}
-    parted = [_opened(splits, path, number, entry, **shares) for number, entry in enumerate(entries, 1)]
+    parts = [_opened(opener.split, path, number, entry) for number, entry in enumerate(entries, 1)]
     held_out = {
-        key for _, *others in parted for part in others for i in range(len(part)) if (key := _image(part, i))
+        key for _, *others in parts for part in others for i in range(len(part)) if (key := part.image_key(i))
     }
-    names = [train.name.removesuffix("/train") for train, _, _ in parted]
+    names = [train.name.removesuffix("/train") for train, _, _ in parts]
     folders = [Path(entry.path.removeprefix(PREFIX)).resolve().name for entry in entries]
     prefixes = _prefixes(
         [folder if name == "train" else name for name, folder in zip(names, folders, strict=True)]
     )
-    return (
-        _mixed(path, "/train", [train for train, _, _ in parted], entries, prefixes, held_out),
-        _mixed(path, "/val", [val for _, val, _ in parted], entries, prefixes, None),
-        _mixed(path, "/test", [test for _, _, test in parted], entries, prefixes, None),
-    )
+    return {
+        "train": _mixed(path, "/train", [train for train, _, _ in parts], entries, prefixes, held_out),
+        "val": _mixed(path, "/val", [val for _, val, _ in parts], entries, prefixes, None),
+        "test": _mixed(path, "/test", [test for _, _, test in parts], entries, prefixes, None),
+    }
 
 
-def _opened(opener: Callable[..., T], file: str, number: int, entry: Part, **options: float) -> T:
-    """What the opener makes of a part; its errors say which part of which file they are about."""
+def _opened(open: Callable[[str, ColumnNames], T], file: str, number: int, entry: MixEntry) -> T:
+    """What `open` makes of an entry; its errors say which source of which file they are about."""
     try:
-        return opener(
-            entry.path, image_column=entry.image_column, caption_columns=entry.caption_columns, **options
-        )
+        return open(entry.path, entry.columns)
     except (DataError, UsageError) as error:
         raise type(error)(f"{file}: source {number}: {error}") from None
 
@@ -152,11 +146,15 @@ def _mixed(
     path: str,
     label: str,
     sources: list[Source],
-    entries: list[Part],
+    entries: list[MixEntry],
     prefixes: list[str],
     held_out: set[str] | None,
 ) -> MixedSource:
-    """The sources end to end; held_out: images that may not be in it, given when weights count."""
+    """The sources one after the other.
+
+    held_out: None: every sample comes once. Else: samples come as often as the weights say, except those whose
+    `image_key` is in the set, which are left out.
+    """
     classes = [list(source.class_names) for source in sources]
     same = all(names == classes[0] for names in classes)
     for source, entry in zip(sources, entries, strict=True):
@@ -169,7 +167,7 @@ def _mixed(
     mixed = MixedSource(
         name=Path(path).stem + label,
         layout=f"mix of {len(sources)} sources: {'; '.join(weights)}",
-        parts=sources,
+        sources=sources,
         prefixes=prefixes,
         class_names=classes[0] if same else [],
         templates=sources[0].templates if same else [],
@@ -181,53 +179,39 @@ def _mixed(
         for index in range(len(source)):
             if held_out is None:
                 mixed._add(number, index, 1)
-            elif _image(source, index) in held_out:
+            elif source.image_key(index) in held_out:
                 left_out += 1
             else:
-                mixed._add(number, index, _visits(source, index, entry.weight))
+                mixed._add(number, index, _num_visits(source, index, entry.weight))
     if left_out:
         mixed.layout += f"; {left_out} left out, since another source validates or tests on their images"
     mixed.problems = problems
-    mixed._sign()
+    mixed._set_fingerprint()
     return mixed
 
 
-def _visits(source: Source, index: int, weight: float) -> int:
-    """How often a sample comes in an epoch: the weight, rounded up for as many samples as its fraction says."""
+def _num_visits(source: Source, index: int, weight: float) -> int:
+    """How often a sample comes in an epoch: the weight, rounded up for the share of samples that its fraction is."""
     fraction, whole = math.modf(weight)
     if not fraction:
         return int(whole)
     return int(whole) + (hash64("mix", source.record(index).id) / 2**64 < fraction)
 
 
-def _image(source: Source, index: int) -> str:
-    """What tells that two sources hold the same image; empty where only its bytes could."""
-    if isinstance(source, Subset):
-        return _image(source.source, source.indices[index])
-    if isinstance(source, FileSource):
-        return os.path.abspath(source.path(index))  # noqa: PTH100 - Path has no form that leaves links alone
-    if isinstance(source, DatasetSource):
-        return source.record(index).image_id
-    return ""
-
-
 def _prefixes(names: list[str]) -> list[str]:
-    """The names, made unique by a number."""
-    found: list[str] = []
+    """The names, with a number at the end of each that came before."""
+    prefixes: list[str] = []
     for name in names:
         number, unique = 1, name
-        while unique in found:
+        while unique in prefixes:
             number += 1
             unique = f"{name}-{number}"
-        found.append(unique)
-    return found
+        prefixes.append(unique)
+    return prefixes
 
 
-# The file
-
-
-def read_mix(path: str) -> list[Part]:
-    """The parts that a file names, their paths made absolute or relative to the working folder; raises UsageError."""
+def read_mix(path: str) -> list[MixEntry]:
+    """The sources that a file lists, their paths relative to the working folder or absolute; raises UsageError."""
     values = read_toml(path)
     for key in values:
         if key != "source":
@@ -247,7 +231,7 @@ def read_mix(path: str) -> list[Part]:
     return entries
 
 
-def _entry(file: str, where: str, values: dict[str, object]) -> Part:
+def _entry(file: str, where: str, values: dict[str, object]) -> MixEntry:
     for key in values:
         if key not in _KEYS:
             raise UsageError(f"{file}: {where}: {key}: no such key{did_you_mean(key, _KEYS)}")
@@ -264,15 +248,24 @@ def _entry(file: str, where: str, values: dict[str, object]) -> Part:
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(name, str) for name in captions):
         raise UsageError(f"{file}: {where}: caption_columns: expected a list of names, got {captions!r}")
-    column = None if image == "none" else image
-    return Part(_beside(file, path), float(weight), column, tuple(captions))  # type: ignore[arg-type]
+    columns = ColumnNames(None if image == "none" else image, tuple(captions))
+    return MixEntry(_beside(file, path), float(weight), columns)  # type: ignore[arg-type]
 
 
 def _beside(file: str, path: str) -> str:
-    """The path as seen from the file's folder; addresses and absolute paths stay as they are."""
+    """A path that is relative to the file's folder; addresses and absolute paths stay as they are."""
     prefix = PREFIX if path.startswith(PREFIX) else ""
     places = [
         place if "://" in place or place.startswith("pipe:") else str(Path(file).parent / place)
         for place in path.removeprefix(prefix).split("::")
     ]
     return prefix + "::".join(places)
+
+
+MIXES = Format(
+    have="several of these",
+    give="a `mix.toml` of `[[source]]` tables: `path`, `weight`, `image_column`, `caption_columns`",
+    accepts=names_mix,
+    open=lambda path, columns, opener: open_mix(path, opener),
+    parts=lambda path, columns, opener: split_mix(path, opener),
+)

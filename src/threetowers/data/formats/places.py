@@ -1,4 +1,4 @@
-"""Where an image lies that a table or an annotation file names: its spelling on the disk, and the folder meant."""
+"""Finds the images that a table or an annotation file names, and the folder that their paths are relative to."""
 
 import os
 import stat
@@ -14,9 +14,9 @@ _NUM_TRIED = 100  # names that a folder is recognised by
 
 
 def find_file(folder: str, path: str) -> tuple[str, int] | None:
-    """The path as it is spelled on the disk, and the file's size; None when there is no such file.
+    """The path as it is spelled on the disk, and the file's size in bytes; None when there is no such file.
 
-    Tried as given, in both Unicode normal forms (macOS writes umlauts decomposed) and with Windows' separators.
+    The path is tried as given, in both Unicode normal forms (macOS decomposes umlauts), and with / for \\.
     """
     plain = os.path.normpath(path)
     forms = (
@@ -35,9 +35,9 @@ def find_file(folder: str, path: str) -> tuple[str, int] | None:
 
 
 def image_folders(file: Path) -> list[Path]:
-    """The folders that a file's image names may be relative to: its own, the one above, and usual ones in both.
+    """The folders that image names in a file can be relative to: its own, the one above, and usual ones in both.
 
-    A usual folder whose name stands in the file's own, as in `captions_val2017.json`, comes before the others.
+    A usual folder whose name is part of the file's name, as in `captions_val2017.json`, comes before the others.
     """
     homes = (file.parent, file.parent / "..")
     named = sorted(_IMAGE_FOLDERS, key=lambda name: name not in file.name)
@@ -47,9 +47,9 @@ def image_folders(file: Path) -> list[Path]:
 
 
 def image_folder(file: Path, names: Sequence[str]) -> tuple[Path, int]:
-    """The folder that most of the names are found in, the first of equals, and how many of those tried were found.
+    """The folder with most of the names, the first of equals, and how many of the names that were tried it holds.
 
-    One folder for all, since equal names in two folders may be different pictures.
+    All names are resolved in one folder, since equal names in two folders can be different images.
     """
     tried = names[:: max(len(names) // _NUM_TRIED, 1)]
     hits = {

@@ -1,4 +1,4 @@
-"""The rows of a table on disk, whatever its format: CSV, TSV, JSONL or parquet."""
+"""Reads the rows of a table: CSV, TSV, JSONL or parquet."""
 
 import csv
 import json
@@ -16,7 +16,10 @@ Row = tuple[int, dict[str, Any]]
 
 
 def read_rows(path: Path, problems: list[BadSample]) -> Iterator[Row]:
-    """The rows of a table by its ending; bad lines are added to problems. Raises DataError for another ending."""
+    """The rows of a table, whose format its ending says. Lines that cannot be read are added to `problems`.
+
+    Raises DataError for an unknown ending.
+    """
     if path.suffix.lower() == ".parquet":
         return _parquet_rows(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
@@ -29,7 +32,7 @@ def read_rows(path: Path, problems: list[BadSample]) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, problems: list[BadSample]) -> Iterator[Row]:
-    """Rows of a CSV whose delimiter is the one its header has most of. Tab files are read without quoting."""
+    """The rows of a CSV. The delimiter is the most frequent one in the header; tab-separated files have no quoting."""
     with path.open("rb") as binary:
         encoding = "utf-16" if binary.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
@@ -68,7 +71,7 @@ def _unquoted(cell: str) -> str:
 
 
 def _header(path: Path, cells: list[str]) -> list[str]:
-    """Column names, made unique; refuses a first row that is data already."""
+    """The column names, made unique; raises DataError when the first row holds data."""
     columns: list[str] = []
     for cell in (cell.strip() for cell in cells):
         if is_image_name(cell):

@@ -1,7 +1,7 @@
-"""A flat file of columns that is mapped, not read: safetensors' layout, every stretch held against its checksum.
+"""A file of columns in the layout of safetensors, which is mapped into memory and verified by checksums.
 
-Such a file lies in a cache where anything may happen to it. Its header vouches for itself, and no byte of a column
-is used before the mebibyte around it has been checked, once in each process; nothing in it is ever executed.
+Such a file lies in a cache, where it can be damaged or replaced. The header holds a checksum of itself and of each
+mebibyte of the columns. No byte is used before its mebibyte has been verified, once in each process.
 """
 
 import io
@@ -14,11 +14,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from threetowers.errors import DataError
+from threetowers.files import HEADER_LENGTH, pack_header, tensor_entries, unpack_header
 
 FORMAT = "threetowers columns 1"
 CHUNK = 1 << 20
 CHECKED_AT_OPENING = 128 * CHUNK
-"""A file up to this size is checked whole when it is opened (a twentieth of a second), a larger one as it is used."""
+"""A file up to this size is verified when it is opened, which takes 0.05 s; a larger one when it is used."""
 _MAX_HEADER = 64 << 20
 _DTYPES: dict[str, "np.dtype[Any]"] = {
     "I64": np.dtype("<i8"),
@@ -30,7 +31,7 @@ _CODES = {"I64": "q", "U64": "Q", "I32": "i", "U8": "B"}
 
 
 class Column(NamedTuple):
-    """A column to write: its dtype, its length, and arrays that give it when laid end to end."""
+    """A column to write: its dtype, its length, and the arrays that it is the concatenation of."""
 
     dtype: str
     length: int
@@ -38,13 +39,14 @@ class Column(NamedTuple):
 
 
 def write_columns(file: BinaryIO, key: str, columns: Mapping[str, Column]) -> None:
-    """Writes the columns one part at a time; `key` says what they are about and must be given to read them."""
+    """Writes the columns one part at a time; `key` says what they describe and must be given to read them."""
     ordered = sorted(columns.items(), key=lambda item: -_DTYPES[item[1].dtype].itemsize)  # keeps all aligned
-    header: dict[str, Any] = {}
-    end = 0
-    for name, column in ordered:
-        start, end = end, end + column.length * _DTYPES[column.dtype].itemsize
-        header[name] = {"dtype": column.dtype, "shape": [column.length], "data_offsets": [start, end]}
+    header, end = tensor_entries(
+        {
+            name: (column.dtype, [column.length], column.length * _DTYPES[column.dtype].itemsize)
+            for name, column in ordered
+        }
+    )
     file.write(_header(header, key, [0] * -(-end // CHUNK)))
     sums, filled = [], 0
     running = 0
@@ -67,26 +69,24 @@ def write_columns(file: BinaryIO, key: str, columns: Mapping[str, Column]) -> No
 
 
 def _header(columns: Mapping[str, Any], key: str, sums: list[int]) -> bytes:
-    """Length and JSON of the header; its own length does not depend on the sums."""
+    """The header, with a checksum of itself; its length does not depend on the values of the sums."""
 
-    def text(own: int) -> bytes:
+    def pack(own_sum: int) -> bytes:
         about = {
             "format": FORMAT,
             "key": key,
             "chunks": "".join([f"{s:08x}" for s in sums]),
-            "header": f"{own:08x}",
+            "header": f"{own_sum:08x}",
         }
-        data = json.dumps({"__metadata__": about, **columns}).encode()
-        return data + b" " * (-len(data) % 8)
+        return pack_header(json.dumps({"__metadata__": about, **columns}))
 
-    data = text(zlib.crc32(text(0)))
-    return len(data).to_bytes(8, "little") + data
+    return pack(zlib.crc32(pack(0)[HEADER_LENGTH:]))
 
 
 class Columns:
-    """The columns of a file, or of bytes of that layout; picklable: a copy maps the file again.
+    """The columns of a file, or of bytes of the same layout. The pickle of a file's columns is its path.
 
-    Raises DataError, here and in every method, when the file is damaged, of another format or about another key.
+    Raises DataError, here and in every method, when the file is damaged, of another format or of another key.
     """
 
     def __init__(self, place: Path | bytes, key: str) -> None:
@@ -103,19 +103,16 @@ class Columns:
         except (OSError, ValueError) as error:  # numpy cannot map an empty file
             raise self._damaged(str(error)) from error
         whole = memoryview(raw)  # type: ignore[arg-type]
-        size = int.from_bytes(whole[:8], "little")
-        if not 0 < size <= min(len(whole) - 8, _MAX_HEADER):
-            raise self._damaged("it has no header")
         try:
-            header = json.loads(bytes(whole[8 : 8 + size]))
+            header, start = unpack_header(whole, _MAX_HEADER)
             about = header.pop("__metadata__")
             self._sums = [int(about["chunks"][at : at + 8], 16) for at in range(0, len(about["chunks"]), 8)]
-            vouched = about["format"] == FORMAT and about["key"] == key
-            vouched = vouched and _header(header, key, self._sums)[8:] == bytes(whole[8 : 8 + size])
-            self._data = whole[8 + size :]
+            valid = about["format"] == FORMAT and about["key"] == key
+            valid = valid and _header(header, key, self._sums) == bytes(whole[:start])
+            self._data = whole[start:]
             bounds = {name: entry["data_offsets"] for name, entry in header.items()}
-            vouched = vouched and len(self._sums) == -(-self._data.nbytes // CHUNK)
-            if not vouched or max([0, *(end for _, end in bounds.values())]) != self._data.nbytes:
+            valid = valid and len(self._sums) == -(-self._data.nbytes // CHUNK)
+            if not valid or max([0, *(end for _, end in bounds.values())]) != self._data.nbytes:
                 raise ValueError("of another version, about other data or cut short")
             self._starts = {name: start for name, (start, _) in bounds.items()}
             self._views = {
@@ -147,7 +144,7 @@ class Columns:
         return int(view[index])
 
     def text(self, name: str, index: int) -> str:
-        """One text of the column `name`, whose ends are the column `name_ends`."""
+        """One text of the column `name`; the column `name_ends` says where each text ends."""
         end = self.number(f"{name}_ends", index)
         start = self.number(f"{name}_ends", index - 1) if index else 0
         if not 0 <= start <= end <= len(self._views[name]):
@@ -156,13 +153,13 @@ class Columns:
         return str(self._views[name][start:end], "utf-8", "surrogatepass")
 
     def array(self, name: str) -> np.ndarray:
-        """A whole column, read only and still mapped."""
+        """A whole column, as a read-only view of the mapped file."""
         view = self._views[name]
         self._check(self._starts[name], self._starts[name] + view.nbytes)
         return np.frombuffer(view, np.dtype(view.format))
 
     def _check(self, start: int, stop: int) -> None:
-        """Holds the chunks that the bytes from start to stop lie in against their sums, each once."""
+        """Verifies the checksum of every chunk with bytes from start to stop, each chunk once."""
         for chunk in range(start // CHUNK, -(-stop // CHUNK)):
             if not self._checked[chunk]:
                 if zlib.crc32(self._data[chunk * CHUNK : (chunk + 1) * CHUNK]) != self._sums[chunk]:
@@ -174,8 +171,8 @@ class Columns:
         return DataError(f"{name}: {what}. Delete this file and start again: it is made anew")
 
 
-def packed(key: str, columns: Mapping[str, Column]) -> bytes:
-    """The columns as `Columns` takes them from memory."""
+def pack_columns(key: str, columns: Mapping[str, Column]) -> bytes:
+    """The content of the file that `write_columns` writes, for `Columns` in memory."""
     file = io.BytesIO()
     write_columns(file, key, columns)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""What one shard holds: its members grouped to samples, with their captions, labels and problems.
+"""The samples of one tar shard: its members in groups, with captions, labels and problems.
 
 A sample is the group of members that share their path up to the first dot of the file name: `00012.jpg`,
 `00012.txt` (captions, one per line), `00012.json` (img2dataset's metadata), `00012.cls` (class index).
@@ -16,8 +16,8 @@ from threetowers.data.source import IMAGE_ENDINGS, clean_captions, decode_text
 from threetowers.errors import BadSample
 
 
-class Found(NamedTuple):
-    """A usable sample. offset, size: where its image lies in the shard; label -1: none."""
+class TarSample(NamedTuple):
+    """A usable sample. offset, size: the position of its image in the shard in bytes; label: -1 for none."""
 
     key: str
     captions: tuple[str, ...]
@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
 @dataclass(slots=True)
 class _Group:
-    """What a shard holds under one key; size -1: no image."""
+    """The members of a shard under one key. offset, size: of the image in bytes; size -1: there is none."""
 
     offset: int = 0
     size: int = -1
@@ -37,61 +37,71 @@ class _Group:
     repeated: bool = False
 
 
-class Shelf:
-    """One shard, read to its end.
+def read_groups(name: str, file: int, stem: str) -> "TarGroups":
+    """The groups of a shard, which is read to its end.
 
-    name: how messages call it; file: its open descriptor. images counts all images, usable or not; digest is of
-    stem, size, headers and texts. Raises DataError for a shard that is damaged or cut short.
+    name: the shard in messages. file: its open descriptor. stem: what the ids of its samples begin with.
+    Raises DataError for a shard that is damaged or cut short.
     """
+    size = os.fstat(file).st_size
+    digest = hashlib.sha256(f"{stem} {size}".encode())
+    groups: dict[str, _Group] = {}
+    for member in walk(name, file, size, digest.update):
+        key, ending = key_and_ending(member.name)
+        if not key:
+            continue  # a hidden file, as macOS puts one beside each file
+        group = groups.setdefault(key, _Group())
+        group.members.append(ending if member.size >= 0 else f"{ending} (a link)")
+        if member.size < 0:
+            continue
+        if ending in IMAGE_ENDINGS:
+            if group.size < 0:
+                group.offset, group.size = member.offset, member.size
+            else:
+                group.repeated = True
+        elif ending in ("txt", "json", "cls"):
+            group.repeated |= ending in group.texts
+            text = os.pread(file, min(member.size, MAX_TEXT_BYTES), member.offset)
+            group.texts.setdefault(ending, text)
+            digest.update(text)
+    return TarGroups(groups, digest.digest())
 
-    def __init__(self, name: str, file: int, stem: str) -> None:
-        size = os.fstat(file).st_size
-        digest = hashlib.sha256(f"{stem} {size}".encode())
-        self._groups: dict[str, _Group] = {}
-        for member in walk(name, file, size, digest.update):
-            key, ending = key_and_ending(member.name)
-            if not key:
-                continue  # a hidden file, as macOS puts one beside each file
-            group = self._groups.setdefault(key, _Group())
-            group.members.append(ending if member.size >= 0 else f"{ending} (a link)")
-            if member.size < 0:
-                continue
-            if ending in IMAGE_ENDINGS:
-                if group.size < 0:
-                    group.offset, group.size = member.offset, member.size
-                else:
-                    group.repeated = True
-            elif ending in ("txt", "json", "cls"):
-                group.repeated |= ending in group.texts
-                text = os.pread(file, min(member.size, MAX_TEXT_BYTES), member.offset)
-                group.texts.setdefault(ending, text)
-                digest.update(text)
-        self.digest = digest.digest()
-        self.images = sum(group.size >= 0 for group in self._groups.values())
 
-    def samples(self, num_classes: int) -> Iterator[Found | BadSample]:
-        """The usable samples in the shard's order and, before each, what is wrong with it or with one left out.
+@dataclass(frozen=True)
+class TarGroups:
+    """The members of one shard by key, and a digest of its stem, size, headers and texts."""
 
-        num_classes: labels from here on are bad; 0: any label is taken.
+    groups: dict[str, _Group]
+    digest: bytes
+
+    @property
+    def num_images(self) -> int:
+        """The number of all images, usable or not."""
+        return sum(group.size >= 0 for group in self.groups.values())
+
+    def samples(self, num_classes: int) -> Iterator[TarSample | BadSample]:
+        """The usable samples in the shard's order, and the problems of these and of those left out.
+
+        num_classes: labels from this number on are bad; 0: all labels are good.
         """
-        for key, group in self._groups.items():
+        for key, group in self.groups.items():
             captions, reason = _captions(group.texts)
             label, members = -1, ", ".join(group.members)
-            findings = [reason] if reason else []
+            problems = [reason] if reason else []
             if "cls" in group.texts:
                 label = _label(group.texts["cls"], num_classes)
-                findings += ["bad label"] if label < 0 else []
+                problems += ["bad label"] if label < 0 else []
             if group.repeated:
-                findings.append("member given twice")
+                problems.append("member given twice")
             usable = group.size > 0 and (bool(captions) or label >= 0)
             if group.size <= 0:
-                findings.append("empty file" if group.size == 0 else "no image")
-            elif not usable and not findings:
-                findings.append("empty caption" if group.texts else "no caption")
-            for finding in findings:
-                yield BadSample(key, finding, f"has {members}")
+                problems.append("empty file" if group.size == 0 else "no image")
+            elif not usable and not problems:
+                problems.append("empty caption" if group.texts else "no caption")
+            for problem in problems:
+                yield BadSample(key, problem, f"has {members}")
             if usable:
-                yield Found(key, captions, label, group.offset, group.size)
+                yield TarSample(key, captions, label, group.offset, group.size)
 
 
 def _captions(texts: dict[str, bytes]) -> tuple[tuple[str, ...], str]:

@@ -1,7 +1,7 @@
-"""What lies where in tar shards, so that a set is walked once and from then on only mapped.
+"""The index of tar shards: the position, captions and label of every sample, made once and kept in the cache folder.
 
-Each shard's index is a file of columns in the cache folder, named by the shard's real path, size and time of
-change; the indexes of a set are laid end to end in one more file. Whatever is wrong with such a file, it is made anew.
+Each shard's index is a file of columns whose name depends on the shard's real path, size and time of change. The
+indexes of a set are concatenated in one more file. An index that is missing, damaged or out of date is made again.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ import numpy as np
 
 from threetowers.data.order import hash64
 from threetowers.data.shards import remote
-from threetowers.data.shards.columns import Column, Columns, packed, write_columns
-from threetowers.data.shards.groups import Found, Shelf
-from threetowers.data.shards.remote import shown
+from threetowers.data.shards.columns import Column, Columns, pack_columns, write_columns
+from threetowers.data.shards.groups import TarSample, read_groups
+from threetowers.data.shards.remote import redacted
 from threetowers.data.shards.tar import OpenFile
 from threetowers.errors import BadSample, DataError
 from threetowers.files import cache_folder, replacing
 
 VERSION = 1
 FRESH_SECONDS = 2.0
-"""A shard written so lately may be written again within one tick of its file's clock: its index is not stored."""
+"""A shard written less long ago may be written again with the same time of change, so its index is not stored."""
 
-# n samples, S shards, q problems. Texts are UTF-8 laid end to end; their ends count from the start of the column.
+# n samples, S shards, q problems. Texts are concatenated in UTF-8; a text's end counts from the start of the column.
 COLUMNS = {
     "keys_ends": "I64", "captions_ends": "I64", "problems_ends": "I64",  # [n], [n], [3 q]: id, reason, detail
-    "offsets": "I64", "sizes": "I64",  # [n], where the image lies in its shard
+    "offsets": "I64", "sizes": "I64",  # [n], position of the image in its shard in bytes
     "draws": "U64",  # [n], the hash by which `split` draws for seed 0
     "counts": "I64", "images": "I64",  # [S], usable samples; all images, as `_stats.json` counts them
     "labels": "I32",  # [n], -1: none
@@ -43,10 +43,11 @@ _PER_SAMPLE = ("keys_ends", "captions_ends", "offsets", "sizes", "draws", "label
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A tar as it was found: where it lies, how the ids of its samples begin, and what tells its versions apart.
+    """A tar file and its version.
 
-    place: its path or address. identity: its real path or address. stamp: its time of change in ns, or the first
-    digits of a fetched shard's digest. stats: what its `_stats.json` says. fresh: whether it was just written.
+    place: its path or address. stem: what the ids of its samples begin with. identity: its real path or address.
+    stamp: its time of change in ns, or the first digits of a fetched shard's digest. stats: the text of its
+    `_stats.json`. fresh: whether it was written less than FRESH_SECONDS ago.
     """
 
     place: str
@@ -58,30 +59,81 @@ class Shard:
     fresh: bool = False
 
     def key(self, num_classes: int) -> str:
-        return digest_of("shard", self.identity, self.size, self.stamp, self.stem, num_classes)
+        """The name of the shard's index."""
+        return index_key("shard", self.identity, self.size, self.stamp, self.stem, num_classes)
 
-    def opened(self, *, checked: bool = False) -> OpenFile:
-        """The shard's file, a remote one fetched; raises OSError when it is another than was found.
+    def open(self, *, checked: bool = False) -> OpenFile:
+        """Opens the shard, which is fetched if it is remote; raises OSError when it has changed.
 
-        checked: hold a fetched shard against its whole digest, not its size alone.
+        checked: verify the whole digest of a fetched shard, not only its size.
         """
         if remote.is_address(self.place):
-            return remote.opened(self.place, self.size, self.stamp, checked=checked)
+            return remote.open_fetched(self.place, self.size, self.stamp, checked=checked)
         file = OpenFile(self.place)
         status = os.fstat(file.number)
-        changed = status.st_mtime_ns != self.stamp and not self.fresh  # some disks round fresh times later
+        changed = status.st_mtime_ns != self.stamp and not self.fresh  # some file systems round times later
         if changed or status.st_size != self.size:
             raise OSError("the shard has changed since it was indexed")
         return file
 
 
-def digest_of(*parts: object) -> str:
-    """The key of an index: a hex digest of what it was made from and of the index format."""
+class TarIndex:
+    """The index of one shard or of a set of them; raises DataError where its file is damaged.
+
+    columns: as in COLUMNS. They are mapped from a file, so that the pickle of an index is a path.
+    """
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return self.columns.length("labels")
+
+    @property
+    def counts(self) -> np.ndarray:
+        """The number of samples in each shard, int64 [S]."""
+        return self.columns.array("counts")
+
+    @property
+    def digests(self) -> bytes:
+        """The digests of the shards, one after the other."""
+        return self.columns.array("digests").tobytes()
+
+    @property
+    def draws(self) -> np.ndarray:
+        """`hash64("split", 0, id)` of every sample, uint64 [n]."""
+        return self.columns.array("draws")
+
+    def key(self, index: int) -> str:
+        return self.columns.text("keys", index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        captions = self.columns.text("captions", index)
+        return tuple(captions.split("\n")) if captions else ()
+
+    def label(self, index: int) -> int | None:
+        label = self.columns.number("labels", index)
+        return label if label >= 0 else None
+
+    def extent(self, index: int) -> tuple[int, int]:
+        """Offset and size in bytes of the sample's image in its shard."""
+        return self.columns.number("offsets", index), self.columns.number("sizes", index)
+
+    @property
+    def num_problems(self) -> int:
+        return self.columns.length("problems_ends") // 3
+
+    def problem(self, index: int) -> BadSample:
+        return BadSample(*(self.columns.text("problems", 3 * index + part) for part in range(3)))
+
+
+def index_key(*parts: object) -> str:
+    """The name of an index: a hex digest of what it was made from and of the format's version."""
     return hashlib.sha256(repr((VERSION, *parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def found(path: Path, stem: str, real_folder: str) -> Shard:
-    """The shard at a path, as the file system states it; real_folder: the real path of the folder it lies in."""
+def stat_shard(path: Path, stem: str, real_folder: str) -> Shard:
+    """The shard at a path; real_folder: the real path of its folder. Raises DataError when it cannot be read."""
     try:
         status = path.stat()
     except OSError as error:
@@ -93,31 +145,31 @@ def found(path: Path, stem: str, real_folder: str) -> Shard:
     return Shard(str(path), stem, identity, status.st_size, status.st_mtime_ns, text, fresh)
 
 
-def index_of(shard: Shard, num_classes: int) -> Columns:
-    """The index of one shard, stored or made; raises DataError when the shard cannot be read."""
-    whole = stored_index(shard, num_classes)
-    return whole or kept(store_of(shard), shard.key(num_classes), read_shard(shard, num_classes))
+def index_shard(shard: Shard, num_classes: int) -> TarIndex:
+    """The index of one shard, loaded or made; raises DataError when the shard cannot be read."""
+    index = load_shard_index(shard, num_classes)
+    return index or save_index(folder_for(shard), shard.key(num_classes), read_shard(shard, num_classes))
 
 
-def stored_index(shard: Shard, num_classes: int) -> Columns | None:
+def load_shard_index(shard: Shard, num_classes: int) -> TarIndex | None:
     """The shard's index when the cache holds one that is sound."""
-    folder = store_of(shard)
-    return stored(folder, shard.key(num_classes), [shard]) if folder else None
+    folder = folder_for(shard)
+    return load_index(folder, shard.key(num_classes), [shard]) if folder else None
 
 
-def store_of(shard: Shard) -> Path | None:
-    """The folder for the shard's index; None when it must stay in memory."""
+def folder_for(shard: Shard) -> Path | None:
+    """The folder for the shard's index; None when the index must stay in memory."""
     return None if shard.fresh else index_folder()
 
 
 def index_folder() -> Path | None:
-    """Where indexes are kept; None, with a warning, when that cannot be written."""
+    """The folder of the indexes; None, with a warning, when it cannot be written."""
     folder = cache_folder() / "index"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         warnings.warn(
-            f"{folder} cannot be written, so shards are indexed anew each time they are opened; "
+            f"{folder} cannot be written, so shards are indexed again each time they are opened; "
             "set THREETOWERS_CACHE to another folder",
             stacklevel=2,
         )
@@ -125,10 +177,10 @@ def index_folder() -> Path | None:
     return folder
 
 
-def kept(folder: Path | None, key: str, columns: dict[str, Column]) -> Columns:
-    """The columns as an index under the folder, in memory without one; raises DataError when the disk refuses."""
+def save_index(folder: Path | None, key: str, columns: dict[str, Column]) -> TarIndex:
+    """Writes an index and maps it; without a folder it stays in memory. Raises DataError when it cannot be written."""
     if folder is None:
-        return Columns(packed(key, columns), key)
+        return TarIndex(Columns(pack_columns(key, columns), key))
     path = folder / f"{key}.safetensors"
     try:
         with replacing(path) as file:
@@ -138,23 +190,26 @@ def kept(folder: Path | None, key: str, columns: dict[str, Column]) -> Columns:
             f"{path}: the index cannot be written ({error.strerror or error}); "
             "make room, or set THREETOWERS_CACHE to another folder"
         ) from error
-    return Columns(path, key)
+    return TarIndex(Columns(path, key))
 
 
-def stored(folder: Path, key: str, shards: Sequence[Shard]) -> Columns | None:
-    """The index under this key; None when there is none or it does not describe these shards soundly."""
+def load_index(folder: Path, key: str, shards: Sequence[Shard]) -> TarIndex | None:
+    """The index under this key; None when there is none, or when it is damaged or does not fit the shards."""
     path = folder / f"{key}.safetensors"
     if not path.is_file():
         return None
     try:
         columns = Columns(path, key)
-        return columns if _is_sound(columns, shards) else None
+        return TarIndex(columns) if _is_sound(columns, shards) else None
     except DataError:
         return None
 
 
 def _is_sound(columns: Columns, shards: Sequence[Shard]) -> bool:
-    """Whether counts agree; for a single shard also whether every image lies in it (else seen to when it is read)."""
+    """Whether the counts agree and, for a single shard, every image lies inside it.
+
+    The images of a set of shards are checked when they are read.
+    """
     if columns.names() != set(COLUMNS) or columns.length("counts") != len(shards):
         return False
     counts = columns.array("counts")
@@ -169,18 +224,19 @@ def _is_sound(columns: Columns, shards: Sequence[Shard]) -> bool:
 
 
 def read_shard(shard: Shard, num_classes: int) -> dict[str, Column]:
-    """The columns of one shard, by walking it."""
+    """The columns of one shard, made by reading it; raises DataError when it cannot be read."""
+    place = redacted(shard.place)
     try:
-        file = shard.opened(checked=True)
-        shelf = Shelf(shown(shard.place), file.number, shard.stem)
+        file = shard.open(checked=True)
+        groups = read_groups(place, file.number, shard.stem)
         status = os.fstat(file.number)
     except OSError as error:
-        raise DataError(f"{shown(shard.place)}: it cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{place}: it cannot be read: {error.strerror or error}") from error
     if status.st_size != shard.size:
-        raise DataError(f"{shown(shard.place)}: it changes while it is read; open it when it is complete")
-    samples: list[Found] = []
+        raise DataError(f"{place}: it changes while it is read; open it when it is complete")
+    samples: list[TarSample] = []
     problems: list[str] = []
-    for sample in shelf.samples(num_classes):
+    for sample in groups.samples(num_classes):
         if isinstance(sample, BadSample):
             problems += [f"{shard.stem}/{sample.id}", sample.reason, sample.detail]
         else:
@@ -191,8 +247,8 @@ def read_shard(shard: Shard, num_classes: int) -> dict[str, Column]:
         "draws": [hash64("split", 0, f"{shard.stem}/{sample.key}") for sample in samples],
         "labels": [sample.label for sample in samples],
         "counts": [len(samples)],
-        "images": [shelf.images],
-        "digests": list(shelf.digest),
+        "images": [groups.num_images],
+        "digests": list(groups.digest),
     }
     out = {
         name: _column(COLUMNS[name], np.array(values, _NUMPY[COLUMNS[name]]))
@@ -216,8 +272,9 @@ def _column(dtype: str, values: np.ndarray) -> Column:
     return Column(dtype, len(values), [values])
 
 
-def joined(parts: Sequence[Columns]) -> dict[str, Column]:
-    """The columns of a set from those of its shards, one shard in memory at a time."""
+def join_columns(indexes: Sequence[TarIndex]) -> dict[str, Column]:
+    """The columns of a set, made from the indexes of its shards with one of them in memory at a time."""
+    parts = [index.columns for index in indexes]
 
     def values(name: str) -> Iterator[np.ndarray]:
         base = 0
@@ -231,11 +288,12 @@ def joined(parts: Sequence[Columns]) -> dict[str, Column]:
     }
 
 
-def check_stats(shard: Shard, images: int) -> None:
-    """Compares a shard's images with the count that img2dataset wrote beside it; raises DataError when they differ."""
+def check_stats(shard: Shard, index: TarIndex) -> None:
+    """Raises DataError when a shard has not as many images as img2dataset's `_stats.json` beside it says."""
+    images = index.columns.number("images", 0)
     if not shard.stats:
         return
-    folder, _, file = shown(shard.place).rpartition("/")
+    folder, _, file = redacted(shard.place).rpartition("/")
     name = f"{file.removesuffix('.tar')}_stats.json"
     try:
         expected = json.loads(shard.stats)["successes"]
@@ -243,6 +301,6 @@ def check_stats(shard: Shard, images: int) -> None:
         raise DataError(f"{folder}/{name} is damaged; write the shard again, or delete this file") from error
     if expected != images:
         raise DataError(
-            f"{shown(shard.place)}: expected {expected} images by {name}, found {images}. Fetch the shard again, "
+            f"{redacted(shard.place)}: expected {expected} images by {name}, found {images}. Fetch the shard again, "
             f"or delete {name} if samples were left out on purpose"
         )

@@ -1,207 +1,169 @@
-"""The index of a set of shards, made from those of its shards in several processes.
+"""Makes the index of a set of shards: remote shards in threads, local ones here or in several processes.
 
-Run as a module this is the process that indexes shards for another: a line of JSON in for each, a line out. Python's
-own pools of processes would run a caller's script again in each process, or fork one that has threads.
+The processes come from joblib (loky) and start as clean interpreters. Those of `multiprocessing` would run the caller's
+script again, or be forks of a process that may have threads.
 """
 
-import json
-import os
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
+
+import joblib
+from joblib.externals.loky import get_reusable_executor
 
 from threetowers.data.shards import remote
-from threetowers.data.shards.columns import Columns
 from threetowers.data.shards.index import (
     FRESH_SECONDS,
     Shard,
+    TarIndex,
     check_stats,
-    digest_of,
-    found,
+    folder_for,
     index_folder,
-    index_of,
-    joined,
-    kept,
-    store_of,
-    stored,
-    stored_index,
+    index_key,
+    index_shard,
+    join_columns,
+    load_index,
+    load_shard_index,
+    save_index,
+    stat_shard,
 )
-from threetowers.errors import DataError
 from threetowers.progress import Progress
 
 WAIT_BYTES = 256 << 20
-"""Of fresh shards; what is larger is worth the wait until it is old enough to be stored."""
+"""For more bytes of fresh shards it pays to wait until they are old enough for their indexes to be stored."""
 PARALLEL_AFTER_SECONDS = 2.0
-"""Work that would be done after this time ends sooner than other processes have started."""
+"""Work that takes less time than this ends sooner than other processes have started."""
 DOWNLOADS = 4
 """Remote shards that are fetched at the same time."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def find_shards(places: Sequence[tuple[str, str]], num_classes: int, title: str) -> list[Shard]:
-    """The shards at paths or addresses, each given with its stem; remote ones never seen are fetched and indexed.
+    """The shards at paths or addresses, each given with its stem.
 
-    Raises DataError when one is not there or cannot be read.
+    Remote shards are fetched and indexed if they never were. Raises DataError when a shard cannot be read.
     """
     folders = {Path(place).parent for place, _ in places if not remote.is_address(place)}
     real = {folder: str(folder.resolve()) for folder in folders}
-    unknown = [place for place, _ in places if remote.is_address(place) and not remote.known(place)]
-    bar = Progress(f"{title}, fetching", len(unknown), "shards")
-    lock, fetched = threading.Lock(), 0
+    num_unknown = sum(remote.is_address(place) and not remote.read_note(place) for place, _ in places)
+    bar = Progress(f"{title}, fetching", num_unknown, "shards")
+    lock, num_fetched = threading.Lock(), 0
 
     def find(given: tuple[str, str]) -> Shard:
-        nonlocal fetched
+        nonlocal num_fetched
         place, stem = given
         if not remote.is_address(place):
-            return found(Path(place), stem, real[Path(place).parent])
-        new = remote.known(place) is None
-        note = remote.known(place) or remote.fetch(place)
+            return stat_shard(Path(place), stem, real[Path(place).parent])
+        known = remote.read_note(place)
+        note = known or remote.fetch(place)
         shard = Shard(place, stem, place, note.size, note.stamp, note.stats)
-        if new:
-            index_of(shard, num_classes)  # while it is surely there
+        if known is None:
+            index_shard(shard, num_classes)  # at once, since the shard may be evicted
             with lock:
-                fetched += 1
-                bar.update(fetched)
+                num_fetched += 1
+                bar.update(num_fetched)
         return shard
 
-    if not unknown:
-        return [find(given) for given in places]
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        return list(pool.map(find, places))
+    return _in_threads(find, places) if num_unknown else [find(given) for given in places]
 
 
-def open_index(shards: Sequence[Shard], num_classes: int, title: str) -> Columns:
-    """The index of a set of shards: mapped when it is in the cache, else made from what is missing there.
+def open_index(shards: Sequence[Shard], num_classes: int, title: str) -> TarIndex:
+    """The index of a set of shards: loaded from the cache, or made from the indexes of its shards.
 
-    num_classes: labels from here on are bad; 0: any label is taken. Raises DataError for a shard that cannot be
-    read or holds another number of images than its `_stats.json` states.
+    num_classes: labels from this number on are bad; 0: all labels are good. Raises DataError for a shard that cannot
+    be read or has not as many images as its `_stats.json` says.
     """
     if sum(shard.size for shard in shards if shard.fresh) > WAIT_BYTES:
         time.sleep(FRESH_SECONDS)
         shards = [replace(shard, fresh=False) for shard in shards]
     folder = None if any(shard.fresh for shard in shards) else index_folder()
-    key = digest_of("set", [(shard.key(num_classes), shard.stats) for shard in shards])
-    if folder and (whole := stored(folder, key, shards)):
-        return whole
-    parts = _indexes(shards, num_classes, title)
-    for shard, part in zip(shards, parts, strict=True):
-        check_stats(shard, part.number("images", 0))
-    return parts[0] if len(parts) == 1 else kept(folder, key, joined(parts))
-
-
-def _indexes(shards: Sequence[Shard], num_classes: int, title: str) -> list[Columns]:
-    """The index of each shard: from the cache, by fetching remote ones, or by walking local ones."""
-    done: list[Columns | None] = [stored_index(shard, num_classes) for shard in shards]
-    missing = [place for place, index in enumerate(done) if index is None]
-    work = _Work(title, [shards[place] for place in missing], num_classes)
-    work.run()
-    for place, index in zip(missing, work.indexes, strict=True):
-        done[place] = index
-    return [index for index in done if index is not None]
+    key = index_key("set", [(shard.key(num_classes), shard.stats) for shard in shards])
+    if folder and (index := load_index(folder, key, shards)):
+        return index
+    indexes = _Work(title, shards, num_classes).run()
+    for shard, index in zip(shards, indexes, strict=True):
+        check_stats(shard, index)
+    return indexes[0] if len(indexes) == 1 else save_index(folder, key, join_columns(indexes))
 
 
 class _Work:
-    """Shards to index, taken one by one by threads; one that goes wrong ends the work with its error."""
+    """The indexing of those shards of a set whose indexes the cache does not hold."""
 
     def __init__(self, title: str, shards: Sequence[Shard], num_classes: int) -> None:
         self.title, self.shards, self.num_classes = title, shards, num_classes
-        self.indexes: list[Columns | None] = [None] * len(shards)
-        self._started, self._done = time.monotonic(), 0
+        self._start = time.monotonic()
+        self._indexes: dict[int, TarIndex] = {}
+        self._num_missing = self._num_done = 0
         self._bar: Progress | None = None
         self._lock = threading.Lock()
-        self._failed = False
 
-    def run(self) -> None:
-        far = [place for place, shard in enumerate(self.shards) if remote.is_address(shard.place)]
-        near = sorted(set(range(len(self.shards))) - set(far))
-        if far:
-            self._in_threads(far, DOWNLOADS, processes=False)
-        while near and not self._worth_processes(near):
-            self._index(near.pop(0), None)
+    def run(self) -> list[TarIndex]:
+        """The index of each shard; the first error ends the work."""
+        for number, shard in enumerate(self.shards):
+            if index := load_shard_index(shard, self.num_classes):
+                self._indexes[number] = index
+        missing = [number for number in range(len(self.shards)) if number not in self._indexes]
+        self._start, self._num_missing = time.monotonic(), len(missing)
+        far = [number for number in missing if remote.is_address(self.shards[number].place)]
+        _in_threads(self._index, far)
+        near = [number for number in missing if number not in self._indexes]
+        while near and not self._worth_processes(len(near)):
+            self._index(near.pop(0))
         if near:
-            self._in_threads(near, len(os.sched_getaffinity(0)), processes=True)
+            self._index_in_processes([number for number in near if folder_for(self.shards[number])])
+        for number in near:
+            if number not in self._indexes:
+                self._index(number)
+        return [self._indexes[number] for number in range(len(self.shards))]
 
-    def _worth_processes(self, left: list[int]) -> bool:
-        """Whether the rest would take longer alone than other processes take to start."""
-        seconds = time.monotonic() - self._started
+    def _worth_processes(self, num_left: int) -> bool:
+        """Whether the rest would take longer here than other processes take to start."""
+        seconds = time.monotonic() - self._start
         slow = seconds > PARALLEL_AFTER_SECONDS
-        return slow and seconds / max(self._done, 1) * len(left) > PARALLEL_AFTER_SECONDS
+        return slow and seconds / max(self._num_done, 1) * num_left > PARALLEL_AFTER_SECONDS
 
-    def _in_threads(self, places: Sequence[int], most: int, *, processes: bool) -> None:
-        queue = iter(places)
-
-        def work() -> None:
-            process = _start() if processes else None
-            try:
-                while not self._failed:
-                    with self._lock:
-                        place = next(queue, None)
-                    if place is None:
-                        return
-                    self._index(place, process)
-            except BaseException:
-                self._failed = True
-                raise
-            finally:
-                if process is not None:
-                    process.communicate()  # the end of its input ends it
-
-        num = min(most, len(places))
-        with ThreadPoolExecutor(num) as pool:
-            for future in [pool.submit(work) for _ in range(num)]:
-                future.result()
-
-    def _index(self, place: int, process: "subprocess.Popen[str] | None") -> None:
-        shard = self.shards[place]
-        if process is not None and store_of(shard) is not None:
-            _ask(process, shard, self.num_classes)  # leaves the index in the cache
-        self.indexes[place] = index_of(shard, self.num_classes)
-        with self._lock:
-            self._done += 1
-            if self._bar is None and time.monotonic() - self._started > PARALLEL_AFTER_SECONDS:
-                self._bar = Progress(self.title, len(self.shards), "shards", done=self._done)
-            elif self._bar is not None:
-                self._bar.update(self._done)
-
-
-def _start() -> "subprocess.Popen[str]":
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "threetowers.data.shards.indexing",
-    ]  # -P: no package of the current folder
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def _ask(process: "subprocess.Popen[str]", shard: Shard, num_classes: int) -> None:
-    """Has the process index a shard; raises its DataError. A process that died leaves the shard to the caller."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(json.dumps([astuple(shard), num_classes]) + "\n")
-        process.stdin.flush()
-    except OSError:
-        return
-    error = json.loads(process.stdout.readline() or "null")
-    if error:
-        raise DataError(error)
-
-
-def _answer() -> None:
-    for line in sys.stdin:
-        shard, num_classes = json.loads(line)
-        error = None
+    def _index_in_processes(self, numbers: Sequence[int]) -> None:
+        """Indexes shards in several processes; when one of these dies, the shards that are left stay without index."""
+        tasks = (joblib.delayed(_store_index)(n, self.shards[n], self.num_classes) for n in numbers)
+        num_jobs = min(joblib.cpu_count(), max(len(numbers), 1))
         try:
-            index_of(Shard(*shard), num_classes)
-        except DataError as problem:
-            error = str(problem)
-        print(json.dumps(error), flush=True)
+            pool = joblib.Parallel(
+                num_jobs, "loky", batch_size=1, max_nbytes=None, return_as="generator_unordered"
+            )
+            for number in pool(tasks):
+                self._index(number)
+        except BrokenProcessPool:
+            return
+        finally:
+            get_reusable_executor().shutdown()  # else the processes would stay for minutes
+
+    def _index(self, number: int) -> None:
+        self._indexes[number] = index_shard(self.shards[number], self.num_classes)
+        with self._lock:
+            self._num_done += 1
+            if self._bar is None and time.monotonic() - self._start > PARALLEL_AFTER_SECONDS:
+                self._bar = Progress(self.title, self._num_missing, "shards", done=self._num_done)
+            elif self._bar is not None:
+                self._bar.update(self._num_done)
 
 
-if __name__ == "__main__":
-    _answer()
+def _store_index(number: int, shard: Shard, num_classes: int) -> int:
+    """Leaves the index of a shard in the cache, and returns the shard's number; runs in another process."""
+    index_shard(shard, num_classes)
+    return number
+
+
+def _in_threads(do: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """What `do` returns for each item, computed by several threads; an error cancels the items that wait."""
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        try:
+            return list(pool.map(do, items))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -1,7 +1,7 @@
 """Shards at addresses that fsspec reads (`s3://`, `https://`, `file://` …), fetched whole into a folder of the cache.
 
-A shard is taken to be as it was when it was first fetched: its size and sha256 are noted then and outlive it, so
-that it can be evicted and fetched again, and an address that comes to hold something else is an error.
+The size and sha256 of a shard are noted when it is first fetched, and the note is kept when the shard is evicted. A
+shard that is fetched again must agree with its note: an address whose content has changed is an error.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar
 
 from threetowers.data.shards.tar import OpenFile
 from threetowers.errors import DataError, ThreeTowersError, UsageError
-from threetowers.files import cache_folder, replacing
+from threetowers.files import cache_folder, digest_file, replacing, write_whole
 
 DEFAULT_CACHE_GB = 100.0
 ATTEMPTS = 3
@@ -32,8 +32,8 @@ _open: "weakref.WeakValueDictionary[str, OpenFile]" = weakref.WeakValueDictionar
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """What is noted of a shard when it is first fetched; stats: the text of its `_stats.json`, empty without one."""
+class Note:
+    """What is noted about a shard when it is first fetched. stats: the text of its `_stats.json`, if it has one."""
 
     size: int
     sha256: str
@@ -46,12 +46,12 @@ class Fetched:
 
 
 def is_address(place: str) -> bool:
-    """Whether a place is an address, as s3://…, and no path."""
+    """Whether a place is an address such as s3://…, and not a path."""
     return "://" in place
 
 
-def shown(address: str) -> str:
-    """The address without what may be secret in it: user, password and query. A path stays as it is."""
+def redacted(address: str) -> str:
+    """The address without its user, password and query, which may be secret. A path stays as it is."""
     if not is_address(address):
         return address
     scheme, _, rest = address.partition("://")
@@ -59,29 +59,30 @@ def shown(address: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
-def known(address: str) -> Fetched | None:
-    """What was noted of a shard when it was first fetched; None when it never was, or the note is damaged."""
+def read_note(address: str) -> Note | None:
+    """The note about a shard; None when it was never fetched, or when the note is damaged."""
     try:
-        note = Fetched(**json.loads(_note(address).read_bytes()))
+        note = Note(**json.loads(_note(address).read_bytes()))
         int(note.sha256[:15], 16)
     except (OSError, ValueError, TypeError):
         return None
     return note if isinstance(note.size, int) and isinstance(note.stats, str) else None
 
 
-def fetch(address: str) -> Fetched:
-    """Fetches a shard unless it lies in the cache already; raises DataError when that cannot be done."""
+def fetch(address: str) -> Note:
+    """Fetches a shard unless it is in the cache; raises DataError when that fails."""
     with _locked(address):
-        note = known(address)
+        note = read_note(address)
         if note is None or _size(_local(address)) != note.size:
             note = _download(address, note)
     return note
 
 
-def opened(address: str, size: int, stamp: int, *, checked: bool = False) -> OpenFile:
-    """A fetched shard, open, so that this process does not evict it; raises DataError when it is another by now.
+def open_fetched(address: str, size: int, stamp: int, *, checked: bool = False) -> OpenFile:
+    """Opens a shard of the cache, which is fetched when it is missing. An open shard is not evicted by this process.
 
-    checked: hold it against its digest, and fetch it anew when it differs.
+    size, stamp: of the shard that was indexed; raises DataError when its address holds another by now.
+    checked: compare the whole content with the noted digest, and fetch the shard again when it differs.
     """
     for _ in range(ATTEMPTS):
         note = fetch(address)
@@ -89,19 +90,23 @@ def opened(address: str, size: int, stamp: int, *, checked: bool = False) -> Ope
             raise _changed(address)
         path = _local(address)
         try:
+            # Only a complete copy ever replaces the file, so what is opened after the check is sound too.
+            is_sound = not checked or digest_file(path) == note.sha256
             file = OpenFile(str(path))
-            os.utime(path)  # eviction goes by it
+            os.utime(path)  # eviction starts with the oldest time
         except FileNotFoundError:  # another process has evicted it since
             continue
-        if os.fstat(file.number).st_size == size and not (checked and _digest(file) != note.sha256):
+        if is_sound and os.fstat(file.number).st_size == size:
             _open[str(path)] = file
             return file
         path.unlink(missing_ok=True)
-    raise DataError(f"{shown(address)}: its copy at {_local(address)} does not stay whole; check that disk")
+    raise DataError(
+        f"{redacted(address)}: its copy at {_local(address)} does not stay whole; check that disk"
+    )
 
 
 def text_beside(address: str, name: str) -> str:
-    """The text of a small file in the shard's folder or its parent, empty when there is none; asked for once."""
+    """The text of a small file in the folder of a shard or one level up, fetched once; empty when there is none."""
     folder = address.partition("?")[0].rpartition("/")[0]
     copy = _folder() / f"{_key(folder)}-{name}"
     if copy.is_file():
@@ -109,8 +114,7 @@ def text_beside(address: str, name: str) -> str:
     data = b""
     for place in (folder, folder.rpartition("/")[0]):
         data = data or (_small_file(f"{place}/{name}") if is_address(f"{place}/") else b"")
-    with replacing(copy) as file:
-        file.write(data)
+    write_whole(copy, data)
     return copy.read_text("utf-8-sig", "replace")
 
 
@@ -126,7 +130,7 @@ def _small_file(address: str) -> bytes:
         return b""
 
 
-def _download(address: str, note: Fetched | None) -> Fetched:
+def _download(address: str, note: Note | None) -> Note:
     path = _local(address)
 
     def copy(source: BinaryIO, size: int | None) -> tuple[int, str]:
@@ -146,35 +150,37 @@ def _download(address: str, note: Fetched | None) -> Fetched:
     try:
         size, sha256 = _read(address, copy)
     except FileNotFoundError as error:
-        raise DataError(f"{shown(address)}: there is no such shard") from error
+        raise DataError(f"{redacted(address)}: there is no such shard") from error
     if note is None:
         bare, mark, query = address.partition("?")
         stats = _small_file(f"{bare.removesuffix('.tar')}_stats.json{mark}{query}")
-        note = Fetched(size, sha256, stats.decode("utf-8", "replace"))
-        with replacing(_note(address)) as file:
-            file.write(json.dumps(asdict(note)).encode())
+        note = Note(size, sha256, stats.decode("utf-8", "replace"))
+        write_whole(_note(address), json.dumps(asdict(note)))
     return note
 
 
 def _changed(address: str) -> DataError:
     return DataError(
-        f"{shown(address)}: it is another file than when it was indexed. If that is meant, "
+        f"{redacted(address)}: it is another file than when it was indexed. If that is meant, "
         f"delete {_note(address)} and start anew; results from before do not belong to it"
     )
 
 
 def _read(address: str, read: Callable[[BinaryIO, int | None], T]) -> T:
-    """What `read` makes of the open file and its size; raises FileNotFoundError, else DataError after the last try."""
+    """What `read` makes of the open file and its size (None: unknown).
+
+    Raises FileNotFoundError when there is no such file, and DataError when the last of several attempts fails.
+    """
     try:
         import fsspec
     except ImportError as error:
         raise UsageError(
-            f"{shown(address)}: reading an address needs fsspec; pip install 'threetowers[remote]'"
+            f"{redacted(address)}: reading an address needs fsspec; pip install 'threetowers[remote]'"
         ) from error
     try:
         system, path = fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:  # no such protocol, or one whose own package is missing
-        raise UsageError(f"{shown(address)}: {error}") from error
+        raise UsageError(f"{redacted(address)}: {error}") from error
     for attempt in range(ATTEMPTS):
         try:
             with system.open(path, "rb") as file:
@@ -183,34 +189,34 @@ def _read(address: str, read: Callable[[BinaryIO, int | None], T]) -> T:
             raise
         except Exception as error:  # each protocol's package has errors of its own
             if attempt == ATTEMPTS - 1:
-                reason = str(error).replace(address, shown(address)) or type(error).__name__
+                reason = str(error).replace(address, redacted(address)) or type(error).__name__
                 raise DataError(
-                    f"{shown(address)}: it cannot be fetched, {ATTEMPTS} times tried: {reason}"
+                    f"{redacted(address)}: it cannot be fetched, {ATTEMPTS} times tried: {reason}"
                 ) from error
             time.sleep(PAUSE_SECONDS * 4**attempt)
     raise AssertionError("unreachable")
 
 
 def make_room(size: int, address: str) -> None:
-    """Evicts the shards not used for longest until `size` more bytes fit; never one that this process has open."""
+    """Evicts the least recently used shards until `size` more bytes fit; never one that this process has open."""
     limit = _limit()
     if size > limit:
         raise DataError(
-            f"{shown(address)}: {size / 1e9:.1f} GB are more than the cache may hold ({limit / 1e9:g} GB); "
+            f"{redacted(address)}: {size / 1e9:.1f} GB are more than the cache may hold ({limit / 1e9:g} GB); "
             "set THREETOWERS_CACHE_GB higher"
         )
-    kept = []
+    copies = []
     for path in _folder().iterdir():
         try:
             status = path.stat()
             if path.suffix == ".tmp" and status.st_mtime < time.time() - ABANDONED_SECONDS:
                 path.unlink()
             elif path.suffix == ".tar":
-                kept.append((status.st_mtime_ns, status.st_size, path))
+                copies.append((status.st_mtime_ns, status.st_size, path))
         except FileNotFoundError:  # another process has evicted it
             continue
-    total = size + sum(size for _, size, _ in kept)
-    for _, freed, path in sorted(kept):
+    total = size + sum(size for _, size, _ in copies)
+    for _, freed, path in sorted(copies):
         if total <= limit:
             return
         if str(path) not in _open:
@@ -227,14 +233,6 @@ def _limit() -> float:
     if not limit > 0:
         raise UsageError(f"THREETOWERS_CACHE_GB is {text!r}; give a number of gigabytes above 0")
     return limit
-
-
-def _digest(file: OpenFile) -> str:
-    digest, offset = hashlib.sha256(), 0
-    while piece := os.pread(file.number, _PIECE, offset):
-        digest.update(piece)
-        offset += len(piece)
-    return digest.hexdigest()
 
 
 def _folder() -> Path:
@@ -269,7 +267,7 @@ def _size(path: Path) -> int:
 
 @contextmanager
 def _locked(address: str) -> Iterator[None]:
-    """Lets one process or thread at a time fetch a shard; the others find it there."""
+    """Lets one process or thread at a time fetch a shard; the others wait and then find it in the cache."""
     with (_folder() / f"{_key(address)}.lock").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,9 +1,9 @@
-"""Tar shards as webdataset and img2dataset write them: read by offset, checked strictly, never extracted.
+"""Tar shards as webdataset and img2dataset write them, read by offset and never extracted.
 
 A sample is the group of members that share their path up to the first dot of the file name: `00012.jpg`,
 `00012.txt` (captions, one per line), `00012.json` (img2dataset's metadata), `00012.cls` (class index).
-CLIP_benchmark's `classnames.txt` and `zeroshot_classification_templates.txt` are read where they stand beside the
-shards or one folder up. Nothing in a shard is executed: no pickle, no `pipe:`, and names are keys, never paths.
+CLIP_benchmark's `classnames.txt` and `zeroshot_classification_templates.txt` are read from the shards' folder or the
+one above. Nothing in a shard is executed: there is no pickle and no `pipe:`, and names are keys, never paths.
 """
 
 import hashlib
@@ -18,51 +18,49 @@ from typing import overload
 
 import numpy as np
 
-from threetowers.data.shards.columns import Columns
-from threetowers.data.shards.index import Shard
+from threetowers.data.shards.index import Shard, TarIndex
 from threetowers.data.shards.indexing import find_shards, open_index
-from threetowers.data.shards.remote import is_address, shown, text_beside
+from threetowers.data.shards.remote import is_address, redacted, text_beside
 from threetowers.data.shards.tar import OpenFile
-from threetowers.data.source import Record
+from threetowers.data.source import Format, Record
 from threetowers.errors import BadSample, DataError, UsageError
 
 
-@lru_cache(maxsize=256)  # fewer than any system's limit of open files
-def _near(shard: Shard) -> OpenFile:
-    return shard.opened()
+@lru_cache(maxsize=256)  # below the number of open files that systems allow
+def _open_local(shard: Shard) -> OpenFile:
+    return shard.open()
 
 
-@lru_cache(maxsize=32)  # what is open is not evicted, so that this much must fit into the cache
-def _far(shard: Shard) -> OpenFile:
-    return shard.opened()
+@lru_cache(maxsize=32)  # open shards are not evicted, so this many must fit into the cache
+def _open_remote(shard: Shard) -> OpenFile:
+    return shard.open()
 
 
 class _Problems(Sequence[BadSample]):
-    """The problems of an index, made when they are looked at."""
+    """The problems of an index, each read when it is asked for."""
 
-    def __init__(self, index: Columns) -> None:
+    def __init__(self, index: TarIndex) -> None:
         self._index = index
 
     def __len__(self) -> int:
-        return self._index.length("problems_ends") // 3
+        return self._index.num_problems
 
     @overload
     def __getitem__(self, index: int) -> BadSample: ...
     @overload
     def __getitem__(self, index: slice) -> list[BadSample]: ...
     def __getitem__(self, index: int | slice) -> BadSample | list[BadSample]:
-        places = range(len(self))[index]
-        if isinstance(places, range):
-            return [self[place] for place in places]
-        id, reason, detail = (self._index.text("problems", 3 * places + part) for part in range(3))
-        return BadSample(id, reason, detail)
+        numbers = range(len(self))[index]
+        if isinstance(numbers, range):
+            return [self._index.problem(number) for number in numbers]
+        return self._index.problem(numbers)
 
 
 @dataclass(eq=False)
 class ShardSource:
-    """The samples of tar shards in the shards' order; implements Source. Made by `open_shards`.
+    """The samples of tar shards in the order of the shards; implements Source. Made by `open_shards`.
 
-    The index is a mapped file: a copy in another process maps it again. A sample's id is `stem/key`.
+    A sample's id is `stem/key`. The index is a mapped file, which a copy in another process maps again.
     """
 
     name: str
@@ -70,59 +68,59 @@ class ShardSource:
     class_names: Sequence[str]
     templates: Sequence[str]
     shards: Sequence[Shard]
-    index: Columns
+    index: TarIndex
     fingerprint: str = field(init=False)
     problems: Sequence[BadSample] = field(init=False)
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256(repr((self.class_names, self.templates)).encode())
-        digest.update(self.index.array("digests").tobytes())
+        digest.update(self.index.digests)
         self.fingerprint = digest.hexdigest()
         self.problems = _Problems(self.index)
-        self._ends = np.cumsum(self.index.array("counts")).tolist()
+        self._ends = np.cumsum(self.index.counts).tolist()
 
     def __len__(self) -> int:
-        return self.index.length("labels")
+        return len(self.index)
 
     def _shard(self, index: int) -> Shard:
         return self.shards[bisect_right(self._ends, index)]
 
     def _id(self, index: int) -> str:
-        return f"{self._shard(index).stem}/{self.index.text('keys', index)}"
+        return f"{self._shard(index).stem}/{self.index.key(index)}"
 
     def record(self, index: int) -> Record:
         index = range(len(self))[index]
-        captions, label = self.index.text("captions", index), self.index.number("labels", index)
-        return Record(
-            self._id(index), tuple(captions.split("\n")) if captions else (), label if label >= 0 else None
-        )
+        return Record(self._id(index), self.index.captions(index), self.index.label(index))
 
     def image(self, index: int) -> bytes:
         index = range(len(self))[index]
         shard = self._shard(index)
-        offset, size = self.index.number("offsets", index), self.index.number("sizes", index)
+        offset, size = self.index.extent(index)
         if not (offset >= 0 and 0 < size <= shard.size - offset):
             detail = f"its index points to {size} bytes at {offset} of {shard.size}"
-            raise BadSample(self._id(index), "unreadable", f"{shown(shard.place)}: {detail}")
+            raise BadSample(self._id(index), "unreadable", f"{redacted(shard.place)}: {detail}")
         try:
-            # held while reading: another thread may push it out of the cache
-            file = _far(shard) if is_address(shard.place) else _near(shard)
+            # The name keeps the file open while it is read, when another thread pushes it out of the cache.
+            file = _open_remote(shard) if is_address(shard.place) else _open_local(shard)
             data = os.pread(file.number, size, offset)
         except OSError as error:
-            raise BadSample(self._id(index), "unreadable", f"{shown(shard.place)}: {error}") from error
+            raise BadSample(self._id(index), "unreadable", f"{redacted(shard.place)}: {error}") from error
         if len(data) != size:
             raise BadSample(
-                self._id(index), "unreadable", f"{shown(shard.place)}: {len(data)} of {size} bytes"
+                self._id(index), "unreadable", f"{redacted(shard.place)}: {len(data)} of {size} bytes"
             )
         return data
 
+    def image_key(self, index: int) -> str:
+        return ""
+
     def split_draws(self, seed: int) -> np.ndarray | None:
-        """`hash64("split", seed, id)` of every sample, uint64 [n], for the seed for which it is stored: 0."""
-        return self.index.array("draws") if seed == 0 else None
+        """`hash64("split", seed, id)` of every sample, uint64 [n]; it is stored for seed 0 only."""
+        return self.index.draws if seed == 0 else None
 
 
 def names_shards(path: str) -> bool:
-    """Whether a path means tar shards: one that is there, a range or join of them, or a folder that holds some."""
+    """Whether a path means tar shards: a shard, a range of shards, several joined by `::`, or a folder with shards."""
     several = "::" in path or (path.endswith(".tar") and "{" in path)
     foreign = path.startswith("pipe:") or "://" in path  # refused by `open_shards`, with the reason
     place = Path(path)
@@ -136,18 +134,17 @@ def _shards_in(folder: Path) -> list[Path]:
 def open_shards(path: str) -> ShardSource:
     """The samples of a folder of shards, one shard, a range `x/{00000..00011}.tar`, or several joined by `::`.
 
-    Raises DataError when a shard is missing, cut short or damaged, or holds another number of images than its
-    `_stats.json` states; the message names the shard, what was expected and what was found.
+    Raises DataError when a shard is missing, cut short or damaged, or has not as many images as its `_stats.json`
+    says; the message names the shard, what was expected and what was found.
     """
     places = _expand(path)
     stems = _stems(places)
-    folder = (
-        path
-        if Path(path).is_dir()
-        else places[0].rpartition("/")[0]
-        if is_address(places[0])
-        else str(Path(places[0]).parent)
-    )
+    if Path(path).is_dir():
+        folder = path
+    elif is_address(places[0]):
+        folder = places[0].rpartition("/")[0]
+    else:
+        folder = str(Path(places[0]).parent)
     class_names = _lines_beside(places[0], folder, "classnames.txt")
     templates = [
         template.replace("{c}", "{}")
@@ -167,11 +164,11 @@ def open_shards(path: str) -> ShardSource:
 
 
 def _folder_name(folder: str) -> str:
-    return shown(folder).rpartition("/")[2] if is_address(folder) else Path(folder).resolve().name
+    return redacted(folder).rpartition("/")[2] if is_address(folder) else Path(folder).resolve().name
 
 
 def _stems(places: Sequence[str]) -> list[str]:
-    """What the ids of each shard's samples begin with: its name, and as much of its folders as tells it apart."""
+    """What the ids of each shard's samples begin with: its name and, where names are equal, some of its folders."""
     names = [place.partition("?")[0] if is_address(place) else place for place in places]
     stems = [Path(name).stem for name in names]
     if len(set(stems)) < len(stems):  # joined folders number their shards alike
@@ -183,7 +180,7 @@ def _stems(places: Sequence[str]) -> list[str]:
 
 
 def _expand(path: str) -> list[str]:
-    """The shards that a path names, each once, and the local ones checked to be there."""
+    """The paths and addresses of the shards that a path names; raises DataError when one is missing, and UsageError."""
     places: list[str] = []
     for part in path.split("::"):
         if part.startswith("pipe:"):
@@ -191,14 +188,14 @@ def _expand(path: str) -> list[str]:
         if is_address(part):
             if not part.partition("?")[0].endswith(".tar"):
                 raise UsageError(
-                    f"{shown(part)}: name the shards, for example {shown(part)}/{{00000..00011}}.tar"
+                    f"{redacted(part)}: name the shards, for example {redacted(part)}/{{00000..00011}}.tar"
                 )
             places += _expand_braces(part)
         elif Path(part).is_dir():
-            found = _shards_in(Path(part))
-            if not found:
+            shards = _shards_in(Path(part))
+            if not shards:
                 raise DataError(f"{part}: there is no .tar in this folder")
-            places += map(str, found)
+            places += map(str, shards)
         else:
             places += [str(Path(place)) for place in _expand_braces(part)]
     missing = [place for place in places if not (is_address(place) or Path(place).is_file())]
@@ -207,15 +204,14 @@ def _expand(path: str) -> list[str]:
             f"{path}: expected {len(places)} shards, found {len(places) - len(missing)}; "
             f"missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
         )
-    if len(
-        {place.partition("?")[0] if is_address(place) else os.path.realpath(place) for place in places}
-    ) < len(places):
+    real = {place.partition("?")[0] if is_address(place) else os.path.realpath(place) for place in places}
+    if len(real) < len(places):
         raise UsageError(f"{path}: a shard is named twice")
     return places
 
 
 def _expand_braces(path: str) -> list[str]:
-    """`a{08..10}.tar` as a08.tar, a09.tar, a10.tar; `{x,y}` as both; several braces multiply."""
+    """Expands `a{08..10}.tar` to a08.tar, a09.tar and a10.tar, and `{x,y}` to both; several braces are combined."""
     brace = re.search(r"\{([^{}]*)\}", path)
     if not brace:
         return [path]
@@ -229,7 +225,7 @@ def _expand_braces(path: str) -> list[str]:
 
 
 def _lines_beside(shard: str, folder: str, name: str) -> list[str]:
-    """The lines of CLIP_benchmark's file in the folder or its parent; none when there is no such file."""
+    """The lines of CLIP_benchmark's file in the folder or its parent; empty when there is no such file."""
     lines: list[str] = []
     if is_address(shard):
         lines = text_beside(shard, name).splitlines()
@@ -238,3 +234,12 @@ def _lines_beside(shard: str, folder: str, name: str) -> list[str]:
         file = next((file for file in files if file.is_file()), None)
         lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file else []
     return [line.strip() for line in lines if line.strip()]
+
+
+SHARDS = Format(
+    have="webdataset or img2dataset tar shards",
+    give="the folder, or `'shards/{00000..00099}.tar'`; also `s3://…` and other addresses "
+    "(`pip install 'threetowers[remote]'`)",
+    accepts=names_shards,
+    open=lambda path, columns, opener: open_shards(path),
+)

@@ -1,4 +1,4 @@
-"""The members of a tar, walked strictly: an archive that is damaged or cut short is an error, never a shorter list."""
+"""A strict reader of tar members: an archive that is damaged or cut short is an error, never a shorter list."""
 
 import os
 import tarfile
@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from threetowers.errors import DataError
 
-MAX_TEXT_BYTES = 1 << 20  # of a caption, label or metadata file; what lies behind is not read
+MAX_TEXT_BYTES = 1 << 20  # of a caption, label or metadata file; the rest is not read
 _BLOCK = 512
 _ZERO_BLOCK = bytes(_BLOCK)
 
 
 class OpenFile:
-    """An open file that closes when its last user lets go; `pread` keeps no position, so forks may share it."""
+    """An open file that is closed with its last reference. It is read with `pread`, so that forks can share it."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
@@ -25,7 +25,7 @@ class OpenFile:
 
 
 class Member(NamedTuple):
-    """A file in a tar: its path there, and where its content lies; size -1: a link or device, without content."""
+    """A file in a tar: its path there, and the position of its content in bytes; size -1: a link, without content."""
 
     name: str
     offset: int
@@ -38,11 +38,11 @@ _COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
 
 
 def walk(path: Path | str, file: int, file_size: int, digest: Callable[[bytes], None]) -> Iterator[Member]:
-    """The files of a tar, with every header, extent and the end checked; `digest` is fed with the headers.
+    """The files of a tar. Every header, every extent and the end are checked, and `digest` is called with the headers.
 
-    tarfile ends without an error at the first header that it cannot read, so that a damaged shard comes back short,
-    and takes three times as long over a header.
-    Raises DataError that says where and after how many files.
+    The standard library's tarfile ends without an error at the first header that it cannot read, so that a damaged
+    shard would come back short, and it takes three times as long.
+    Raises DataError that says where the tar is damaged and how many files come before.
     """
     offset = count = 0
     override: dict[str, str] = {}  # name and size for the next member, from a GNU or PAX header
@@ -86,8 +86,11 @@ def _damaged(path: Path | str, what: str) -> DataError:
 
 
 def _check_end(path: Path | str, file: int, offset: int, file_size: int, found: str) -> None:
-    """Two zero blocks end a tar, filled up to a record. Anything else behind the last file means that files are lost:
-    more zeros are what a download leaves that reserved its space and did not finish."""
+    """Raises DataError unless the tar ends as it must: with two zero blocks, filled up to a record.
+
+    Other data after them means that files are lost, and so do more zeros, which a download leaves that reserved its
+    space and did not finish.
+    """
     length = 0
     while chunk := os.pread(file, 1 << 20, offset + length):
         if chunk.count(0) != len(chunk):
@@ -102,7 +105,7 @@ def _check_end(path: Path | str, file: int, offset: int, file_size: int, found: 
 
 
 def _override(kind: int, content: bytes) -> dict[str, str]:
-    """The next member's `path` and `size` as far as a GNU or PAX header states them; ValueError if damaged."""
+    """The `path` and `size` that a GNU or PAX header states for the next member; raises ValueError if damaged."""
     if kind in b"Kg":  # a link's target, and defaults for all members
         return {}
     if kind in b"L":
@@ -112,15 +115,15 @@ def _override(kind: int, content: bytes) -> dict[str, str]:
         length = int(content.partition(b" ")[0])
         record, content = content[:length], content[max(length, 1) :]
         key, equals, value = record.partition(b" ")[2].decode(errors="replace").partition("=")
-        known = key in _PAX_KEYS or ("." in key and not key.startswith("GNU.sparse"))
-        if not (equals and value.endswith("\n") and known):
+        is_pax = key in _PAX_KEYS or ("." in key and not key.startswith("GNU.sparse"))
+        if not (equals and value.endswith("\n") and is_pax):
             raise ValueError(key)
         fields[key] = value[:-1]
     return {key: fields[key] for key in ("path", "size") if key in fields}
 
 
 def _number(field: bytes, base: int = 8) -> int | None:
-    """A number as headers write it: digits, or GNU's base 256; None when it is neither."""
+    """A number in a header, in digits or in GNU's base 256; None when it is neither."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")

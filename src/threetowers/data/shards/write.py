@@ -1,8 +1,7 @@
-"""Tar shards written as webdataset and img2dataset write them: the same samples always give the same bytes."""
+"""Writes tar shards in the layout of webdataset and img2dataset; the same samples always give the same bytes."""
 
 import itertools
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from threetowers.data.shards.groups import key_and_ending
 from threetowers.data.source import IMAGE_ENDINGS, clean_captions
 from threetowers.errors import DataError, UsageError
+from threetowers.files import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,8 @@ def write_shards(
 ) -> list[Path]:
     """Writes `00000.tar`, `00001.tar`, … and their `_stats.json`; the same samples always give the same bytes.
 
-    Samples are sorted by key inside a shard; a shard appears under its name only when it is complete. Returns the
-    shards' paths. Raises UsageError when the folder holds shards already, DataError for a sample that could not
-    be read back.
+    Samples are sorted by key inside a shard, and a shard gets its name only when it is complete. Returns the paths.
+    Raises UsageError when the folder holds shards already, DataError for a sample that could not be read back.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,8 +42,8 @@ def write_shards(
     while batch := sorted(itertools.islice(stream, shard_size), key=lambda sample: sample.key):
         path = folder / f"{len(paths):05d}.tar"
         stats = json.dumps({"count": len(batch), "successes": len(batch)})
-        _write_atomically(path, _shard_bytes(path, batch))
-        _write_atomically(_stats_path(path), stats.encode())
+        write_whole(path, _shard_bytes(path, batch), sync=True)
+        write_whole(path.with_name(f"{path.stem}_stats.json"), stats, sync=True)
         paths.append(path)
     return paths
 
@@ -72,19 +71,3 @@ def _shard_bytes(path: Path, samples: Sequence[ShardSample]) -> bytes:
                 member.size = len(data)
                 tar.addfile(member, BytesIO(data))
     return buffer.getvalue()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _stats_path(shard: Path) -> Path:
-    return shard.with_name(f"{shard.stem}_stats.json")
