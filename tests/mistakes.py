@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from mistake_kit import (
+from kit.mistakes import (
     Answer,
     Change,
     Machine,

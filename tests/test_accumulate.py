@@ -1,21 +1,20 @@
 """A batch in micro-batches is the batch: gradients, random states, and whole runs."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kit.runs import Config
 from threetowers.config import InputConfig, ObjectiveConfig, PairConfig, RunConfig
 from threetowers.data.loader import Batch, BatchReader
 from threetowers.run.setup import Prepared, prepare
 from threetowers.towers.weights import read_safetensors
 from threetowers.train.accumulate import accumulate, masked_ids
 from threetowers.train.loop import train
-
-Config = Callable[..., RunConfig]
 
 PATCH_DROPOUT = PairConfig(
     embed_dim=24,
@@ -67,7 +66,7 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
     ],
 )
 def test_micro_batches_give_the_gradients_of_the_whole_batch(
-    size: int, method: str, options: dict, tiny_config: Config, tmp_path: Path
+    size: int, method: str, options: dict[str, Any], tiny_config: Config, tmp_path: Path
 ) -> None:
     run, batch = prepared(tiny_config(method=method, micro_batch_size=size, **options), tmp_path / "run")
     loss, rows = run.model.loss(run.features(batch), masked_ids(run, batch))

@@ -1,6 +1,5 @@
 """Which attention kernels train, and that they agree with the ones that torch would choose."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,23 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from threetowers.config import RunConfig
-from threetowers.run.setup import Prepared, prepare
+from kit.runs import VIT, Config, with_vit
+from threetowers.run.setup import prepare
 from threetowers.towers.attention import LONGEST, own_attention, trained_attention
-from threetowers.train import loop
 from threetowers.train.loop import train
 
-Config = Callable[..., RunConfig]
 CPU = torch.device("cpu")
-VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 
 
 def fused() -> bool:
-    return torch.backends.cuda.flash_sdp_enabled()
-
-
-def opened(config: RunConfig, folder: Path) -> Prepared:
-    return prepare(replace(config, pair=replace(config.pair, vision=VIT)), folder)
+    return bool(torch.backends.cuda.flash_sdp_enabled())
 
 
 class Long(nn.Module):
@@ -53,7 +45,7 @@ def test_short_towers_in_bf16_on_cpus_train_with_plain_attention(
 
 
 def test_patches_count_as_tokens(tiny_config: Config, tmp_path: Path) -> None:
-    model = opened(tiny_config(), tmp_path).model
+    model = prepare(with_vit(tiny_config()), tmp_path).model
     fine = {**VIT, "patch_size": 2}
     longer = prepare(replace(tiny_config(), pair=replace(tiny_config().pair, vision=fine)), tmp_path).model
     for towers, plain in ((model, True), (longer, False)):
@@ -62,7 +54,7 @@ def test_patches_count_as_tokens(tiny_config: Config, tmp_path: Path) -> None:
 
 
 def test_plain_attention_gives_the_gradients_of_the_fused_one(tiny_config: Config, tmp_path: Path) -> None:
-    run = opened(tiny_config(precision="bf16-autocast"), tmp_path)
+    run = prepare(with_vit(tiny_config(precision="bf16-autocast")), tmp_path)
     run.model.train()
     batch = run.reader()[range(13)]
 
@@ -84,7 +76,7 @@ def test_the_trainer_runs_all_its_steps_in_it(
     precision: str, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(precision=precision, grad_checkpointing=True, steps=3)
-    config = replace(config, pair=replace(config.pair, vision=VIT))
+    config = with_vit(config)
     seen = []
     real = torch.nn.utils.clip_grad_norm_
 
@@ -92,7 +84,7 @@ def test_the_trainer_runs_all_its_steps_in_it(
         seen.append(fused())
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop.torch.nn.utils, "clip_grad_norm_", noted)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
     assert train(config, tmp_path / "run").finished
     assert seen == [precision == "fp32"] * 3
     assert fused()

@@ -82,7 +82,8 @@ def test_alpha_is_chosen_on_validation_and_reported_on_test() -> None:
     result = sweep(val, test)
     expected = [
         recall_from_features(
-            *(concat(main, side, alpha) for main, side in zip(val.main, val.side, strict=True)),
+            concat(val.main.image, val.side.image, alpha),
+            concat(val.main.text, val.side.text, alpha),
             val.text_image,
         )["mean_r@1"]
         for alpha in ALPHAS

@@ -1,6 +1,5 @@
 """What open_clip makes of an exported run must be what we make of it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from threetowers.config import RunConfig
+from kit.runs import Config
 from threetowers.errors import CheckpointError
 from threetowers.export.open_clip import export_open_clip
 from threetowers.run.finished import load_run
@@ -34,9 +33,7 @@ def pictures() -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("method", ["baseline", "3t", "lit", "lit-unlocked"])
-def test_open_clip_computes_the_same_embeddings(
-    method: str, tiny_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_open_clip_computes_the_same_embeddings(method: str, tiny_config: Config, tmp_path: Path) -> None:
     """Same images and texts through open_clip's own transform and tokenizer: the unit vectors agree to 1e-6."""
     train(tiny_config(method=method, steps=3), tmp_path / "run")
     folder = export_open_clip(tmp_path / "run", tmp_path / "exported")
@@ -71,9 +68,7 @@ def test_open_clip_computes_the_same_embeddings(
     assert model.logit_scale.exp().item() == pytest.approx(ours.scale, rel=1e-6)
 
 
-def test_a_finished_run_can_be_the_third_tower_of_another(
-    tiny_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_finished_run_can_be_the_third_tower_of_another(tiny_config: Config, tmp_path: Path) -> None:
     train(tiny_config(method="baseline", steps=2), tmp_path / "first")
     tower = load_frozen(f"file:{tmp_path / 'first'}")
     assert tower.width == 24
@@ -89,9 +84,7 @@ def test_a_finished_run_can_be_the_third_tower_of_another(
         torch.testing.assert_close(model.eval().encode_image(pixels), ours, rtol=1e-5, atol=1e-6)
 
 
-def test_clips_own_vocabulary_survives_the_round_trip(
-    tiny_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_clips_own_vocabulary_survives_the_round_trip(tiny_config: Config, tmp_path: Path) -> None:
     from dataclasses import replace
 
     pair = replace(tiny_config().pair, tokenizer="open_clip")

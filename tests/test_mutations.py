@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from kit.pictures import encoded
 from threetowers.data.decode import MAX_SIDE_RATIO, REASONS, decode
 from threetowers.data.open import open_source
 from threetowers.data.source import Source
@@ -28,12 +29,6 @@ from threetowers.towers.weights import read_safetensors
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:RuntimeWarning")
 BLOCK = 512
 COUNTS = [1_000, pytest.param(100_000, marks=pytest.mark.slow)]
-
-
-def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def originals() -> list[bytes]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from threetowers.config import METHODS, ObjectiveConfig, RunConfig
+from threetowers.config import METHODS, Method, ObjectiveConfig, RunConfig
 from threetowers.errors import UsageError
 from threetowers.objective import losses, pairs
 
@@ -82,7 +82,7 @@ def test_logits_are_fp32_under_autocast() -> None:
 def test_unit_is_safe_at_zero_and_in_low_precision() -> None:
     features = torch.zeros(2, 4, requires_grad=True)
     losses.unit(features).sum().backward()
-    assert torch.isfinite(features.grad).all()
+    assert features.grad is not None and torch.isfinite(features.grad).all()
     assert losses.unit(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.float32
 
 
@@ -113,7 +113,7 @@ def test_the_tables_of_the_methods() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_a_table_and_only_the_baseline_needs_no_third(method: str) -> None:
+def test_every_method_is_a_table_and_only_the_baseline_needs_no_third(method: Method) -> None:
     table = pairs.objective(RunConfig(method=method, third=("timm:x",)))
     assert table.rows[0].name == "img-txt"
     assert len({row.name for row in table.rows}) == len(table.rows)

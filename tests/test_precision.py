@@ -1,6 +1,6 @@
 """The bf16 working copy beside its fp32 masters, activation checkpointing, and pinned batches."""
 
-from collections.abc import Callable
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from threetowers.config import RunConfig
+from kit.runs import Config, with_vit
 from threetowers.data.loader import Batch
 from threetowers.errors import UsageError
 from threetowers.run.setup import Prepared, prepare
@@ -19,14 +19,11 @@ from threetowers.towers.working_copy import KEPT, WorkingCopy
 from threetowers.train.accumulate import accumulate
 from threetowers.train.loop import train
 
-Config = Callable[..., RunConfig]
-VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
-
 
 def opened(tiny_config: Config, folder: Path, vit: bool = True, **changes: Any) -> Prepared:
     config = tiny_config(**changes)
     if vit:
-        config = replace(config, pair=replace(config.pair, vision=VIT))
+        config = with_vit(config)
     return prepare(config, folder)
 
 
@@ -41,8 +38,8 @@ def gradients(run: Prepared, batch: Batch) -> dict[str, Tensor]:
 
 def error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
-    difference = sum((a[name] - b[name]).square().sum() for name in a)
-    return float((difference / sum(value.square().sum() for value in b.values())).sqrt())
+    difference = sum(float((a[name] - b[name]).square().sum()) for name in a)
+    return math.sqrt(difference / sum(float(value.square().sum()) for value in b.values()))
 
 
 @pytest.mark.parametrize("vit", [True, False])
@@ -103,10 +100,12 @@ def test_the_copy_follows_the_masters_and_frozen_ones_stay(tiny_config: Config, 
 
 
 def test_running_statistics_are_the_masters() -> None:
-    tower = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    norm = nn.BatchNorm2d(4)
+    tower = nn.Sequential(nn.Conv2d(3, 4, 1), norm)
     copy = WorkingCopy(None, tower)
     copy.txt(torch.randn(8, 3, 2, 2).bfloat16())
-    assert int(tower[1].num_batches_tracked) == 1 and tower[1].running_mean.abs().sum() > 0
+    assert norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 1
+    assert norm.running_mean is not None and norm.running_mean.abs().sum() > 0
 
 
 def test_micro_batches_in_the_copy(tiny_config: Config, tmp_path: Path) -> None:
@@ -138,7 +137,7 @@ def test_dropped_patches_are_the_same_ones_when_activations_are_computed_again(
     tiny_config: Config, tmp_path: Path
 ) -> None:
     config = tiny_config(steps=4)
-    config = replace(config, pair=replace(config.pair, vision={**VIT, "patch_dropout": 0.5}))
+    config = with_vit(config, patch_dropout=0.5)
     train(config, tmp_path / "plain")
     train(replace(config, grad_checkpointing=True), tmp_path / "spared")
     plain, spared = (read_safetensors(tmp_path / name / "model.safetensors") for name in ("plain", "spared"))
@@ -160,7 +159,7 @@ def test_compiled_towers_train_the_same_weights_under_the_same_names(
 
     monkeypatch.setattr(nn.Module, "compile", eager)
     config = tiny_config(steps=4, precision=precision)
-    config = replace(config, pair=replace(config.pair, vision={**VIT, "patch_dropout": 0.5}))
+    config = with_vit(config, patch_dropout=0.5)
     train(config, tmp_path / "plain")
     assert not compiled
     train(replace(config, compile=True), tmp_path / "compiled")
@@ -182,7 +181,12 @@ def test_a_batch_pins_all_its_tensors(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pinned: list[tuple[int, ...]] = []
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: (pinned.append(self.shape), self)[1])
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tuple(tensor.shape))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
     batch = opened(tiny_config, tmp_path / "a").reader()[range(4)]
     again = batch.pin_memory()
     assert isinstance(again, Batch) and again.bad is batch.bad

@@ -1,57 +1,41 @@
 """Frozen towers: loading, their own preprocessing, and what happens when a file does not fit."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kit.pictures import noise
+from kit.towers import image_tower, open_clip_folder
 from threetowers.config import PairConfig
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.frozen.load import FrozenTower, as_image_tower, load_frozen
-from threetowers.towers.heads import head, initialised
+from threetowers.towers.heads import head
 from threetowers.towers.pair import build_image_tower, build_text_tower, encode_text, model_config
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).resize((width, height))
-
-
 @pytest.fixture(scope="session")
-def open_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny open_clip model with a native ViT, saved in open_clip's local-dir layout."""
-    folder = tmp_path_factory.mktemp("open_clip_tower")
-    config = {
-        "embed_dim": 20,
-        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
-        "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1},
-        "custom_text": True,
-    }
-    with initialised(3, "tower"):
-        model = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    preprocess = {"size": 32, "mode": "RGB", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6],
-                  "interpolation": "bilinear", "resize_mode": "shortest", "fill_color": 0}  # fmt: skip
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
-    )
-    return folder
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny open_clip model with preprocessing of its own."""
+    return open_clip_folder(
+        tmp_path_factory.mktemp("clip") / "tower", context_length=8, vocab_size=50, size=32, mode="RGB",
+        mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation="bilinear", resize_mode="shortest", fill_color=0,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [(48, 48), (61, 50), (33, 97), (20, 31), (300, 201)])
 def test_numbers_that_enter_a_timm_tower_are_timms_own(timm_tower: str, size: tuple[int, int]) -> None:
-    tower = load_frozen(timm_tower)
+    tower = image_tower(timm_tower)
     model = timm.create_model(timm_tower.removeprefix("timm:"), pretrained=True, num_classes=0).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    image = picture(*size)
+    image = noise(*size)
     ours = normalise(torch.from_numpy(fixed_view(image, tower.image).copy())[None], tower.image)
     theirs = transform(image)[None]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -61,10 +45,12 @@ def test_numbers_that_enter_a_timm_tower_are_timms_own(timm_tower: str, size: tu
 
 
 @pytest.mark.parametrize("size", [(32, 32), (61, 50), (33, 97)])
-def test_numbers_that_enter_an_open_clip_tower_are_open_clips_own(open_clip_folder: Path, size) -> None:
-    tower = load_frozen(f"open_clip:local-dir:{open_clip_folder}")
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{open_clip_folder}")
-    image = picture(*size)
+def test_numbers_that_enter_an_open_clip_tower_are_open_clips_own(
+    clip_folder: Path, size: tuple[int, int]
+) -> None:
+    tower = image_tower(f"open_clip:local-dir:{clip_folder}")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
+    image = noise(*size)
     pixels = torch.from_numpy(fixed_view(image, tower.image).copy())[None]
     theirs = transform(image)[None]
     torch.testing.assert_close(normalise(pixels, tower.image), theirs, rtol=0, atol=1e-5)
@@ -81,12 +67,12 @@ def test_fixed_view_is_torchvisions_resize_and_centre_crop(resize: str, size: tu
     spec = ImageSpec(24, (0.5,) * 3, (0.5,) * 3, "bicubic", resize, 29)  # type: ignore[arg-type]
     to = 29 if resize == "shortest" else (29, 29)
     steps = [v2.Resize(to, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(24), v2.PILToTensor()]
-    image = picture(*size)
+    image = noise(*size)
     assert np.array_equal(fixed_view(image, spec), v2.Compose(steps)(image).numpy())
 
 
 def test_eval_for_ever_no_gradient_and_never_changed(timm_tower: str) -> None:
-    tower = load_frozen(timm_tower)
+    tower = image_tower(timm_tower)
     before = tower.fingerprint()
 
     class Parent(nn.Module):
@@ -106,7 +92,7 @@ def test_eval_for_ever_no_gradient_and_never_changed(timm_tower: str) -> None:
     parent.head(features).sum().backward()
     optimizer.step()
     assert all(p.grad is None for p in tower.module.parameters())
-    assert parent.head.weight.grad.abs().sum() > 0
+    assert parent.head.weight.grad is not None and parent.head.weight.grad.abs().sum() > 0
     assert tower.fingerprint() == before
 
 
@@ -163,7 +149,7 @@ def test_a_network_name_without_network_says_how_to_go_on(monkeypatch: pytest.Mo
 
 
 def test_one_changed_byte_or_other_preprocessing_changes_the_fingerprint(timm_tower: str) -> None:
-    tower = load_frozen(timm_tower)
+    tower = image_tower(timm_tower)
     first = tower.fingerprint()
     assert load_frozen(timm_tower).fingerprint() == first
     spec = ImageSpec.from_dict({**tower.image.as_dict(), "interpolation": "bicubic"})
@@ -176,10 +162,10 @@ def test_one_changed_byte_or_other_preprocessing_changes_the_fingerprint(timm_to
 
 
 def test_an_image_tower_made_of_a_frozen_tower_is_the_tower_and_one_projection(
-    timm_tower: str, open_clip_folder: Path
+    timm_tower: str, clip_folder: Path
 ) -> None:
-    for spec in (timm_tower, f"open_clip:local-dir:{open_clip_folder}"):
-        tower = load_frozen(spec)
+    for spec in (timm_tower, f"open_clip:local-dir:{clip_folder}"):
+        tower = image_tower(spec)
         projection = torch.randn(6, tower.width) / 4
         image, _ = as_image_tower(tower, projection)
         pixels = torch.randint(0, 256, (3, 3, tower.image.size, tower.image.size), dtype=torch.uint8)
@@ -192,7 +178,7 @@ def test_an_image_tower_made_of_a_frozen_tower_is_the_tower_and_one_projection(
 
 
 @pytest.mark.parametrize("pool", [{}, {"pool_type": "eos", "eos_id": 2}])
-def test_short_text_equals_padded_text(pool: dict) -> None:
+def test_short_text_equals_padded_text(pool: dict[str, Any]) -> None:
     """The sliced forward equals open_clip's own on padded text to 1e-6, for features and gradients."""
     pair = PairConfig(
         embed_dim=12,
@@ -213,7 +199,7 @@ def test_short_text_equals_padded_text(pool: dict) -> None:
     for features in (short, padded):
         text.zero_grad()
         (features**2).sum().backward()
-        grads = [p.grad.clone() for p in text.parameters()]
+        grads = [p.grad.clone() for p in text.parameters() if p.grad is not None]
         if features is short:
             first = grads
     for a, b in zip(first, grads, strict=True):
@@ -221,7 +207,7 @@ def test_short_text_equals_padded_text(pool: dict) -> None:
 
 
 def test_a_text_tower_that_looks_at_padding_gets_it_back() -> None:
-    text_cfg = {
+    text_cfg: dict[str, Any] = {
         "context_length": 10,
         "vocab_size": 40,
         "width": 32,
@@ -267,7 +253,7 @@ def test_a_head_that_widens_its_features_is_read_at_its_width_and_refused_as_ima
 ) -> None:
     model = timm.create_model("test_mambaout")
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    tower = load_frozen(f"timm:test_mambaout@{tmp_path / 'weights.safetensors'}")
+    tower = image_tower(f"timm:test_mambaout@{tmp_path / 'weights.safetensors'}")
     pixels = torch.zeros(1, 3, tower.image.size, tower.image.size, dtype=torch.uint8)
     assert tower(pixels).shape == (1, tower.width)
     with pytest.raises(UsageError, match="third tower of 3t"):

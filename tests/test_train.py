@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,39 +16,21 @@ import torch
 from PIL import Image
 
 import threetowers
+from kit.runs import Config, assert_same_weights, rows, weights
 from threetowers.config import (
     METHODS,
     InputConfig,
     ObjectiveConfig,
     OptimConfig,
-    RunConfig,
     read_config,
     write_config,
 )
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.run.finished import load_run
-from threetowers.towers.weights import read_safetensors
 from threetowers.train import checkpoint, loop
 from threetowers.train.loop import train
 from threetowers.train.saver import Saver
-
-Config = Callable[..., RunConfig]
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return read_safetensors(folder / "model.safetensors")
-
-
-def assert_same_weights(a: Path, b: Path) -> None:
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys()
-    for key in first:
-        assert torch.equal(first[key], second[key]), key
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -243,7 +224,8 @@ def test_real_photos_of_every_kind_with_every_bad_row_named(
             image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
         exif = Image.Exif()
         exif[0x0112] = 1 + index % 8
-        image.save(folder / name, **({"exif": exif} if ending != "png" else {}))
+        options: dict[str, Any] = {"exif": exif} if ending != "png" else {}
+        image.save(folder / name, **options)
         lines.append(f"{name};ein Bild mit der Nummer {index}")
     (folder / "kaputt.jpg").write_bytes((folder / "Bild 0 – Größe.jpg").read_bytes()[:60])
     lines += ["kaputt.jpg;ein kaputtes Bild", "fehlt.png;ein fehlendes Bild", "Bild 1 – Größe.png;"]
