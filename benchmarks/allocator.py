@@ -10,7 +10,7 @@ import sys
 
 PROGRAM = """
 import sys, time, timm, torch
-from threetowers.allocator import keep_freed_memory
+from threetowers.run.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 model, images = timm.create_model("test_nfnet", num_classes=0), torch.randn(128, 3, 32, 32)

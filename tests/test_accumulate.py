@@ -73,7 +73,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(
     loss.backward()  # type: ignore[no-untyped-call]
     expected = gradients(run)
     total, accumulated_rows, feats = accumulate(run, batch)
-    assert float(total) == pytest.approx(float(loss), rel=1e-6)
+    assert total.item() == pytest.approx(loss.item(), rel=1e-6)
     assert accumulated_rows.keys() == rows.keys()
     assert all(len(value) == len(batch.index) for value in feats.values())
     assert_same_gradients(gradients(run), expected, 2e-6)
@@ -91,7 +91,7 @@ def test_dropped_patches_are_the_same_in_both_passes(tiny_config: Config, tmp_pa
     torch.manual_seed(3)
     total, _, _ = accumulate(run, batch)
     assert torch.equal(torch.get_rng_state(), after)
-    assert float(total) == pytest.approx(float(loss), rel=1e-6)
+    assert total.item() == pytest.approx(loss.item(), rel=1e-6)
     found = gradients(run)
     assert_same_gradients(found, expected, 2e-6)
     torch.manual_seed(4)

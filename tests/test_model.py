@@ -147,7 +147,7 @@ def test_a_scale_per_row_and_a_bias_per_sigmoid_row_are_learned_separately() -> 
     with torch.no_grad():
         model.log_scale.add_(50.0)
     model.clamp_scale()
-    assert float(model.scale(2)) == pytest.approx(100.0)
+    assert model.scale(2).item() == pytest.approx(100.0)
 
 
 def test_weights_one_zero_zero_are_the_baseline_step_for_step(tiny_config: Config, tmp_path: Path) -> None:

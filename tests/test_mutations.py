@@ -26,7 +26,6 @@ from threetowers.data.source import Source
 from threetowers.errors import BadSample, CheckpointError, DataError
 from threetowers.towers.weights import read_safetensors
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:RuntimeWarning")
 BLOCK = 512
 COUNTS = [1_000, pytest.param(100_000, marks=pytest.mark.slow)]
 
