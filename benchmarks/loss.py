@@ -10,7 +10,7 @@ import argparse
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,13 @@ def speed(num: int, dim: int, device: str, rounds: int, bf16: bool) -> dict[str,
     }
 
 
-def errors(bf16: bool) -> list[dict[str, Any]]:
-    """Norm-wise relative gradient errors of both losses against fp64, for every point of the grid."""
+def errors(sizes: Sequence[int], bf16: bool) -> list[dict[str, Any]]:
+    """Norm-wise relative gradient errors of both losses against fp64, for every size, scale and noise."""
     rows = []
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     clip = autocast(open_clip.ClipLoss())
     tiles = partial(tiled.softmax_loss, bf16=bf16)
-    for num in (64, 251, 512, 1021):
+    for num in sizes:
         for scale in (1.0, 10.0, 30.0, 100.0):
             for noise in (0.02, 0.1, 0.3, 1.0, 3.0, 30.0):
                 a, b = problem(num, 64, "cpu", noise)[:2]
@@ -172,6 +172,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", type=int, nargs="*", default=[8192, 16384, 32768, 65536])
+    parser.add_argument(
+        "--errors-at", type=int, nargs="+", default=[64, 251, 512, 1021], help="numbers of samples"
+    )
     parser.add_argument("--memory-of", choices=("ours", "ClipLoss"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -189,7 +192,7 @@ def main() -> None:
         )
     result["errors"], result["worst_errors"] = [], []
     for bf16 in (False, True):
-        result["errors"] += (rows := errors(bf16))
+        result["errors"] += (rows := errors(arguments.errors_at, bf16))
         print(f"gradient errors, {_named(bf16)}, {len(rows)} points")
         for name in ("ours", "ClipLoss"):
             worst = max(rows, key=lambda row: row[name])

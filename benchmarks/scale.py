@@ -150,10 +150,12 @@ def main() -> None:
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(
-            json.dumps({"reads": READS, "cores": os.cpu_count(), "rows": rows}, indent=1) + "\n"
+        from threetowers.compare.runs import (
+            machine,  # imports torch, which the measured processes do not hold
         )
+
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": machine(), "reads": READS, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

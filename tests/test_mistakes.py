@@ -15,7 +15,9 @@ def kit(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Path:
     return make_kit(tmp_path_factory.mktemp("mistakes") / "kit")
 
 
-@pytest.mark.parametrize("mistake", list(mistakes.every()), ids=lambda mistake: mistake.what.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "mistake", list(mistakes.every()), ids=lambda mistake: mistake.what.replace(" ", "-")
+)
 def test_a_mistake_is_answered_on_one_screen(mistake: Mistake, kit: Path, tmp_path: Path) -> None:
     answer = mistakes.made(mistake, kit, tmp_path / "here")
     assert answer.code == mistake.code, answer.output
