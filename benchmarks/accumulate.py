@@ -32,6 +32,14 @@ from threetowers.towers.working_copy import WorkingCopy
 from threetowers.train.accumulate import accumulate
 from threetowers.train.optim import adamw
 
+TABLES = {
+    "rows": (
+        "One training step of each contender: `samples per second`, their `ratio` to those of the reference, "
+        "and `spread`, the slowest round divided by the fastest."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 WIDTH = 512  # of the stored frozen features
 
 

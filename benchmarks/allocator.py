@@ -12,6 +12,14 @@ from pathlib import Path
 from measure import write
 from threetowers.compare.runs import machine
 
+TABLES = {
+    "rows": (
+        "Forward and backward passes with the allocator as it is (plain) and with freed memory kept: `images "
+        "per second`, the median of the rounds, and their `ratio` to plain."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 PROGRAM = """
 import sys, time, timm, torch
 from threetowers.run.allocator import keep_freed_memory

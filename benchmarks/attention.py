@@ -20,6 +20,15 @@ from threetowers.compare.runs import machine
 from threetowers.run.setup import pick_device
 from threetowers.towers.attention import LONGEST, OWN_CHOICE
 
+TABLES = {
+    "rows": (
+        "One forward and backward pass for each `batch`, number of `heads` and number of `tokens`: "
+        "milliseconds of the fused kernels and of plain products, and for both the larger of the errors of "
+        "output and gradients against fp64."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 WIDTH = 64  # of a head
 KERNELS = {"fused": OWN_CHOICE, "plain": [SDPBackend.MATH]}
 # batch, heads, tokens, causal: texts of 24 and 77 tokens, ViT-S/32, a grid at the limit, ViT-B/16, ViT-L/14

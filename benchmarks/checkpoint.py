@@ -31,6 +31,15 @@ from threetowers.train.log import RunLog
 from threetowers.train.optim import adamw
 from threetowers.train.saver import Saver
 
+TABLES = {
+    "rows": (
+        "One minute of training with one save in each row: the share of the minute that was `lost`, the "
+        "seconds that the loop stood still, the seconds until the checkpoint was written, and the seconds of "
+        "an undisturbed step."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 MODEL, BATCH, TOKENS = "ViT-B-32", 8, 24
 
 

@@ -23,6 +23,24 @@ from measure import best, interleaved, write
 from threetowers.compare.runs import machine
 from threetowers.objective import losses, tiled
 
+TABLES = {
+    "speed": (
+        "Forward and backward passes of three rows over `num` samples of width `dim`: the `seconds` of the "
+        "fastest round, `spread`, the slowest round divided by the fastest, and `ratio`, how many times as "
+        "fast ours is."
+    ),
+    "memory": "MiB that a step over `num` samples needs beyond its inputs, by loss; an empty cell was not measured.",
+    "errors": (
+        "Relative errors of the gradients against fp64 at each number of samples (`num`), `scale` and value "
+        "of the `loss`, for both losses, and the errors of the gradient of the scale."
+    ),
+    "worst_errors": (
+        "The largest relative error of the gradients against fp64 over all sizes, scales and noise levels, "
+        "`where` it was found, and the largest error of the gradient of the scale."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 ROWS = 3
 Step = Callable[[list[Tensor], Tensor], Tensor]
 

@@ -28,6 +28,16 @@ from threetowers.data.order import Order
 from threetowers.data.shards.source import open_shards
 from threetowers.data.shards.write import ShardSample, write_shards
 
+TABLES = {
+    "rows": (
+        "One set of shards in each row: seconds to write it, to open it a first and a second time and to "
+        "split it, MB of its index and of private memory once opened and after an epoch's order, microseconds "
+        "per sample for order, record and image, the size of the training part, and whether the order takes "
+        "each sample once."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 NUM_IMAGES = 64  # files that the samples share
 READS = 20_000
 COLUMNS = {

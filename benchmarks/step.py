@@ -28,6 +28,14 @@ from threetowers.towers.frozen.load import FrozenTower
 from threetowers.towers.working_copy import WorkingCopy
 from threetowers.train.optim import adamw
 
+TABLES = {
+    "rows": (
+        "One training step of each contender: `samples per second`, their `ratio` to those of the reference, "
+        "and `spread`, the slowest round divided by the fastest."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 MODEL, THIRD, TOKENS, CONTEXT = "ViT-S-32", "ViT-B-32", 24, 77
 PAIR = PairConfig(model=MODEL)
 SPEC = ImageSpec(224, PAIR.mean, PAIR.std)

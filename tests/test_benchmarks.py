@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import open_clip
@@ -48,11 +49,20 @@ NARROW: dict[str, Any] = {
 pytestmark = pytest.mark.filterwarnings("default")  # what the peers warn of is theirs
 
 
-def check(path: Path) -> None:
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/page.py, with the benchmarks' folder on the path of imports."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("page")
+
+
+def check(path: Path, page: ModuleType) -> None:
+    """The JSON has a machine and a table, and its section of the page is the same when it is kept."""
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["machine"]["cores"] >= 1
-    tables = [value for value in result.values() if isinstance(value, list) and value]
-    assert any(isinstance(row, dict) and row for table in tables for row in table)
+    section = page.section(path.stem, result)
+    assert "\n| " in section
+    assert page.kept_section(path.stem, section) == section
 
 
 def test_every_benchmark_is_run_here() -> None:
@@ -60,9 +70,10 @@ def test_every_benchmark_is_run_here() -> None:
 
 
 @pytest.mark.parametrize("name", TOY)
-def test_a_benchmark_runs_at_toy_size(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_runs_at_toy_size(
+    name: str, page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In this process, which has imported most of what it needs, with narrow towers under the models' names."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.chdir(tmp_path)
     for model in ("ViT-S-32", "ViT-B-32"):
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, model, NARROW)
@@ -78,13 +89,29 @@ def test_a_benchmark_runs_at_toy_size(name: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *TOY[name].split(), "--out", f"{name}.json"])
     main: Callable[[], None] = module.main
     main()
-    check(tmp_path / f"{name}.json")
+    check(tmp_path / f"{name}.json", page)
+
+
+def test_the_page_keeps_what_is_not_measured_again(page: ModuleType) -> None:
+    text = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert page.page({}, text) == text, "run benchmarks/page.py"
+    rows = [{"contender": "ours", "rows_per_second": 7.0}]
+    changed = page.page({"store": {"machine": {"cpu": "fast"}, "rows": rows}}, text)
+    assert "Machine: cpu fast" in changed
+    assert page.page({}, changed) == changed
+    name = "\n## store\n"
+    assert changed.partition(name)[0] == text.partition(name)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
-def test_a_benchmark_of_whole_runs_runs_at_toy_size(name: str, tmp_path: Path) -> None:
-    out = tmp_path / ("out" if name == "claims" else f"{name}.json")
+def test_a_benchmark_of_whole_runs_runs_at_toy_size(name: str, page: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / ("claims" if name == "claims" else f"{name}.json")
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *SLOW[name].split(), "--out", str(out)]
     subprocess.run(command, cwd=tmp_path, check=True)
-    check(out / "compare.json" if name == "claims" else out)
+    if name == "claims":
+        result = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+        assert result["machine"]["cores"] >= 1 and result["results"]
+        assert (tmp_path / "docs" / "claims.md").is_file()
+    else:
+        check(out, page)
