@@ -222,6 +222,15 @@ def test_preprocessing_that_cannot_be_reproduced_is_refused(changes: dict[str, A
 @pytest.mark.parametrize(
     ("spec", "kind", "words"),
     [
+        ("resnet50", UsageError, "timm:NAME"),
+        ("tim:resnet50", UsageError, "timm:NAME"),
+        ("timm:resnet5", UsageError, "did you mean `resnet50`"),
+        ("timm:local-dir:/nowhere", CheckpointError, "config.json"),
+        ("timm:test_convnext2@/nowhere.safetensors", CheckpointError, "no such file"),
+        ("open_clip:ViT-B-33@x", UsageError, "did you mean"),
+        ("open_clip:ViT-B-32", UsageError, "Published tags"),
+        ("open_clip:local-dir:/nowhere", CheckpointError, "open_clip_config.json"),
+        ("file:/nowhere", CheckpointError, "model.json"),
         ("hf:/nowhere", CheckpointError, "no such folder"),
         ("hf-text:./nowhere", CheckpointError, "no such folder"),
         ("hf:nobody/nothing", CheckpointError, r"could not be loaded.*Offline"),

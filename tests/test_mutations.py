@@ -131,7 +131,7 @@ def shard(format: int) -> tuple[bytes, list[tuple[int, int]]]:
             )
             for ending, content in (("png", image), text):
                 member = tarfile.TarInfo(f"{name}.{ending}")
-                member.size = len(content)
+                member.size, member.mtime = len(content), 1700000000.25  # type: ignore[assignment]
                 tar.addfile(member, io.BytesIO(content))
             extents.append((begin, buffer.tell()))
     return buffer.getvalue(), extents
