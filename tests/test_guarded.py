@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from kit.batches import reader
 from kit.runs import Config, interrupt_at, logged, poisoned
-from test_loader import reader
 from threetowers.commands.convert import convert
 from threetowers.config import ObjectiveConfig, OptimConfig
 from threetowers.data.loader import Batch, BatchReader, batches

@@ -13,25 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from kit.batches import SPEC, reader
 from threetowers.config import InputConfig
 from threetowers.data.loader import Batch, BatchReader, _is_a_death, augmented_views, batches
 from threetowers.data.open import open_source
-from threetowers.data.order import Order
-from threetowers.data.tokenize import train_tokenizer
 from threetowers.data.transforms import ImageSpec, cropped_view, normalise, random_crop
 from threetowers.errors import DataError
-
-SPEC = ImageSpec(24, (0.5,) * 3, (0.5,) * 3)
-
-
-def reader(path: Path, batch_size: int = 8, seed: int = 0, **more: object) -> BatchReader:
-    source = open_source(str(path))
-    tokenizer = train_tokenizer(
-        (source.record(i).captions[0] for i in range(len(source))), vocab_size=300, context_length=16
-    )
-    order = Order(seed, len(source), batch_size)
-    inputs = InputConfig(workers=int(more.pop("workers", 0)), crop_scale=(0.3, 1.0), flip=True)  # type: ignore[call-overload]
-    return BatchReader(source, order, tokenizer, inputs, image=SPEC, **more)  # type: ignore[arg-type]
 
 
 def pixels(batch: Batch) -> Tensor:
