@@ -1,4 +1,4 @@
-"""What checkpoints cost: one a minute while ViT-B-32 (151 M parameters) trains, and how soon a run goes on.
+"""The cost of one checkpoint a minute while ViT-B-32 (151 M parameters) trains, and the time to continue a run.
 
     python benchmarks/checkpoint.py [--rounds 2] [--minute 60] [--out runs/bench/checkpoint.json]
 

@@ -1,3 +1,5 @@
+"""Configuration files: round trips, refusals, and the hash."""
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What open_clip makes of an exported run must be what we make of it."""
+"""open_clip computes the same embeddings from an exported run as we do."""
 
 from pathlib import Path
 

@@ -707,7 +707,7 @@ def test_clip_benchmark_folder(tmp_path: Path) -> None:
 
 
 def test_fewer_shards_than_workers(tmp_path: Path) -> None:
-    """Two shards of 1 and 9 samples among three workers: every sample comes once, in the order of no worker."""
+    """Two shards of 1 and 9 samples for three workers: every sample comes once, in the order of no workers."""
     for shard, count in (("00000", 1), ("00007", 9)):
         keys = [f"{shard}{i}" for i in range(count)]
         tar(

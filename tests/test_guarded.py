@@ -1,4 +1,4 @@
-"""Guards that no other test would miss; tests/guards.py removes each of them and looks for the red test."""
+"""Guards that no other test covers; tests/guards.py removes each of them and expects its test to fail."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The index of shards: made once, mapped afterwards, and never believed when it is not what was written."""
+"""The index of shards is made once, mapped afterwards, and refused when it is not what was written."""
 
 import json
 import os
@@ -217,7 +217,7 @@ def test_a_damaged_index_is_made_anew(
 
 
 def rewritten(file: Path, **changes: Callable[[np.ndarray], np.ndarray]) -> None:
-    """The same index with columns changed, and sums that fit: what damage cannot do, but a bug or a foe can."""
+    """The same index with changed columns and valid checksums, as a bug or an attacker could write it."""
     whole = Columns(file, file.stem)
     values = {name: whole.array(name) for name in whole.names()}
     values |= {name: change(values[name]) for name, change in changes.items()}

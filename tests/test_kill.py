@@ -1,4 +1,4 @@
-"""Real deaths of real processes: whatever happens, the same call goes on to the weights of an uninterrupted run."""
+"""Processes killed for real: the same call continues, and ends with the weights of an uninterrupted run."""
 
 import itertools
 import multiprocessing
@@ -29,7 +29,7 @@ STOPPED = 75
 
 
 def randomised(tiny_config: Config, workers: int = 2, **changes: Any) -> RunConfig:
-    """A run in which everything is drawn: crops, mirrored images, captions, and patches that the image tower drops."""
+    """A run with random crops, flips, captions and dropped patches."""
     config = with_vit(tiny_config(), layers=1, patch_dropout=0.4)
     return replace(
         config,
@@ -109,7 +109,7 @@ def test_sigkills_at_random_moments(
 
 @pytest.mark.parametrize("point", POINTS)
 def test_faults_aimed_at_a_save(point: str, tiny_config: Config, tmp_path: Path) -> None:
-    """The third save (step 8) is hit; the run goes on, or its next process does, and never from zero."""
+    """The fault is in the third save, of step 8; the run, or the next call, continues and never starts from zero."""
     config = randomised(tiny_config, workers=0, steps=14)
     train(config, tmp_path / "whole")
     for kind in KINDS:

@@ -1,4 +1,4 @@
-"""The equivalences of the method, as far as one process goes; each says its tolerance."""
+"""Equivalences of the method within one process, each to a stated tolerance."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Damaged images, tars and weights in large numbers: whole, or a named bad sample or an error, never less.
+"""Many damaged images, tars and weight files: each is read whole, or gives a named bad sample or an error.
 
 The counts are printed; `pytest -s tests/test_mutations.py` shows them.
 """

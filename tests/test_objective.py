@@ -1,3 +1,5 @@
+"""Losses of rows against their written formulas, and the tables of the methods."""
+
 import math
 
 import pytest

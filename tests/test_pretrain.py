@@ -1,4 +1,4 @@
-"""A classifier of one's own becomes a third tower."""
+"""A classifier trained with `threetowers pretrain` becomes a third tower."""
 
 from pathlib import Path
 

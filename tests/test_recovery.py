@@ -1,4 +1,4 @@
-"""What a run does about damage, bad numbers, bad data, full disks and time limits, in one process."""
+"""Damaged checkpoints, numbers that are not finite, bad data, full disks and time limits, in one process."""
 
 import json
 import random
@@ -162,7 +162,7 @@ def test_what_dead_processes_left_is_swept(tiny_config: Config, tmp_path: Path) 
 def test_poisoned_batches(
     num: int, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One is skipped; after five the run goes back and passes them over; after three returns it ends, weights whole."""
+    """A bad step is skipped; after five the run returns to a checkpoint; after three returns it ends with an error."""
     config, run = tiny_config(steps=20, checkpoint_every_steps=4, log_every_steps=1), tmp_path / "run"
     monkeypatch.setattr(loop, "batches", poisoned(set(range(6, 6 + num))))
     if num == 50:

@@ -1,3 +1,5 @@
+"""Intervals against scipy, and their coverage in simulations."""
+
 import subprocess
 import sys
 from collections.abc import Callable

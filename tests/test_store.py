@@ -1,4 +1,4 @@
-"""Stored embeddings: the same as live ones, refused when they do not fit, whole after whatever happened meanwhile."""
+"""Stored embeddings equal live ones, are refused where they do not fit, and are complete after interruptions."""
 
 import json
 import multiprocessing

@@ -1,3 +1,5 @@
+"""The tiled losses against fp64 references: values, gradients and memory."""
+
 import math
 from collections.abc import Callable
 from functools import partial

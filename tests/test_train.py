@@ -1,4 +1,4 @@
-"""Training for real: real files in a real run folder, continued, stopped, and fed with bad data."""
+"""Training on real files: complete runs, stopped and continued runs, and bad data."""
 
 import json
 import os
@@ -264,7 +264,7 @@ def test_the_live_augmented_view_of_a_third_tower_trains(tiny_config: Config, tm
 
 
 def test_duplicates_are_counted_and_masking_changes_the_loss(tiny_config: Config, tmp_path: Path) -> None:
-    """Two captions for every image of a colour-and-place world repeat within a batch."""
+    """Equal captions, of which each photo has one, repeat within a batch."""
     train(tiny_config(), tmp_path / "plain")
     train(tiny_config(inputs=replace(tiny_config().inputs, mask_duplicates=True)), tmp_path / "masked")
     counted = [row["data/duplicate_captions"] for row in rows(tmp_path / "plain") if "train/loss" in row]

@@ -1,4 +1,4 @@
-"""`threetowers validate`: it says what training would meet, trains nothing and writes nothing."""
+"""`threetowers validate` reports what training would meet; it trains nothing and writes nothing."""
 
 import hashlib
 import re

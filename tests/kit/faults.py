@@ -1,4 +1,4 @@
-"""The command line with a fault in the way of the N-th save: what a disk or a kill does, at a point of one's choice.
+"""Runs the command line and injects one fault into its N-th save, at a chosen point of it.
 
     python -m kit.faults POINT KIND N train run.toml --out r
 

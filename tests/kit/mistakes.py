@@ -1,4 +1,4 @@
-"""The folder in which the mistakes of mistakes.py happen, what is done to it, and the command line given there.
+"""The folder for mistakes.py, changes to that folder and to the machine, and the command line run in it.
 
 It holds 40 photos and their captions, two frozen towers and one that reads texts, a store, and a finished and a
 stopped run.
