@@ -119,9 +119,10 @@ def section(name: str, result: dict[str, Any]) -> str:
     }
     settings = ", ".join(f"{key.replace('_', ' ')} {_cell(value)}" for key, value in plain.items())
     parts = [*_head(name), _machine(result.get("machine", {})), f"Settings: {settings}" if settings else ""]
-    for key, value in tables.items():
-        if len(value) <= LONGEST:
-            parts += [_label(key), _sentence(name, key), _table(value)]
+    shown = [key for key, value in tables.items() if len(value) <= LONGEST]
+    for key in shown:
+        label = "" if key == "rows" == shown[0] else f"**{key.replace('_', ' ')}**"
+        parts += [label, _sentence(name, key), _table(tables[key])]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -162,10 +163,6 @@ def _head(name: str) -> list[str]:
     title, _, rest = (ast.get_docstring(_script(name)) or name).partition("\n")
     command = next((line.strip() for line in rest.splitlines() if line.startswith("    python")), "")
     return [f"## {name}", title, *([f"`{command}`"] if command else [])]
-
-
-def _label(key: str) -> str:
-    return f"**{key.replace('_', ' ')}**" if key != "rows" else ""
 
 
 def _sentence(name: str, key: str) -> str:

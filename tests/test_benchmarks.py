@@ -37,7 +37,7 @@ TOY = {
 SLOW = {
     "checkpoint": "--rounds 1 --minute 15",
     "claims": "--seeds 0 --lrs 1e-3 --steps 4 --docs docs",
-    "e2e": "--rounds 1 --seconds 1 --batch-size 8 --samples 128",
+    "e2e": "--rounds 1 --seconds 3 --batch-size 8 --samples 512",
     "resume": "--quick",
 }
 NARROW: dict[str, Any] = {
@@ -46,7 +46,7 @@ NARROW: dict[str, Any] = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
 }
 """Towers with the inputs and outputs of ViT-S-32 and ViT-B-32, and one narrow layer."""
-pytestmark = pytest.mark.filterwarnings("default")  # what the peers warn of is theirs
+pytestmark = pytest.mark.filterwarnings("ignore")  # what the peers warn of is theirs
 
 
 @pytest.fixture
