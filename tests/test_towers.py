@@ -23,11 +23,11 @@ from threetowers.towers.pair import build_image_tower, build_text_tower, encode_
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny open_clip model with preprocessing of its own."""
-    return open_clip_folder(
-        tmp_path_factory.mktemp("clip") / "tower", context_length=8, vocab_size=50, size=32, mode="RGB",
-        mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation="bilinear", resize_mode="shortest", fill_color=0,
-    )  # fmt: skip
+    """A tiny open_clip model with a native ViT, in the CustomTextCLIP layout, with preprocessing of its own."""
+    preprocess = {"size": 32, "mode": "RGB", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6],
+                  "interpolation": "bilinear", "resize_mode": "shortest", "fill_color": 0}  # fmt: skip
+    folder = tmp_path_factory.mktemp("clip")
+    return open_clip_folder(folder, context_length=8, vocab_size=50, custom_text=True, preprocess=preprocess)
 
 
 @pytest.mark.parametrize("size", [(48, 48), (61, 50), (33, 97), (20, 31), (300, 201)])

@@ -28,8 +28,18 @@ def text_tower(spec: str, **options: str) -> FrozenTextTower:
     return tower
 
 
-def open_clip_folder(folder: Path, context_length: int, vocab_size: int, **preprocess: object) -> Path:
-    """A tiny open_clip model with random weights in open_clip's local-dir layout."""
+def open_clip_folder(
+    folder: Path,
+    context_length: int,
+    vocab_size: int,
+    *,
+    custom_text: bool = False,
+    preprocess: dict[str, Any] | None = None,
+) -> Path:
+    """A tiny open_clip model with random weights in open_clip's local-dir layout.
+
+    custom_text: as a CustomTextCLIP, whose text tower is a module of its own, instead of the plain CLIP layout.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
         "embed_dim": 20,
@@ -41,13 +51,15 @@ def open_clip_folder(folder: Path, context_length: int, vocab_size: int, **prepr
             "heads": 2,
             "layers": 1,
         },
+        **({"custom_text": True} if custom_text else {}),
     }
+    make = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+        model = make(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess or {}})
     )
     return folder
 
