@@ -26,6 +26,7 @@ test: $(STAMP) ## the test suite
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2
 
 test-slow: $(STAMP) ## the tests marked slow
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m slow
 
 guards: $(STAMP) ## take each guard away once and see a test go red; about ten minutes
@@ -37,7 +38,7 @@ claims: $(STAMP) ## the paper's claims over three seeds; about an hour on two co
 bench: $(STAMP) ## the step, the loss, data and saves beside their peers; an hour of a quiet machine
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	mkdir -p runs/bench
-	for name in methods loss step e2e embed decode store loader checkpoint resume precision accumulate; do \
+	for name in methods loss step e2e embed decode store loader checkpoint resume precision accumulate attention allocator; do \
 	  $(RUN)/python benchmarks/$$name.py --out runs/bench/$$name.json || exit 1; done
 	$(RUN)/python benchmarks/page.py
 

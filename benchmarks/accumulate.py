@@ -29,6 +29,14 @@ from threetowers.towers.frozen.base import FrozenTower
 from threetowers.train.accumulate import accumulate
 from threetowers.train.step import TrainingStep
 
+TABLES = {
+    "rows": (
+        "One training step of each contender: `samples per second`, their `ratio` to those of the reference, "
+        "and `spread`, the slowest round divided by the fastest."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 
 class Rows(nn.Module):
     """open_clip's ClipLoss for one row, or for 3T's three with plain linear heads, as one would patch it."""

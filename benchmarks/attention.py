@@ -1,6 +1,6 @@
 """Attention in bf16 forward and backward on this device: torch's fused kernels beside plain products and a softmax.
 
-    python benchmarks/attention.py [--device cpu] [--rounds 8] [--out runs/bench/attention.json]
+    python benchmarks/attention.py [--device cpu] [--rounds 8] [--shapes 6] [--out runs/bench/attention.json]
 
 Milliseconds at the lengths of usual towers, and the worst norm-wise error of output and gradients against fp64.
 """
@@ -19,6 +19,15 @@ from measure import best, interleaved, write
 from threetowers.compare.machine import machine
 from threetowers.run.setup import pick_device
 from threetowers.towers.attention import LONGEST, OWN_CHOICE
+
+TABLES = {
+    "rows": (
+        "One forward and backward pass for each `batch`, number of `heads` and number of `tokens`: "
+        "milliseconds of the fused kernels and of plain products, and for both the larger of the errors of "
+        "output and gradients against fp64."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
 
 WIDTH = 64  # of a head
 KERNELS = {"fused": OWN_CHOICE, "plain": [SDPBackend.MATH]}
@@ -53,6 +62,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument(
+        "--shapes", type=int, default=len(SHAPES), help="how many of the shapes, from the first"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench/attention.json"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -60,7 +72,7 @@ def main() -> None:
     print(
         f"{'tokens':>6} {'fused ms':>9} {'plain ms':>9} {'ratio':>6} {'fused error':>12} {'plain error':>12}"
     )
-    for batch, heads, length, causal in SHAPES:
+    for batch, heads, length, causal in SHAPES[: arguments.shapes]:
         # as towers make them: heads side by side in memory
         inputs = tuple(
             torch.randn(batch, length, heads, WIDTH, device=device).bfloat16().transpose(1, 2)

@@ -1,4 +1,4 @@
-"""What checkpoints cost: one a minute while ViT-B-32 (151 M parameters) trains, and how soon a run goes on.
+"""The cost of one checkpoint a minute while ViT-B-32 (151 M parameters) trains, and the time to continue a run.
 
     python benchmarks/checkpoint.py [--rounds 2] [--minute 60] [--out runs/bench/checkpoint.json]
 
@@ -30,6 +30,15 @@ from threetowers.train import checkpoint
 from threetowers.train.log import RunLog
 from threetowers.train.optim import adamw
 from threetowers.train.saver import Saver
+
+TABLES = {
+    "rows": (
+        "One minute of training with one save in each row: the share of the minute that was `lost`, the "
+        "seconds that the loop stood still, the seconds until the checkpoint was written, and the seconds of "
+        "an undisturbed step."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
 
 MODEL, BATCH, TOKENS = "ViT-B-32", 8, 24
 

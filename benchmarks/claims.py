@@ -1,6 +1,6 @@
 """The paper's claims on the built-in world, over seeds; writes docs/claims/ and docs/claims.md.
 
-    python benchmarks/claims.py [--out runs/claims] [--seeds 0 1 2] [--steps 500]
+    python benchmarks/claims.py [--out runs/claims] [--seeds 0 1 2] [--steps 500] [--docs docs]
 
 Stopped and started again it continues. About an hour on two cores; progress is shown throughout. The runs of each
 third tower are trained by a process of their own with one thread: towers this small gain little from a second one.
@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--steps", type=int, default=500, help="steps of every run")
+    parser.add_argument(
+        "--docs", type=Path, default=DOCS, help="where the document and its folder are written"
+    )
     parser.add_argument("--only", choices=TOWERS, help="train the runs of this third tower and stop")
     arguments = parser.parse_args()
     config = replace(PRESETS["shapes"](), steps=arguments.steps)
@@ -53,12 +56,12 @@ def main() -> None:
     if result is None:
         sys.exit("stopped; the same command continues")
     page = write_report(arguments.out)
-    folder = DOCS / "claims"
+    folder = arguments.docs / "claims"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(page, folder / "report.html")
     shutil.copy(arguments.out / "compare.json", folder / "compare.json")
-    (DOCS / "claims.md").write_text(_document(result), encoding="utf-8")
-    print(f"{text_table(result)}\n\nwritten: docs/claims.md, docs/claims/report.html")
+    (arguments.docs / "claims.md").write_text(_document(result), encoding="utf-8")
+    print(f"{text_table(result)}\n\nwritten: {arguments.docs / 'claims.md'}, {folder / 'report.html'}")
 
 
 def _train(config: RunConfig, options: CompareConfig, out: Path, third: str) -> int:

@@ -32,6 +32,14 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from measure import write
 from threetowers.compare.machine import machine
 
+TABLES = {
+    "rows": (
+        "Each `case` under both trees: whether the trained weights have the `same weights` bit by bit and the "
+        "`same evaluation`, and whether the tree after takes up what the tree before has written (`works`)."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 40)}
 NUM_PHOTOS = 160
 CHECKPOINT_STEPS = 10

@@ -31,6 +31,15 @@ from threetowers.data.order import hash64
 from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, normalise
 
+TABLES = {
+    "rows": (
+        "JPEG bytes to a training crop, for each image `size`: `images per second`, their `ratio` to those of "
+        "open_clip, `spread`, the slowest round divided by the fastest, and the mean `difference` to our "
+        "Pillow pixels, of 255."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SPEC = ImageSpec(224, MEAN, STD)
 PACKAGES = ("open_clip_torch", "torchvision", "pillow", "simplejpeg")

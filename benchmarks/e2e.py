@@ -38,6 +38,16 @@ from measure import write
 from threetowers.compare.machine import machine
 from threetowers.data.shards.write import write_shards
 
+TABLES = {
+    "rows": (
+        "One run of each contender: `samples per second` over the counted `steps`, the share of the time "
+        "spent `waiting for data`, the seconds from the command to the first step, the largest memory of all "
+        "processes (`tree mb`) and of the trainer alone, `spread`, the fastest round divided by the slowest, "
+        "and the `ratio` to open_clip in its faster precision."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 NUM_SHARDS = 8
 WARM_UP, LEAST_STEPS = 2, 3  # steps that do not count, and how many do at the least
 AHEAD = 4  # batches that each of our workers may have ready; open_clip's have 2

@@ -40,6 +40,15 @@ from threetowers.run.setup import pick_device
 from threetowers.store.embed import write_store
 from threetowers.towers.frozen.base import FrozenTower
 
+TABLES = {
+    "rows": (
+        "Features of the same images: `images per second`, their `ratio` to the fastest plain loop of the "
+        "same kind, `spread`, the slowest round divided by the fastest, and the `least cosine` of an image's "
+        "features to those of the plain fp32 loop."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 MODEL, WIDTH = "ViT-B-32", 512
 SPEC = ImageSpec(224, MEAN, STD)
 TRUTH = "memory: open_clip, fp32, inference_mode"

@@ -37,6 +37,14 @@ from threetowers.data.source import Source
 from threetowers.data.tokenize import load_tokenizer
 from threetowers.data.transforms import ImageSpec
 
+TABLES = {
+    "rows": (
+        "An epoch after the warm-up: `samples per second`, their `ratio` to those of open_clip, and `spread`, "
+        "the fastest round divided by the slowest."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 WORDS = (
     "a",

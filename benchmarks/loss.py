@@ -10,7 +10,7 @@ import argparse
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,24 @@ from torch import Tensor
 from measure import best, interleaved, write
 from threetowers.compare.machine import machine
 from threetowers.objective import losses, tiled
+
+TABLES = {
+    "speed": (
+        "Forward and backward passes of three rows over `num` samples of width `dim`: the `seconds` of the "
+        "fastest round, `spread`, the slowest round divided by the fastest, and `ratio`, how many times as "
+        "fast ours is."
+    ),
+    "memory": "MiB that a step over `num` samples needs beyond its inputs, by loss; an empty cell was not measured.",
+    "errors": (
+        "Relative errors of the gradients against fp64 at each number of samples (`num`), `scale` and value "
+        "of the `loss`, for both losses, and the errors of the gradient of the scale."
+    ),
+    "worst_errors": (
+        "The largest relative error of the gradients against fp64 over all sizes, scales and noise levels, "
+        "`where` it was found, and the largest error of the gradient of the scale."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
 
 ROWS = 3
 Step = Callable[[list[Tensor], Tensor], Tensor]
@@ -85,13 +103,13 @@ def speed(num: int, dim: int, device: str, rounds: int, bf16: bool) -> dict[str,
     }
 
 
-def errors(bf16: bool, device: str) -> list[dict[str, Any]]:
-    """Norm-wise relative gradient errors of both losses against fp64, for every point of the grid."""
+def errors(sizes: Sequence[int], bf16: bool, device: str) -> list[dict[str, Any]]:
+    """Norm-wise relative gradient errors of both losses against fp64, for every size, scale and noise."""
     rows = []
     autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
     clip = autocast(open_clip.ClipLoss())
     tiles = partial(tiled.softmax_loss, bf16=bf16)
-    for num in (64, 251, 512, 1021):
+    for num in sizes:
         for scale in (1.0, 10.0, 30.0, 100.0):
             for noise in (0.02, 0.1, 0.3, 1.0, 3.0, 30.0):
                 a, b = problem(num, 64, device, noise)[:2]
@@ -172,6 +190,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", type=int, nargs="*", default=[8192, 16384, 32768, 65536])
+    parser.add_argument(
+        "--errors-at", type=int, nargs="+", default=[64, 251, 512, 1021], help="numbers of samples"
+    )
     parser.add_argument("--memory-of", choices=("ours", "ClipLoss"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -191,7 +212,7 @@ def main() -> None:
         )
     result["errors"], result["worst_errors"] = [], []
     for bf16 in precisions:
-        result["errors"] += (rows := errors(bf16, arguments.device))
+        result["errors"] += (rows := errors(arguments.errors_at, bf16, arguments.device))
         print(f"gradient errors, {_named(bf16)}, {len(rows)} points")
         for name in ("ours", "ClipLoss"):
             worst = max(rows, key=lambda row: row[name])

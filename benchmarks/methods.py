@@ -28,6 +28,14 @@ from threetowers.towers.frozen.timm import TimmTrunk
 from threetowers.towers.pair import build_image_tower, build_text_tower, model_config
 from threetowers.train.step import TrainingStep
 
+TABLES = {
+    "rows": (
+        "One training step of each contender: `samples per second`, their `ratio` to those of the reference, "
+        "and `spread`, the slowest round divided by the fastest."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 WORDS = 16  # tokens of the longest caption in a batch of the built-in world
 VOCABULARY = {"vocab_size": 512, "pool_type": "eos", "eos_id": 2}
 

@@ -2,7 +2,8 @@
 
     python benchmarks/page.py [--folder runs/bench] [--out docs/benchmarks.md]
 
-Each JSON file becomes a section: the head of its script, its machine, and its tables as they are.
+Each JSON file becomes a section: the head of its script, its machine, and its tables, each after a sentence of the
+script's TABLES. Benchmarks without a JSON file keep the figures that stand on the page, so that one can be run alone.
 """
 
 import argparse
@@ -81,10 +82,21 @@ AIMS = (
 )  # fmt: skip
 
 
-def summary(results: dict[str, dict[str, Any]]) -> str:
-    """The table of aims, each with its figure and whether it holds."""
-    lines = ["## In short", "", "| what | figure | aim | |", "|---|---|---|---|"]
+def summary(results: dict[str, dict[str, Any]], kept: dict[str, str]) -> str:
+    """The table of aims, each with its figure and whether it holds; `kept`: rows of the page before, by their aim."""
+    lines = [
+        "## In short",
+        "",
+        "Each row is a figure of a benchmark below, its aim, and whether the aim holds.",
+        "",
+        "| what | figure | aim | |",
+        "|---|---|---|---|",
+    ]
     for aim in AIMS:
+        if aim.benchmark not in results:
+            if aim.what in kept:
+                lines.append(kept[aim.what])
+            continue
         try:
             found = aim.figure(results[aim.benchmark])
         except KeyError:
@@ -95,21 +107,68 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def section(path: Path) -> str:
-    """One benchmark's part of the page."""
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    script = HERE / f"{path.stem}.py"
-    head = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or path.stem
-    title, _, rest = head.partition("\n")
-    command = next((line.strip() for line in rest.splitlines() if line.startswith("    python")), "")
-    parts = [f"## {path.stem}", title, f"`{command}`" if command else "", _machine(result.pop("machine", {}))]
-    plain = {key: value for key, value in result.items() if not _is_table(value) and key not in LEFT_OUT}
+def section(name: str, result: dict[str, Any]) -> str:
+    """One benchmark's part of the page, from its JSON."""
+    tables = {key: value for key, value in result.items() if _is_table(value)}
+    plain = {
+        key: value
+        for key, value in result.items()
+        if key not in tables and key not in LEFT_OUT and key != "machine" and value != []
+    }
     settings = ", ".join(f"{key.replace('_', ' ')} {_cell(value)}" for key, value in plain.items())
-    parts.append(settings)
-    for key, value in result.items():
-        if _is_table(value) and len(value) <= LONGEST:
-            parts += [f"**{key.replace('_', ' ')}**" if key != "rows" else "", _table(value)]
+    parts = [*_head(name), _machine(result.get("machine", {})), f"Settings: {settings}" if settings else ""]
+    shown = [key for key, value in tables.items() if len(value) <= LONGEST]
+    for key in shown:
+        label = "" if key == "rows" == shown[0] else f"**{key.replace('_', ' ')}**"
+        parts += [label, _sentence(name, key), _table(tables[key])]
     return "\n\n".join(part for part in parts if part)
+
+
+def kept_section(name: str, text: str) -> str:
+    """A section of the page before: its figures as they are, the words about them from the script as it is today."""
+    parts, key = _head(name), "rows"
+    for part in text.split("\n\n"):
+        if part.startswith(("Machine: ", "Settings: ")):
+            parts.append(part)
+        elif part.startswith("**"):
+            parts.append(part)
+            key = part.strip("*").replace(" ", "_")
+        elif part.startswith("|"):
+            parts += [_sentence(name, key), part]
+    return "\n\n".join(parts)
+
+
+def page(results: dict[str, dict[str, Any]], before: str) -> str:
+    """The whole page; `before` is the one that stands, whose sections are kept where there is no JSON."""
+    sections = {text.partition("\n")[0]: text.strip() for text in before.split("\n## ")[1:]}
+    rows = (line for line in sections.get("In short", "").splitlines() if line.startswith("| "))
+    kept = {line.split(" | ")[0].removeprefix("| "): line for line in rows}
+    parts = [INTRODUCTION.rstrip(), summary(results, kept)]
+    for name in sorted(script.stem for script in HERE.glob("*.py")):
+        if name in results:
+            parts.append(section(name, results[name]))
+        elif name in sections:
+            parts.append(kept_section(name, sections[name]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _script(name: str) -> ast.Module:
+    return ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))
+
+
+def _head(name: str) -> list[str]:
+    """Heading, first sentence and command of a script's docstring."""
+    title, _, rest = (ast.get_docstring(_script(name)) or name).partition("\n")
+    command = next((line.strip() for line in rest.splitlines() if line.startswith("    python")), "")
+    return [f"## {name}", title, *([f"`{command}`"] if command else [])]
+
+
+def _sentence(name: str, key: str) -> str:
+    """What a script's TABLES says of a table; raises KeyError when it says nothing."""
+    for node in _script(name).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TABLES":
+            return str(ast.literal_eval(node.value)[key])
+    raise KeyError(f"{name}.py has no TABLES")
 
 
 def _is_table(value: Any) -> bool:
@@ -147,12 +206,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     arguments = parser.parse_args()
-    found = [path for path in sorted(arguments.folder.glob("*.json")) if (HERE / f"{path.stem}.py").is_file()]
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found}
-    arguments.out.write_text(
-        "\n\n".join([INTRODUCTION.rstrip(), summary(results), *map(section, found)]) + "\n", encoding="utf-8"
-    )
-    print(f"written: {arguments.out}, {len(found)} benchmarks")
+    paths = [path for path in sorted(arguments.folder.glob("*.json")) if (HERE / f"{path.stem}.py").is_file()]
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    before = arguments.out.read_text(encoding="utf-8") if arguments.out.is_file() else ""
+    arguments.out.write_text(page(results, before), encoding="utf-8")
+    print(f"written: {arguments.out}, {len(results)} benchmarks, the others as they were")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,15 @@ from threetowers.recipes import PRESETS
 from threetowers.train.loop import train
 from threetowers.train.pretrain import pretrain
 
+TABLES = {
+    "rows": (
+        "Validation after training in each `precision`: the `values` of the seeds, their `mean`, training "
+        "`samples per second`, the 95 % `interval` of the mean, and the seed-paired `difference` to fp32 as "
+        "mean, low and high."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 PRECISIONS: tuple[Literal["fp32", "bf16-autocast"], ...] = get_args(get_type_hints(RunConfig)["precision"])
 METRIC = "val/mean_r@1"
 

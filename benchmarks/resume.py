@@ -56,6 +56,24 @@ from threetowers.errors import ThreeTowersError
 from threetowers.towers.weights import read_safetensors
 from threetowers.train import loop
 
+TABLES = {
+    "summary": (
+        "All runs of each contender with its `settings`: how many were killed and resumed (`cells`), how many "
+        "of these ended with weights `identical` to those of the uninterrupted run, and the `largest "
+        "difference` of a weight."
+    ),
+    "rows": (
+        "One killed and resumed run in each row: when it was killed and with which settings, the step it "
+        "resumed from, and how its final weights compare with those of the uninterrupted run."
+    ),
+    "damage": (
+        "One resume from a damaged checkpoint in each row: the `damage`, the step it `resumed from`, the step "
+        "of the `newest` checkpoint, the largest difference to the weights of the uninterrupted run, the "
+        "`outcome`, and what the trainer `said`."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 PICTURES = 96
 STEPS = EPOCHS * PICTURES // BATCH
 DEATHS = {1: 5, 2: 11}

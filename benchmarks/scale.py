@@ -28,6 +28,16 @@ from threetowers.data.order import Order
 from threetowers.data.shards.source import open_shards
 from threetowers.data.shards.write import ShardSample, write_shards
 
+TABLES = {
+    "rows": (
+        "One set of shards in each row: seconds to write it, to open it a first and a second time and to "
+        "split it, MB of its index and of private memory once opened and after an epoch's order, microseconds "
+        "per sample for order, record and image, the size of the training part, and whether the order takes "
+        "each sample once."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 NUM_IMAGES = 64  # files that the samples share
 READS = 20_000
 COLUMNS = {
@@ -150,10 +160,10 @@ def main() -> None:
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
     if args.out:
+        from threetowers.compare.machine import machine  # imports torch, which the measured processes do not
+
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(
-            json.dumps({"reads": READS, "cores": os.cpu_count(), "rows": rows}, indent=1) + "\n"
-        )
+        args.out.write_text(json.dumps({"machine": machine(), "reads": READS, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

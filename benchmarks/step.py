@@ -29,6 +29,14 @@ from threetowers.run.thirds import Thirds
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.train.step import TrainingStep
 
+TABLES = {
+    "rows": (
+        "One training step of each contender: `samples per second`, their `ratio` to those of the reference, "
+        "and `spread`, the slowest round divided by the fastest."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 MODEL, THIRD, TOKENS, CONTEXT = "ViT-S-32", "ViT-B-32", 24, 77
 WIDTH = 512  # of the frozen tower's features
 PAIR = PairConfig(model=MODEL)

@@ -27,6 +27,14 @@ from torch import Tensor
 from threetowers.compare.machine import machine
 from threetowers.store.read import FEATURES_FILE, FIXED, Contents, Store, layout
 
+TABLES = {
+    "rows": (
+        "Random or ordered batches from each format: `rows per second`, how many times as fast ours is, and "
+        "`spread`, the fastest round divided by the slowest."
+    ),
+}
+"""The sentence that docs/benchmarks.md puts before each table."""
+
 TAR_ROWS = 20_000  # enough to time, since it is the slowest by far
 PACKAGES = ("webdataset", "pyarrow", "torch", "numpy")
 

@@ -1,4 +1,4 @@
-"""Mistakes that a user can make, each made on purpose in a copy of mistake_kit's folder, and what it is answered.
+"""User mistakes, each made on purpose in a copy of the folder of kit/mistakes.py, and the answers to them.
 
 python tests/mistakes.py       # writes docs/mistakes.md
 """
@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from mistake_kit import (
+from kit.mistakes import (
     Answer,
     Change,
     Machine,

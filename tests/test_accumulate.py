@@ -1,13 +1,14 @@
 """A batch in micro-batches is the batch: gradients, random states, and whole runs."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kit.runs import Config
 from threetowers.config import InputConfig, ObjectiveConfig, PairConfig, RunConfig
 from threetowers.data.loader import Batch
 from threetowers.run.setup import prepare
@@ -15,8 +16,6 @@ from threetowers.towers.weights import read_safetensors
 from threetowers.train.accumulate import accumulate
 from threetowers.train.loop import train
 from threetowers.train.step import TrainingStep
-
-Config = Callable[..., RunConfig]
 
 PATCH_DROPOUT = PairConfig(
     embed_dim=24,
@@ -71,7 +70,7 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
     ],
 )
 def test_micro_batches_give_the_gradients_of_the_whole_batch(
-    size: int, method: str, options: dict, tiny_config: Config, tmp_path: Path
+    size: int, method: str, options: dict[str, Any], tiny_config: Config, tmp_path: Path
 ) -> None:
     step, batch = step_of(tiny_config(method=method, micro_batch_size=size, **options), tmp_path / "run")
     loss, rows = step.loss(step.features(batch), batch)

@@ -1,6 +1,5 @@
 """Which attention kernels train, and that they agree with the ones that torch would choose."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,23 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from threetowers.config import RunConfig
-from threetowers.run.setup import Setup, prepare
+from kit.runs import VIT, Config, with_vit
+from threetowers.run.setup import prepare
 from threetowers.towers.attention import LONGEST, own_attention, trained_attention
 from threetowers.train.loop import train
 from threetowers.train.step import TrainingStep
 
-Config = Callable[..., RunConfig]
 CPU = torch.device("cpu")
-VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 
 
 def fused() -> bool:
-    return torch.backends.cuda.flash_sdp_enabled()
-
-
-def opened(config: RunConfig, folder: Path) -> Setup:
-    return prepare(replace(config, pair=replace(config.pair, vision=VIT)), folder)
+    return bool(torch.backends.cuda.flash_sdp_enabled())
 
 
 class Long(nn.Module):
@@ -53,7 +46,7 @@ def test_short_towers_in_bf16_on_cpus_train_with_plain_attention(
 
 
 def test_patches_count_as_tokens(tiny_config: Config, tmp_path: Path) -> None:
-    model = opened(tiny_config(), tmp_path).model
+    model = prepare(with_vit(tiny_config()), tmp_path).model
     fine = {**VIT, "patch_size": 2}
     longer = prepare(replace(tiny_config(), pair=replace(tiny_config().pair, vision=fine)), tmp_path).model
     for towers, plain in ((model, True), (longer, False)):
@@ -62,7 +55,7 @@ def test_patches_count_as_tokens(tiny_config: Config, tmp_path: Path) -> None:
 
 
 def test_plain_attention_gives_the_gradients_of_the_fused_one(tiny_config: Config, tmp_path: Path) -> None:
-    setup = opened(tiny_config(precision="bf16-autocast"), tmp_path)
+    setup = prepare(with_vit(tiny_config(precision="bf16-autocast")), tmp_path)
     step = TrainingStep(setup.config, setup.model, setup.device, setup.thirds.features)
     batch = setup.reader()[range(13)]
 
@@ -84,7 +77,7 @@ def test_every_training_step_runs_in_it(
     precision: str, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(precision=precision, grad_checkpointing=True, steps=3)
-    config = replace(config, pair=replace(config.pair, vision=VIT))
+    config = with_vit(config)
     seen = []
     real = Tensor.backward
 

@@ -1,3 +1,5 @@
+"""Combinations of two systems by their features, and the choice of α on validation data."""
+
 import pytest
 import torch
 from hypothesis import given, settings

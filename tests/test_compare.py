@@ -1,7 +1,6 @@
 """The comparison end to end on small real files, and the claims on figures that are known."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from test_store import text_tower
+from kit.runs import Config
+from kit.towers import byte_tower
 from threetowers.compare import runs as compare_module
 from threetowers.compare.claims import Measured, claims
 from threetowers.compare.comparison import compare
@@ -18,9 +18,9 @@ from threetowers.errors import CheckpointError, UsageError
 from threetowers.evaluate.retrieval import Ranks
 from threetowers.report.page import write_report
 from threetowers.run import thirds as thirds_module
+from threetowers.train.loop import train
 from threetowers.world.write import write_world
 
-Config = Callable[..., RunConfig]
 OPTIONS = CompareConfig(methods=("baseline", "lit", "3t"), seeds=(0, 1), lrs=(1e-3, 3e-3))
 
 
@@ -43,24 +43,25 @@ def test_a_comparison_trains_all_continues_and_repeats_nothing(
 ) -> None:
     config = prepared(tiny_config, small_world, timm_tower)
     trained: list[str] = []
-    real = compare_module.train
+    limit = 3
 
     def counted(job_config: RunConfig, folder: Path, **options: Any) -> Any:
-        if len(trained) == 3:
+        if len(trained) == limit:
             raise KeyboardInterrupt
         trained.append(folder.name)
-        return real(job_config, folder, **options)
+        return train(job_config, folder, **options)
 
     monkeypatch.setattr(compare_module, "train", counted)
     with pytest.raises(KeyboardInterrupt):
         compare(config, OPTIONS, tmp_path)
-    monkeypatch.setattr(compare_module, "train", lambda c, f, **o: (trained.append(f.name), real(c, f))[1])
+    limit = 1000
     result = compare(config, OPTIONS, tmp_path)
     assert result is not None
     assert len(trained) == len(set(trained)) == 3 * (2 + 1), (
         "two learning rates with the first seed, one more seed"
     )
-    assert compare(config, OPTIONS, tmp_path)["results"] == result["results"] and len(trained) == 9
+    again = compare(config, OPTIONS, tmp_path)
+    assert again is not None and again["results"] == result["results"] and len(trained) == 9
 
     written = json.loads((tmp_path / "compare.json").read_text())
     assert {(m["method"], m["third"]) for m in written["methods"]} == {
@@ -118,7 +119,9 @@ def measured(value: float, **more: float) -> Measured:
     return Measured(metrics, ranks, 0.4)
 
 
-def figures(base: float, lit: float, three: float, noise: float = 0.01, seeds: int = 3) -> dict:
+def figures(
+    base: float, lit: float, three: float, noise: float = 0.01, seeds: int = 3
+) -> dict[tuple[str, str], Any]:
     steps = [noise * (seed - 1) for seed in range(seeds)]
     rest = {"combination": three + 0.1, "third": lit, "control": three + 0.02}
     return {
@@ -128,7 +131,7 @@ def figures(base: float, lit: float, three: float, noise: float = 0.01, seeds: i
     }
 
 
-def held(rows: list[dict], id: str) -> list[bool | None]:
+def held(rows: list[dict[str, Any]], id: str) -> list[bool | None]:
     return [row["held"] for row in rows if row["id"] == id]
 
 
@@ -177,8 +180,8 @@ def test_runs_of_other_settings_in_the_same_folder_are_refused(
 def test_a_third_tower_of_texts_is_compared_by_its_own_sides_and_refused_for_lit(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(thirds_module, "load_frozen", text_tower)
-    monkeypatch.setattr(compare_module, "load_frozen", text_tower)
+    monkeypatch.setattr(thirds_module, "load_frozen", byte_tower)
+    monkeypatch.setattr(compare_module, "load_frozen", byte_tower)
     config = tiny_config(third=("words=hf-text:tiny",), steps=3, embeddings=None)
     with pytest.raises(UsageError, match=r"image tower of lit .* reads texts"):
         compare(config, replace(OPTIONS, seeds=(0,), lrs=(1e-3,)), tmp_path)

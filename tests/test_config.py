@@ -1,5 +1,8 @@
+"""Configuration files: round trips, refusals, and the hash."""
+
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -35,7 +38,9 @@ def test_the_written_file_alone_gives_the_same_run(name: str, tmp_path: Path) ->
     third=st.lists(st.text(min_size=1, max_size=12), max_size=3),
     vision=st.dictionaries(st.sampled_from(["image_size", "a@b", "x.y"]), st.integers() | st.booleans()),
 )
-def test_round_trip_of_any_values(lr: float, third: list[str], vision: dict, tmp_path_factory) -> None:
+def test_round_trip_of_any_values(
+    lr: float, third: list[str], vision: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     config = RunConfig(third=tuple(third), optim=OptimConfig(lr=lr))
     config = replace(config, pair=replace(config.pair, vision=vision))
     path = tmp_path_factory.mktemp("config") / "config.toml"
@@ -65,7 +70,7 @@ def test_replacing_one_nested_field_keeps_its_siblings() -> None:
         ({"pair": {"vision": {"image_size": [1, 2]}}}, ["pair.vision.image_size"]),
     ],
 )
-def test_refusals_name_the_path_and_the_remedy(values: dict, words: list[str]) -> None:
+def test_refusals_name_the_path_and_the_remedy(values: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UsageError) as error:
         replace_nested(RunConfig(), values)
     for word in words:
@@ -126,7 +131,7 @@ def test_the_hash_depends_on_every_key() -> None:
     [{"steps": 0}, {"batch_size": 0}, {"log_every_steps": 0}, {"keep_checkpoints": 0}, {"inputs": {"workers": -1}},
      {"inputs": {"crop_ratio": [0.0, 1.0]}}, {"optim": {"lr": -1.0}}, {"objective": {"init_scale": 0.0}}],
 )  # fmt: skip
-def test_numbers_that_no_run_can_have_are_refused_by_key(values: dict) -> None:
+def test_numbers_that_no_run_can_have_are_refused_by_key(values: dict[str, Any]) -> None:
     key, value = next(iter(values.items()))
     path = f"{key}.{next(iter(value))}" if isinstance(value, dict) else key
     with pytest.raises(UsageError, match=path.replace(".", r"\.")):

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from kit.runs import Config
+from kit.towers import image_tower
 from threetowers.cli import main
 from threetowers.commands.convert import convert
-from threetowers.config import PairConfig, RunConfig
+from threetowers.config import PairConfig
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.run.setup import prepare
 from threetowers.towers.frozen.load import load_frozen
@@ -39,7 +40,7 @@ def test_code_in_a_checkpoint_is_refused_by_name_and_not_run(
     if inside:
         torch.save(content, path)
     else:
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))  # as torch writes it
     with pytest.raises(SystemExit) as ended:
         main(["convert", str(path), "--out", str(tmp_path / "out.safetensors")])
     message = capsys.readouterr().err
@@ -49,9 +50,7 @@ def test_code_in_a_checkpoint_is_refused_by_name_and_not_run(
     assert marker.exists(), "the file is as evil as it should be"
 
 
-def test_a_trainers_checkpoint_of_open_clip_starts_a_pair(
-    tiny_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_trainers_checkpoint_of_open_clip_starts_a_pair(tiny_config: Config, tmp_path: Path) -> None:
     """open_clip_train's file: weights under state_dict, each name behind `module.`, CLIP's older layout."""
     model = _small_clip()
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
@@ -67,6 +66,7 @@ def test_a_trainers_checkpoint_of_open_clip_starts_a_pair(
         weights=str(tmp_path / "clip.safetensors"),
     )
     run = prepare(tiny_config(method="baseline", pair=pair), tmp_path / "run")
+    assert run.model.img is not None
     tokens = torch.randint(1, 400, (3, 16))
     tokens[:, -1] = 49407
     from threetowers.towers.pair import encode_text
@@ -87,7 +87,7 @@ def test_a_trainers_checkpoint_of_open_clip_starts_a_pair(
         )
 
 
-def _small_clip() -> torch.nn.Module:
+def _small_clip() -> Any:
     from open_clip.model import CLIP
 
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def test_weights_of_timm_come_through_unchanged(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="threetowers convert"):
             load_frozen(f"{spec}{tmp_path / 'vit.pth'}")
     convert(tmp_path / "vit.pth", tmp_path / "vit.safetensors")
-    tower = load_frozen(f"timm:test_vit@{tmp_path / 'vit.safetensors'}")
+    tower = image_tower(f"timm:test_vit@{tmp_path / 'vit.safetensors'}")
     pixels = torch.randint(0, 256, (2, 3, tower.image.size, tower.image.size), dtype=torch.uint8)
     assert tower(pixels).shape == (2, model.num_features)
     read = load_file(tmp_path / "vit.safetensors")

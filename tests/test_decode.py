@@ -5,6 +5,7 @@ import pickle
 import resource
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from kit.pictures import encoded
 from threetowers.data.decode import REASONS, Decoder, check_decoder, decode
 from threetowers.errors import BadSample, UsageError
 
@@ -22,19 +24,13 @@ GREY = (X * 5 + Y * 3).astype(np.uint8)
 COLOUR = np.stack([X * 6, Y * 11, X + Y], -1).astype(np.uint8)
 
 
-def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
 def pixels(data: bytes) -> np.ndarray:
     image = decode(data, "id")
     assert image.mode == "RGB"
     return np.asarray(image)
 
 
-def reason(data: bytes, **options: int) -> str:
+def reason(data: bytes, **options: Any) -> str:
     with pytest.raises(BadSample) as caught:
         decode(data, "some/id", **options)
     assert caught.value.id == "some/id"
@@ -222,7 +218,7 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth colours with some noise, on which decoders and scales can differ."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
-        (width, height), Image.BICUBIC
+        (width, height), Image.Resampling.BICUBIC
     )
     return Image.fromarray(
         np.clip(np.asarray(coarse) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
@@ -316,8 +312,8 @@ def test_a_shrunk_jpeg_shows_the_same_picture(decoder: Decoder) -> None:
     data = encoded(image, "JPEG", quality=90)
     small = decode(data, "id", decoder=decoder, shrink=lambda size: 2.1)
     assert small.size == (320, 240)
-    whole = np.asarray(decode(data, "id").resize((112, 112), Image.BICUBIC)).astype(int)
-    assert np.abs(np.asarray(small.resize((112, 112), Image.BICUBIC)) - whole).mean() < 1
+    whole = np.asarray(decode(data, "id").resize((112, 112), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(np.asarray(small.resize((112, 112), Image.Resampling.BICUBIC)) - whole).mean() < 1
     other = encoded(image, "PNG")
     assert decode(other, "id", decoder=decoder, shrink=lambda size: 2.1).size == (640, 480)
 

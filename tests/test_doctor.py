@@ -1,4 +1,4 @@
-"""The doctor's findings on machines that are well and on machines that are not."""
+"""What `threetowers doctor` reports on working and on broken machines."""
 
 import subprocess
 import sys

@@ -1,7 +1,6 @@
-"""What open_clip makes of an exported run must be what we make of it."""
+"""open_clip computes the same embeddings from an exported run as we do."""
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from kit.runs import Config
 from threetowers import cli
-from threetowers.config import RunConfig
 from threetowers.errors import CheckpointError
 from threetowers.export.formats import FORMATS, formats_help
 from threetowers.export.open_clip import export_open_clip
@@ -37,9 +36,7 @@ def pictures() -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("method", ["baseline", "3t", "lit", "lit-unlocked"])
-def test_open_clip_computes_the_same_embeddings(
-    method: str, tiny_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_open_clip_computes_the_same_embeddings(method: str, tiny_config: Config, tmp_path: Path) -> None:
     """Same images and texts through open_clip's own transform and tokenizer: the unit vectors agree to 1e-6."""
     train(tiny_config(method=method, steps=3), tmp_path / "run")
     folder = export_open_clip(tmp_path / "run", tmp_path / "exported")
@@ -74,9 +71,7 @@ def test_open_clip_computes_the_same_embeddings(
     assert model.logit_scale.exp().item() == pytest.approx(ours.scale, rel=1e-6)
 
 
-def test_a_finished_run_can_be_the_third_tower_of_another(
-    tiny_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_finished_run_can_be_the_third_tower_of_another(tiny_config: Config, tmp_path: Path) -> None:
     train(tiny_config(method="baseline", steps=2), tmp_path / "first")
     tower = load_frozen(f"file:{tmp_path / 'first'}")
     assert tower.width == 24
@@ -92,9 +87,7 @@ def test_a_finished_run_can_be_the_third_tower_of_another(
         torch.testing.assert_close(model.eval().encode_image(pixels), ours, rtol=1e-5, atol=1e-6)
 
 
-def test_clips_own_vocabulary_survives_the_round_trip(
-    tiny_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_clips_own_vocabulary_survives_the_round_trip(tiny_config: Config, tmp_path: Path) -> None:
     from dataclasses import replace
 
     pair = replace(tiny_config().pair, tokenizer="open_clip")
@@ -110,7 +103,7 @@ def test_clips_own_vocabulary_survives_the_round_trip(
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_loads_by_its_own_expression_and_is_the_main_pair(
-    name: str, tiny_config: Callable[..., RunConfig], tmp_path: Path
+    name: str, tiny_config: Config, tmp_path: Path
 ) -> None:
     train(tiny_config(steps=2), tmp_path / "run")
     form = FORMATS[name]

@@ -1,24 +1,23 @@
 """Every format that a user may bring, written as its tool writes it; what is wrong in it is named."""
 
-import io
 import json
 import random
 import shutil
-import tarfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pyarrow import parquet
 
+from kit.files import tar
+from kit.pictures import encoded, noise
+from kit.sources import captions
 from threetowers.config import InputConfig
 from threetowers.data.decode import decode
 from threetowers.data.formats.annotations import open_annotations
@@ -34,10 +33,7 @@ from threetowers.errors import BadSample, DataError, UsageError
 
 @cache
 def picture(seed: int, format: str = "JPEG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (9, 7, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format)
-    return buffer.getvalue()
+    return encoded(noise(7, 9, seed), format)
 
 
 def put(folder: Path, *names: str) -> None:
@@ -45,10 +41,6 @@ def put(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(picture(sum(name.encode())))
-
-
-def captions(source: Source) -> dict[str, tuple[str, ...]]:
-    return {record.id: record.captions for record in map(source.record, range(len(source)))}
 
 
 def found(source: Source) -> set[tuple[str, str]]:
@@ -503,7 +495,7 @@ def test_weights_repeat_what_is_trained_on(tmp_path: Path) -> None:
     assert {record.image_id for record in map(parts[0].record, range(2))} == {
         "set/0.jpg"
     } or "set/0.jpg" not in plain[0]
-    assert sum(map(len, (open_source(path), []))) == 700
+    assert len(open_source(path)) == 700
     assert "× 2.25" in describe(parts[0])
 
 
@@ -617,23 +609,14 @@ def test_paths_in_a_mix(tmp_path: Path) -> None:
 # --- tar shards as their tools write them
 
 
-def tar(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-
-
 def test_img2dataset_folder(tmp_path: Path) -> None:
     """Shards, parquet and stats side by side; failures stand in the parquet alone."""
     for shard, count in ((0, 5), (3, 2)):  # unequal, and with a gap in the numbering
-        members, rows = {}, []
+        members, rows = dict[str, bytes](), list[dict[str, object]]()
         for i in range(count + 1):
             key, caption = f"{shard:05d}{i:04d}", None if i == 1 else f"text {shard} {i}"
             status = "failed_to_download" if i == count else "success"
-            row = {
+            row: dict[str, object] = {
                 "caption": caption,
                 "url": "http://x",
                 "key": key,
@@ -647,7 +630,7 @@ def test_img2dataset_folder(tmp_path: Path) -> None:
                 members[f"{key}.json"] = json.dumps(row, indent=4).encode()
         shuffled = list(members)
         random.Random(0).shuffle(shuffled)
-        tar(tmp_path / f"{shard:05d}.tar", {name: members[name] for name in shuffled})
+        tar(tmp_path / f"{shard:05d}.tar", [(name, members[name]) for name in shuffled])
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{shard:05d}.parquet")
         stats = {
             "count": count + 1,
@@ -672,8 +655,8 @@ def test_clip_benchmark_folder(tmp_path: Path) -> None:
         rows = {f"s{shard}{i:06d}": i % 2 for i in range(3)}
         tar(
             tmp_path / "test" / f"{shard}.tar",
-            {f"{key}.{end}": data for key, label in rows.items()
-             for end, data in (("cls", str(label).encode()), ("webp", picture(label, "WEBP")))},
+            [(f"{key}.{end}", data) for key, label in rows.items()
+             for end, data in (("cls", str(label).encode()), ("webp", picture(label, "WEBP")))],
         )  # fmt: skip
     (tmp_path / "test" / "nshards.txt").write_text("2")
     source = open_source(str(tmp_path / "test"))
@@ -682,19 +665,21 @@ def test_clip_benchmark_folder(tmp_path: Path) -> None:
         ["tench", "goldfish"], ["a photo of a {}.", "art of the {}"],
     )  # fmt: skip
     assert decode(source.image(1), "x").size == (7, 9)
-    tar(tmp_path / "retrieval" / "0.tar", {"s0.jpg": picture(0), "s0.txt": b"one\ntwo\nthree\nfour\nfive"})
+    tar(
+        tmp_path / "retrieval" / "0.tar", [("s0.jpg", picture(0)), ("s0.txt", b"one\ntwo\nthree\nfour\nfive")]
+    )
     assert captions(open_source(str(tmp_path / "retrieval"))) == {
         "0/s0": ("one", "two", "three", "four", "five")
     }
 
 
 def test_fewer_shards_than_workers(tmp_path: Path) -> None:
-    """Two shards of 1 and 9 samples among three workers: every sample comes once, in the order of no worker."""
+    """Two shards of 1 and 9 samples for three workers: every sample comes once, in the order of no workers."""
     for shard, count in (("00000", 1), ("00007", 9)):
         keys = [f"{shard}{i}" for i in range(count)]
         tar(
             tmp_path / f"{shard}.tar",
-            {f"{k}.{e}": d for k in keys for e, d in (("JPEG", picture(1)), ("txt", b"x"))},
+            [(f"{k}.{e}", d) for k in keys for e, d in (("JPEG", picture(1)), ("txt", b"x"))],
         )
     source = open_source(str(tmp_path))
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import timm
@@ -17,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from threetowers.config import ObjectiveConfig, RunConfig
+from kit.pictures import noise
+from kit.runs import Config
+from kit.towers import image_tower, open_clip_folder, text_tower
+from threetowers.config import ObjectiveConfig
 from threetowers.data.transforms import fixed_view, normalise
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.model import build
@@ -37,25 +39,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def picture(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(width * 1000 + height)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 def pixels_of(image: Image.Image, tower: FrozenTower) -> torch.Tensor:
     return torch.from_numpy(fixed_view(image, tower.image).copy())[None]
-
-
-def image_tower(spec: str, **options: str) -> FrozenTower:
-    tower = load_frozen(spec, **options)
-    assert tower.reads == "images"
-    return tower
-
-
-def text_tower(spec: str, **options: str) -> FrozenTower:
-    tower = load_frozen(spec, **options)
-    assert tower.reads == "texts"
-    return tower
 
 
 def save(folder: Path, model: Any, processor: str) -> Path:
@@ -127,18 +112,7 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def open_clip_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny open_clip model in its plain CLIP layout, with its own 49k vocabulary."""
-    folder = tmp_path_factory.mktemp("open_clip_pair")
-    config = {
-        "embed_dim": 20,
-        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
-        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    return folder
+    return open_clip_folder(tmp_path_factory.mktemp("open_clip_pair"), context_length=12, vocab_size=49408)
 
 
 CAPTIONS = [
@@ -157,7 +131,7 @@ def test_numbers_that_enter_an_hf_tower_are_transformers_own(
     """The library's Pillow backend is matched; its backend on tensors rounds resized pixels differently."""
     tower = image_tower(f"hf:{vision_folders[name]}")
     processor = transformers.AutoImageProcessor.from_pretrained(vision_folders[name], backend="pil")
-    image = picture(*size)
+    image = noise(*size)
     theirs = processor(image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(normalise(pixels_of(image, tower), tower.image), theirs, rtol=0, atol=1e-5)
     assert tower.image.mean == tuple(processor.image_mean) and tower.image.std == tuple(processor.image_std)
@@ -170,7 +144,7 @@ def test_hf_features_are_the_outputs_that_their_names_say(
 ) -> None:
     tower = image_tower(f"hf:{vision_folders[name]}", features=features)
     model = transformers.AutoModel.from_pretrained(vision_folders[name]).eval()
-    image = picture(61, 50)
+    image = noise(61, 50)
     processor = transformers.AutoImageProcessor.from_pretrained(vision_folders[name], backend="pil")
     with torch.no_grad():
         inputs = processor(image, return_tensors="pt")
@@ -248,6 +222,15 @@ def test_preprocessing_that_cannot_be_reproduced_is_refused(changes: dict[str, A
 @pytest.mark.parametrize(
     ("spec", "kind", "words"),
     [
+        ("resnet50", UsageError, "timm:NAME"),
+        ("tim:resnet50", UsageError, "timm:NAME"),
+        ("timm:resnet5", UsageError, "did you mean `resnet50`"),
+        ("timm:local-dir:/nowhere", CheckpointError, "config.json"),
+        ("timm:test_convnext2@/nowhere.safetensors", CheckpointError, "no such file"),
+        ("open_clip:ViT-B-33@x", UsageError, "did you mean"),
+        ("open_clip:ViT-B-32", UsageError, "Published tags"),
+        ("open_clip:local-dir:/nowhere", CheckpointError, "open_clip_config.json"),
+        ("file:/nowhere", CheckpointError, "model.json"),
         ("hf:/nowhere", CheckpointError, "no such folder"),
         ("hf-text:./nowhere", CheckpointError, "no such folder"),
         ("hf:nobody/nothing", CheckpointError, r"could not be loaded.*Offline"),
@@ -292,8 +275,8 @@ def timm_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_timm_features_are_the_outputs_that_their_names_say(timm_vit: Path, timm_tower: str) -> None:
     for spec in (f"timm:local-dir:{timm_vit}", timm_tower):
         towers = {name: image_tower(spec, features=name) for name in ("pooled", "mean")}
-        model = towers["mean"].module.trunk
-        pixels = pixels_of(picture(61, 50), towers["mean"])
+        model: Any = towers["mean"].module.trunk
+        pixels = pixels_of(noise(61, 50), towers["mean"])
         with torch.no_grad():
             found = model.forward_features(normalise(pixels, towers["mean"].image))
         mean = found[:, 3:].mean(1) if found.ndim == 3 else found.mean((2, 3))
@@ -383,7 +366,7 @@ def test_other_preprocessing_changes_that_fingerprint_and_no_other(
     before = tower.fingerprints()
     tower.tokenizer(["a red square"])
     assert tower.fingerprints() == before, "reading texts leaves no trace"
-    tower.tokenizer.limit = 5
+    tower.tokenizer.limit = 5  # type: ignore[attr-defined]
     assert tower.fingerprints()["preprocessing"] != before["preprocessing"]
 
 
@@ -487,7 +470,7 @@ def test_open_clip_text_is_encode_text_of_its_model(open_clip_pair: Path) -> Non
 
 
 def test_a_text_tower_is_a_third_tower_of_3t_and_never_an_image_tower(
-    bert_folder: Path, tiny_config: Callable[..., RunConfig]
+    bert_folder: Path, tiny_config: Config
 ) -> None:
     tower = load_frozen(f"hf-text:{bert_folder}")
     model, _ = build(tiny_config(third=(tower.spec,)), {"third": tower}, {"vocab_size": 300})
@@ -505,7 +488,7 @@ def test_a_text_tower_is_a_third_tower_of_3t_and_never_an_image_tower(
 
 @pytest.mark.parametrize("options", [{"features": "mean"}, {"precision": "bf16"}])
 def test_lit_takes_a_tower_as_its_library_builds_it(
-    timm_tower: str, tiny_config: Callable[..., RunConfig], options: dict[str, str]
+    timm_tower: str, tiny_config: Config, options: dict[str, str]
 ) -> None:
     config = tiny_config(method="lit", objective=ObjectiveConfig())
     with pytest.raises(UsageError, match=r"third_features = pooled and third_precision = fp32"):

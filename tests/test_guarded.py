@@ -1,4 +1,4 @@
-"""Guards that no other test would miss; tests/guards.py removes each of them and looks for the red test."""
+"""Guards that no other test covers; tests/guards.py removes each of them and expects its test to fail."""
 
 import json
 import math
@@ -18,12 +18,13 @@ import torch
 from torch import nn
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from test_loader import reader
-from test_recovery import logged, poisoned
+from kit.batches import reader
+from kit.runs import Config, interrupt_at, logged, poisoned
 from threetowers.commands.convert import convert
-from threetowers.config import ObjectiveConfig, OptimConfig, RunConfig
+from threetowers.config import ObjectiveConfig, OptimConfig
 from threetowers.data.loader import Batch, BatchReader, batches
 from threetowers.errors import CheckpointError, DataError, UsageError
+from threetowers.files import sync_to_disk
 from threetowers.objective import tiled
 from threetowers.towers.weights import read_safetensors
 from threetowers.train import checkpoint, loop
@@ -33,7 +34,6 @@ from threetowers.train.loop import train
 from threetowers.train.optim import adamw
 from threetowers.train.saver import Saver
 
-Config = Callable[..., RunConfig]
 FORK = multiprocessing.get_context("fork")
 
 
@@ -48,21 +48,6 @@ def layer() -> tuple[nn.Linear, torch.optim.AdamW]:
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
     return checkpoint.save(root, step, checkpoint.snapshot(*layer()), {}, {}, keep)
-
-
-def killed_at(step: int, monkeypatch: pytest.MonkeyPatch, config: RunConfig, folder: Path) -> None:
-    """A run that ends in the midst of a step, and is what a kill would leave."""
-    real = loop.learning_rate
-
-    def rate(at: int, *arguments: Any) -> float:
-        if at == step:
-            raise KeyboardInterrupt
-        return real(at, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate", rate)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, folder)
 
 
 # Checkpoints
@@ -81,9 +66,9 @@ def test_all_is_on_the_disk_before_the_rename_and_older_ones_go_after_it(
         return call
 
     save(root, 1, keep=1)
-    monkeypatch.setattr(checkpoint, "sync_to_disk", noted("sync", checkpoint.sync_to_disk))
-    monkeypatch.setattr(checkpoint.os, "rename", noted("rename", os.rename))
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", noted("remove", shutil.rmtree))
+    monkeypatch.setattr(checkpoint, "sync_to_disk", noted("sync", sync_to_disk))
+    monkeypatch.setattr(os, "rename", noted("rename", os.rename))
+    monkeypatch.setattr(shutil, "rmtree", noted("remove", shutil.rmtree))
     save(root, 2, keep=1)
     files = ("model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json")
     assert done == [
@@ -235,7 +220,7 @@ def test_rows_and_counters_of_a_killed_run_are_those_of_an_uninterrupted_one(
         background_saves=False,
     )
     train(config, tmp_path / "whole")
-    killed_at(7, monkeypatch, config, tmp_path / "torn")
+    interrupt_at(7, config, tmp_path / "torn")
     train(config, tmp_path / "torn")
     counts = [logged(tmp_path / name, "data/bad/empty file") for name in ("whole", "torn")]
     assert counts[0] == counts[1] and counts[0][9] > counts[0][4] > 0

@@ -1,4 +1,4 @@
-"""The index of shards: made once, mapped afterwards, and never believed when it is not what was written."""
+"""The index of shards is made once, mapped afterwards, and refused when it is not what was written."""
 
 import json
 import os
@@ -17,14 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from kit.sources import content
 from threetowers.data.open import split
 from threetowers.data.order import hash64
 from threetowers.data.shards import columns as columns_module
 from threetowers.data.shards import index, indexing
 from threetowers.data.shards.columns import Column, Columns, pack_columns
-from threetowers.data.shards.groups import TarGroups
+from threetowers.data.shards.groups import TarGroups, read_groups
 from threetowers.data.shards.index import Shard
-from threetowers.data.shards.source import ShardSource, open_shards
+from threetowers.data.shards.source import open_shards
 from threetowers.data.shards.write import ShardSample, write_shards
 from threetowers.data.source import Subset
 from threetowers.errors import BadSample, DataError
@@ -54,18 +55,14 @@ def age(path: Path, seconds: float = 3600) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def content(source: ShardSource) -> list[tuple[object, bytes]]:
-    return [(source.record(i), source.image(i)) for i in range(len(source))]
-
-
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the shards that are walked from here on."""
     names: list[str] = []
-    read_groups = index.read_groups
+    real = read_groups
 
     def counted(name: str, file: int, stem: str) -> TarGroups:
         names.append(stem)
-        return read_groups(name, file, stem)
+        return real(name, file, stem)
 
     monkeypatch.setattr(index, "read_groups", counted)
     return names
@@ -77,7 +74,7 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=9), max_size=4),
-    st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=20), max_size=9),
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=9),
     st.integers(8, 64),
 )
 def test_columns_round_trip_in_any_parts(
@@ -223,9 +220,10 @@ def test_a_damaged_index_is_made_anew(
 
 
 def rewritten(file: Path, **changes: Callable[[np.ndarray], np.ndarray]) -> None:
-    """The same index with columns changed, and sums that fit: what damage cannot do, but a bug or a foe can."""
+    """The same index with changed columns and valid checksums, as a bug or an attacker could write it."""
     whole = Columns(file, file.stem)
-    values = {name: changes.get(name, lambda a: a)(whole.array(name)) for name in whole.names()}
+    values = {name: whole.array(name) for name in whole.names()}
+    values |= {name: change(values[name]) for name, change in changes.items()}
     file.write_bytes(
         pack_columns(file.stem, {n: Column(index.COLUMNS[n], len(v), [v]) for n, v in values.items()})
     )
@@ -381,10 +379,9 @@ def test_stored_draws_split_as_hashing_does(tmp_path: Path) -> None:
     assert draws.tolist() == [hash64("split", 0, source.record(i).id) for i in range(300)]
     assert source.split_draws(1) is None
     border = float(np.sort(draws)[100] / 2.0**64)  # a sample's own draw
-    fractions = {"val_fraction": 0.3, "test_fraction": border}
-    fast = split(source, **fractions)
+    fast = split(source, val_fraction=0.3, test_fraction=border)
     source.split_draws = lambda seed: None  # type: ignore[method-assign, assignment]
-    for part, slow in zip(fast, split(source, **fractions), strict=True):
+    for part, slow in zip(fast, split(source, val_fraction=0.3, test_fraction=border), strict=True):
         assert isinstance(part, Subset)
         assert isinstance(slow, Subset)
         assert part.indices == slow.indices

@@ -1,7 +1,6 @@
-"""Real deaths of real processes: whatever happens, the same call goes on to the weights of an uninterrupted run."""
+"""Processes killed for real: the same call continues, and ends with the weights of an uninterrupted run."""
 
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -16,14 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from faulty import KINDS, POINTS, Fault, install
+from kit.faults import KINDS, POINTS, Fault, install
+from kit.runs import Config, assert_same_weights, at_step, events, logged, rows, with_vit
 from threetowers.config import RunConfig
 from threetowers.errors import CheckpointError, ThreeTowersError
-from threetowers.towers.weights import read_safetensors
-from threetowers.train import checkpoint, loop
+from threetowers.train import checkpoint
 from threetowers.train.loop import train
 
-Config = Callable[..., RunConfig]
 FORK = multiprocessing.get_context(
     "fork"
 )  # a process of its own without the seconds that a fresh import takes
@@ -31,25 +29,16 @@ STOPPED = 75
 
 
 def randomised(tiny_config: Config, workers: int = 2, **changes: Any) -> RunConfig:
-    """A run in which everything is drawn: crops, mirrored images, captions, and patches that the image tower drops."""
-    config = tiny_config()
-    vision = {
-        "layers": 1,
-        "width": 32,
-        "head_width": 16,
-        "patch_size": 8,
-        "image_size": 32,
-        "patch_dropout": 0.4,
-    }
+    """A run with random crops, flips, captions and dropped patches."""
+    config = with_vit(tiny_config(), layers=1, patch_dropout=0.4)
     return replace(
         config,
-        pair=replace(config.pair, vision=vision),
         inputs=replace(config.inputs, workers=workers, crop_scale=(0.4, 1.0), flip=True),
         **{"steps": 24, "checkpoint_every_steps": 4, "log_every_steps": 4, **changes},
     )
 
 
-def start(config: RunConfig, folder: Path, before: Callable[[], None] = lambda: None) -> Any:
+def start(config: RunConfig, folder: Path, before: Callable[[], object] = lambda: None) -> Any:
     """`train` in a process of its own; it ends with the command's exit code."""
 
     def body() -> None:
@@ -71,44 +60,21 @@ def start(config: RunConfig, folder: Path, before: Callable[[], None] = lambda: 
     return process
 
 
-def finish(config: RunConfig, folder: Path, before: Callable[[], None] = lambda: None) -> int:
+def finish(config: RunConfig, folder: Path, before: Callable[[], object] = lambda: None) -> int:
     process = start(config, folder, before)
     process.join(600)
     assert process.exitcode is not None, "it hangs"
     return int(process.exitcode)
 
 
-def killed_at(step: int) -> Callable[[], None]:
-    """Makes the process die in the midst of a step, counted from 0."""
-
-    def before() -> None:
-        real = loop.learning_rate
-
-        def deadly(at: int, *arguments: Any) -> float:
-            if at == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(at, *arguments)
-
-        loop.learning_rate = deadly
-
-    return before
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def assert_same(a: Path, b: Path) -> None:
-    first, second = (read_safetensors(folder / "model.safetensors") for folder in (a, b))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    logged = [[row["step"] for row in rows(folder)] for folder in (a, b)]
+    assert_same_weights(a, b)
+    logged = [[row["step"] for row in rows(folder) if "train/loss" in row] for folder in (a, b)]
     assert logged[0] == logged[1], "no row is missing and none stands twice"
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if "train/loss" in row]
-
-
-def events(folder: Path) -> str:
-    return (folder / "events.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
@@ -143,7 +109,7 @@ def test_sigkills_at_random_moments(
 
 @pytest.mark.parametrize("point", POINTS)
 def test_faults_aimed_at_a_save(point: str, tiny_config: Config, tmp_path: Path) -> None:
-    """The third save (step 8) is hit; the run goes on, or its next process does, and never from zero."""
+    """The fault is in the third save, of step 8; the run, or the next call, continues and never starts from zero."""
     config = randomised(tiny_config, workers=0, steps=14)
     train(config, tmp_path / "whole")
     for kind in KINDS:
@@ -176,7 +142,7 @@ def test_signals_save_at_the_step_they_come_in(count: int, tiny_config: Config, 
         while not (folder / "metrics.jsonl").exists() and process.is_alive():
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.1))
-        done = rows(folder)[-1]["step"] if rows(folder) else 0
+        done = max(logged(folder), default=0)
         os.kill(process.pid, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[index % 3])
         process.join(60)
         assert process.exitcode == STOPPED
@@ -209,7 +175,7 @@ def test_resume_matrix(
     inputs = replace(config.inputs, workers=workers, crop_scale=crops, flip=augmented)
     config = replace(config, inputs=inputs)
     assert finish(config, tmp_path / "whole") == 0
-    assert finish(config, tmp_path / "torn", killed_at(step)) == -signal.SIGKILL
+    assert finish(config, tmp_path / "torn", at_step(step, kill).start) == -signal.SIGKILL
     assert finish(config, tmp_path / "torn") == 0
     last = step // 3 * 3  # its save may still have been under way
     assert any(f"continuing from step {at}\n" in events(tmp_path / "torn") for at in (last, last - 3))
@@ -219,20 +185,15 @@ def test_resume_matrix(
 def test_a_dead_worker_is_started_again_at_its_position(tiny_config: Config, tmp_path: Path) -> None:
     config = randomised(tiny_config, steps=60)
     assert finish(config, tmp_path / "whole") == 0
+    struck: list[int] = []
 
     def kill_a_worker() -> None:
-        real, struck = loop.learning_rate, []
+        if not struck:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            struck.append(int(children[0]))
+            os.kill(struck[0], signal.SIGKILL)
 
-        def deadly(at: int, *arguments: Any) -> float:
-            if at == 5 and not struck:
-                struck.append(at)
-                children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-                os.kill(int(children[0]), signal.SIGKILL)
-            return real(at, *arguments)
-
-        loop.learning_rate = deadly
-
-    assert finish(config, tmp_path / "torn", kill_a_worker) == 0
+    assert finish(config, tmp_path / "torn", at_step(5, kill_a_worker).start) == 0
     assert "a loader worker died" in events(tmp_path / "torn")
     assert_same(tmp_path / "whole", tmp_path / "torn")
 

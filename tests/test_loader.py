@@ -11,26 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
 
+from kit.batches import SPEC, reader
 from threetowers.config import InputConfig
 from threetowers.data.loader import Batch, BatchReader, _is_a_death, augmented_views, batches
 from threetowers.data.open import open_source
-from threetowers.data.order import Order
-from threetowers.data.tokenize import train_tokenizer
 from threetowers.data.transforms import ImageSpec, cropped_view, normalise, random_crop
 from threetowers.errors import DataError
 
-SPEC = ImageSpec(24, (0.5,) * 3, (0.5,) * 3)
 
-
-def reader(path: Path, batch_size: int = 8, seed: int = 0, **more: object) -> BatchReader:
-    source = open_source(str(path))
-    tokenizer = train_tokenizer(
-        (source.record(i).captions[0] for i in range(len(source))), vocab_size=300, context_length=16
-    )
-    order = Order(seed, len(source), batch_size)
-    inputs = InputConfig(workers=int(more.pop("workers", 0)), crop_scale=(0.3, 1.0), flip=True)  # type: ignore[call-overload]
-    return BatchReader(source, order, tokenizer, inputs, image=SPEC, **more)  # type: ignore[arg-type]
+def pixels(batch: Batch) -> Tensor:
+    assert batch.pixels is not None
+    return batch.pixels
 
 
 def test_a_batch_depends_on_its_positions_alone(photos: Path) -> None:
@@ -40,14 +33,14 @@ def test_a_batch_depends_on_its_positions_alone(photos: Path) -> None:
     backward = [other[p] for p in reversed(positions)][::-1]
     for a, b in zip(forward, backward, strict=True):
         assert (
-            torch.equal(a.pixels, b.pixels)
+            torch.equal(pixels(a), pixels(b))
             and torch.equal(a.tokens, b.tokens)
             and torch.equal(a.index, b.index)
         )
     with_workers = list(batches(reader(photos, workers=2), 0, 30))
-    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(forward, with_workers, strict=True))
+    assert all(torch.equal(pixels(a), pixels(b)) for a, b in zip(forward, with_workers, strict=True))
     first, second = forward[:12], forward[12:24]
-    assert not torch.equal(torch.cat([b.pixels for b in first]), torch.cat([b.pixels for b in second])), (
+    assert not torch.equal(torch.cat([pixels(b) for b in first]), torch.cat([pixels(b) for b in second])), (
         "epochs differ"
     )
 
@@ -92,13 +85,13 @@ def test_two_processes_read_halves_that_make_the_batch(photos: Path) -> None:
     with multiprocessing.get_context("fork").Pool(2) as pool:
         shares = [[range(8 * k + 4 * half, 8 * k + 4 * half + 4) for k in range(steps)] for half in (0, 1)]
         halves = [
-            [(batch.index.tolist(), batch.pixels) for batch in share]
+            [(batch.index.tolist(), pixels(batch)) for batch in share]
             for share in pool.map(partial(read_all, one), shares)
         ]
     for k, (first, second) in enumerate(zip(*halves, strict=True)):
         whole = one[range(8 * k, 8 * k + 8)]
         assert first[0] + second[0] == whole.index.tolist()
-        assert torch.equal(torch.cat([first[1], second[1]]), whole.pixels)
+        assert torch.equal(torch.cat([first[1], second[1]]), pixels(whole))
 
 
 def read_all(one: BatchReader, positions: list[range]) -> list[Batch]:
@@ -147,7 +140,7 @@ def test_a_bad_image_is_replaced_and_nothing_after_it_shifts(photos: Path, tmp_p
         expected, got = good[range(8 * k, 8 * k + 8)], bad[range(8 * k, 8 * k + 8)]
         same = expected.index == got.index
         named += got.bad
-        assert torch.equal(expected.pixels[same], got.pixels[same])
+        assert torch.equal(pixels(expected)[same], pixels(got)[same])
         assert (expected.index[~same] == 7).all() and len(expected.index) == len(got.index)
     assert {(problem.id, problem.reason) for problem in named} == {("007.png", "not an image")}
     assert len(named) == 2, "once in each of two epochs"

@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 
 import mistakes
+from kit.mistakes import make_kit, told
 from mistakes import COLUMNS, ROWS, Mistake
 
 
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Path:
-    return mistakes.make_kit(tmp_path_factory.mktemp("mistakes") / "kit")
+    return make_kit(tmp_path_factory.mktemp("mistakes") / "kit")
 
 
-@pytest.mark.parametrize("mistake", mistakes.every(), ids=lambda mistake: mistake.what.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "mistake", list(mistakes.every()), ids=lambda mistake: mistake.what.replace(" ", "-")
+)
 def test_a_mistake_is_answered_on_one_screen(mistake: Mistake, kit: Path, tmp_path: Path) -> None:
     answer = mistakes.made(mistake, kit, tmp_path / "here")
     assert answer.code == mistake.code, answer.output
@@ -29,7 +32,7 @@ def test_a_mistake_is_answered_on_one_screen(mistake: Mistake, kit: Path, tmp_pa
 
 @pytest.mark.parametrize("flags", ["--steps 0", "--device gpu", "--pair.model ViT-B-23", "--third none"])
 def test_settings_are_judged_before_data_is_read(flags: str, kit: Path) -> None:
-    answer = mistakes.told(f"train run.toml --data nowhere {flags}", kit)
+    answer = told(f"train run.toml --data nowhere {flags}", kit)
     assert answer.code == 2 and "nowhere" not in answer.output, answer.output
 
 

@@ -1,4 +1,4 @@
-"""Damaged images, tars and weights in large numbers: whole, or a named bad sample or an error, never less.
+"""Many damaged images, tars and weight files: each is read whole, or gives a named bad sample or an error.
 
 The counts are printed; `pytest -s tests/test_mutations.py` shows them.
 """
@@ -19,21 +19,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from kit.pictures import encoded
 from threetowers.data.decode import MAX_SIDE_RATIO, REASONS, decode
 from threetowers.data.open import open_source
 from threetowers.data.source import Source
 from threetowers.errors import BadSample, CheckpointError, DataError
 from threetowers.towers.weights import read_safetensors
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:RuntimeWarning")
 BLOCK = 512
 COUNTS = [1_000, pytest.param(100_000, marks=pytest.mark.slow)]
-
-
-def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def originals() -> list[bytes]:
@@ -137,7 +131,7 @@ def shard(format: int) -> tuple[bytes, list[tuple[int, int]]]:
             )
             for ending, content in (("png", image), text):
                 member = tarfile.TarInfo(f"{name}.{ending}")
-                member.size = len(content)
+                member.size, member.mtime = len(content), 1700000000.25  # type: ignore[assignment]
                 tar.addfile(member, io.BytesIO(content))
             extents.append((begin, buffer.tell()))
     return buffer.getvalue(), extents

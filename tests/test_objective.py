@@ -1,3 +1,5 @@
+"""Losses of rows against their written formulas, and the tables of the methods."""
+
 import math
 from typing import get_args
 
@@ -83,7 +85,7 @@ def test_logits_are_fp32_under_autocast() -> None:
 def test_unit_is_safe_at_zero_and_in_low_precision() -> None:
     features = torch.zeros(2, 4, requires_grad=True)
     losses.unit(features).sum().backward()
-    assert torch.isfinite(features.grad).all()
+    assert features.grad is not None and torch.isfinite(features.grad).all()
     assert losses.unit(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.float32
 
 

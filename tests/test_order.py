@@ -1,3 +1,5 @@
+"""The order of samples: permutations, positions and replacements."""
+
 import hashlib
 import time
 

@@ -1,6 +1,6 @@
 """Activation checkpointing, compiled towers, and pinned batches."""
 
-from collections.abc import Callable
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from threetowers.config import RunConfig
+from kit.runs import Config, with_vit
 from threetowers.data.loader import Batch
 from threetowers.errors import UsageError
 from threetowers.run.setup import Setup, prepare
@@ -18,14 +18,11 @@ from threetowers.towers.weights import read_safetensors
 from threetowers.train.loop import train
 from threetowers.train.step import TrainingStep
 
-Config = Callable[..., RunConfig]
-VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
-
 
 def opened(tiny_config: Config, folder: Path, vit: bool = True, **changes: Any) -> Setup:
     config = tiny_config(**changes)
     if vit:
-        config = replace(config, pair=replace(config.pair, vision=VIT))
+        config = with_vit(config)
     return prepare(config, folder)
 
 
@@ -40,8 +37,8 @@ def gradients(setup: Setup, batch: Batch) -> dict[str, Tensor]:
 
 def error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
-    difference = sum((a[name] - b[name]).square().sum() for name in a)
-    return float((difference / sum(value.square().sum() for value in b.values())).sqrt())
+    difference = sum(float((a[name] - b[name]).square().sum()) for name in a)
+    return math.sqrt(difference / sum(float(value.square().sum()) for value in b.values()))
 
 
 @pytest.mark.parametrize("vit", [True, False])
@@ -59,7 +56,7 @@ def test_dropped_patches_are_the_same_ones_when_activations_are_computed_again(
     tiny_config: Config, tmp_path: Path
 ) -> None:
     config = tiny_config(steps=4)
-    config = replace(config, pair=replace(config.pair, vision={**VIT, "patch_dropout": 0.5}))
+    config = with_vit(config, patch_dropout=0.5)
     train(config, tmp_path / "plain")
     train(replace(config, grad_checkpointing=True), tmp_path / "spared")
     plain, spared = (read_safetensors(tmp_path / name / "model.safetensors") for name in ("plain", "spared"))
@@ -81,7 +78,7 @@ def test_compiled_towers_train_the_same_weights_under_the_same_names(
 
     monkeypatch.setattr(nn.Module, "compile", eager)
     config = tiny_config(steps=4, precision=precision)
-    config = replace(config, pair=replace(config.pair, vision={**VIT, "patch_dropout": 0.5}))
+    config = with_vit(config, patch_dropout=0.5)
     train(config, tmp_path / "plain")
     assert not compiled
     train(replace(config, compile=True), tmp_path / "compiled")
@@ -103,7 +100,12 @@ def test_a_batch_pins_all_its_tensors(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pinned: list[tuple[int, ...]] = []
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: (pinned.append(self.shape), self)[1])
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tuple(tensor.shape))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
     batch = opened(tiny_config, tmp_path / "a").reader()[range(4)]
     again = batch.pin_memory()
     assert isinstance(again, Batch) and again.bad is batch.bad

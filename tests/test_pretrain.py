@@ -1,4 +1,4 @@
-"""A classifier of one's own becomes a third tower."""
+"""A classifier trained with `threetowers pretrain` becomes a third tower."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ import timm
 import torch
 from PIL import Image
 
+from kit.towers import image_tower
 from threetowers.config import InputConfig, OptimConfig, PretrainConfig
 from threetowers.data.transforms import fixed_view
 from threetowers.errors import DataError, UsageError
-from threetowers.towers.frozen.load import load_frozen
 from threetowers.train.pretrain import pretrain
 
 
@@ -40,7 +40,7 @@ def test_it_learns_and_its_folder_is_a_tower_in_timms_own_format(folders: Path, 
     accuracy = pretrain(config(folders), tmp_path / "tower")
     assert accuracy > 0.8
     assert pretrain(config(folders), tmp_path / "tower") == accuracy, "a finished one is left as it is"
-    tower = load_frozen(f"file:{tmp_path / 'tower'}")
+    tower = image_tower(f"file:{tmp_path / 'tower'}")
     assert tower.image.size == 16 and tower.image.mean == (0.5, 0.5, 0.5)
     image = Image.open(folders / "class 0" / "0.png")
     pixels = torch.from_numpy(fixed_view(image, tower.image).copy())[None]

@@ -1,3 +1,5 @@
+"""Progress lines, and the settings of the allocator."""
+
 import io
 import platform
 

@@ -1,10 +1,10 @@
-"""What a run does about damage, bad numbers, bad data, full disks and time limits, in one process."""
+"""Damaged checkpoints, numbers that are not finite, bad data, full disks and time limits, in one process."""
 
 import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from kit.runs import Config, assert_same_weights, events, interrupt_at, logged, poisoned, weights
 from threetowers.config import RunConfig
 from threetowers.data import loader
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
@@ -20,26 +21,6 @@ from threetowers.towers.weights import read_safetensors
 from threetowers.train import checkpoint, loop, session
 from threetowers.train.guards import BadSamples, FiniteGuard
 from threetowers.train.loop import train
-
-Config = Callable[..., RunConfig]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return read_safetensors(folder / "model.safetensors")
-
-
-def same(a: Path, b: Path) -> bool:
-    first, second = weights(a), weights(b)
-    return all(torch.equal(first[key], second[key]) for key in first | second)
-
-
-def events(folder: Path) -> str:
-    return (folder / "events.log").read_text(encoding="utf-8")
-
-
-def logged(folder: Path, key: str = "train/loss") -> dict[int, float]:
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return {row["step"]: row[key] for row in rows if key in row}
 
 
 def unfinished(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +73,7 @@ def test_a_damaged_folder_is_set_aside_and_the_run_goes_on_to_the_same_bits(
     newest = checkpoint.checkpoints(tmp_path / "torn" / "checkpoints")[0]
     (newest / "state.json").write_text("{}")
     train(config, tmp_path / "torn")
-    assert same(tmp_path / "whole", tmp_path / "torn")
+    assert_same_weights(tmp_path / "whole", tmp_path / "torn")
     assert (newest.parent / f"damaged-{newest.name}").is_dir() and "continuing from step 6" in events(
         tmp_path / "torn"
     )
@@ -134,25 +115,13 @@ def test_saving_in_a_thread_or_in_the_loop_is_the_same(
     config = tiny_config(steps=9, checkpoint_every_steps=2)
     train(config, tmp_path / "whole")
     config = replace(config, background_saves=background)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate", _dying_at(7, loop.learning_rate))
-        with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "torn")
+    interrupt_at(7, config, tmp_path / "torn")
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "torn" / "checkpoints")] == [
         "step-00000006",
         "step-00000004",
     ]
     train(config, tmp_path / "torn")
-    assert same(tmp_path / "whole", tmp_path / "torn")
-
-
-def _dying_at(step: int, real: Callable[..., float]) -> Callable[..., float]:
-    def rate(at: int, *arguments: Any) -> float:
-        if at == step:
-            raise KeyboardInterrupt
-        return real(at, *arguments)
-
-    return rate
+    assert_same_weights(tmp_path / "whole", tmp_path / "torn")
 
 
 def test_a_disk_without_room_ends_the_run_before_it_begins_and_several_failed_saves_end_it_later(
@@ -160,7 +129,7 @@ def test_a_disk_without_room_ends_the_run_before_it_begins_and_several_failed_sa
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
         with pytest.raises(
             CheckpointError, match=r"step 0 could not be saved: .*MB are needed, 0 MB are free"
         ):
@@ -189,23 +158,11 @@ def test_what_dead_processes_left_is_swept(tiny_config: Config, tmp_path: Path) 
 # Numbers
 
 
-def poisoned(steps: set[int]) -> Callable[..., Iterator[loader.Batch]]:
-    """Batches whose stored features are not finite in some steps of the data's order."""
-
-    def batches(reader: Any, first: int, last: int, **options: Any) -> Iterator[loader.Batch]:
-        for step, batch in enumerate(loader.batches(reader, first, last, **options), start=first):
-            if step in steps:
-                batch.third_features["third"][0, 0] = float("nan")
-            yield batch
-
-    return batches
-
-
 @pytest.mark.parametrize("num", [1, 5, 50])
 def test_poisoned_batches(
     num: int, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One is skipped; after five the run goes back and passes them over; after three returns it ends, weights whole."""
+    """A bad step is skipped; after five the run returns to a checkpoint; after three returns it ends with an error."""
     config, run = tiny_config(steps=20, checkpoint_every_steps=4, log_every_steps=1), tmp_path / "run"
     monkeypatch.setattr(loop, "batches", poisoned(set(range(6, 6 + num))))
     if num == 50:
@@ -223,12 +180,9 @@ def test_poisoned_batches(
     assert events(run).count("back to the checkpoint of step 4") == num // 5
     assert sorted(logged(run)) == list(range(1, 21)), "every step is logged once"
     # a run that is interrupted after the return takes the same batches
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate", _dying_at(15, loop.learning_rate))
-        with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "torn")
+    interrupt_at(15, config, tmp_path / "torn")
     train(config, tmp_path / "torn")
-    assert same(run, tmp_path / "torn")
+    assert_same_weights(run, tmp_path / "torn")
 
 
 def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment() -> None:
@@ -242,7 +196,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment() -> None:
         loss = layer(torch.ones(4, 3)).square().sum() * factor
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
-        optimizer.found_inf = guard.watch(step, torch.arange(4), loss.detach(), norm)
+        optimizer.found_inf = guard.watch(step, torch.arange(4), loss.detach(), norm)  # type: ignore[attr-defined]
         optimizer.step()
         kept = all(torch.equal(p, q) for p, q in zip(layer.parameters(), before, strict=True))
         assert kept == (factor != 1.0)
@@ -293,7 +247,8 @@ def test_a_time_limit_saves_and_the_next_call_continues(tiny_config: Config, tmp
     calls = 0
     while not train(config, tmp_path / "torn", max_minutes=1e-6).finished:
         calls += 1
-    assert calls == 8 and same(tmp_path / "whole", tmp_path / "torn")
+    assert calls == 8
+    assert_same_weights(tmp_path / "whole", tmp_path / "torn")
 
 
 def test_a_slow_reader_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from kit.sources import content
 from threetowers.data.open import open_source
 from threetowers.data.shards import index, remote
 from threetowers.data.shards import source as shards
@@ -63,10 +64,6 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(MemoryFileSystem, "open", counted)
     return names
-
-
-def content(source: ShardSource) -> list[tuple[object, bytes]]:
-    return [(source.record(i), source.image(i)) for i in range(len(source))]
 
 
 def kept(cache: Path) -> int:

@@ -57,7 +57,7 @@ def make_compare(folder: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, 
     rows = [("baseline", "")] + [(m, t) for t in ("matched", "mismatched") for m in NAMES if m != "baseline"]
     skill = {(m, t): SKILL[m] - (0.0 if t != "mismatched" else 0.16 if "lit" in m else 0.04) for m, t in rows}
     labels = {(m, t): NAMES[m] + (f" ({t})" if t else "") for m, t in rows}
-    methods, results, summary, runs, per_class = [], [], [], [], []
+    methods, results, summary, runs, per_class = (list[dict[str, Any]]() for _ in range(5))
     for (m, t), level in skill.items():
         seconds, params = 60 + 40 * rng.random(), 1_150_000 if "lit" not in m else 2_400_000
         methods.append({
@@ -93,9 +93,8 @@ def make_compare(folder: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, 
         summary.append({"method": "3t", "third": third, "task": "combination", "metric": "mean_r@1", "mean": mean,
                         "low": mean - 0.02, "high": mean + 0.02, "num_seeds": len(seeds), "best": False})  # fmt: skip
     for column in {(row["task"], row["metric"]) for row in summary}:
-        max((r for r in summary if (r["task"], r["metric"]) == column), key=lambda r: r["mean"])["best"] = (
-            True
-        )
+        best = max((r for r in summary if (r["task"], r["metric"]) == column), key=lambda r: r["mean"])
+        best["best"] = True
     compare = {
         "schema": 1, "title": "Which method wins on shapes", "data": "shapes", "created": "2026-01-31T12:00:00",
         "machine": {"cpu": "some CPU", "cores": 2, "device": "cpu", "python": "3.11.7", "torch": "2.10.0"},
@@ -346,7 +345,7 @@ def test_images_that_are_missing_or_outside_are_named(full: tuple[Path, str], tm
     thumbnail(tmp_path / "secret.png", 0)
     (tmp_path / "inner" / "text.png").write_text("not an image")
     paths = ["images/none.png", "../secret.png", str(tmp_path / "secret.png"), "text.png", None]
-    world = [{"image": path, "captions": []} for path in paths]
+    world: list[dict[str, object]] = [{"image": path, "captions": []} for path in paths]
     page = variant(full, tmp_path / "inner", world=world, examples=[], **QUICK)
     assert page.count("image missing") == len(paths) and "<img" not in page
 
@@ -497,7 +496,9 @@ def test_labels_at_line_ends_never_touch(heights: list[float], gap: float) -> No
 
 @given(st.lists(st.lists(st.integers(0, 2000), min_size=1, unique=True), min_size=1, max_size=3))
 def test_average_keeps_to_shared_steps(seeds: list[list[int]]) -> None:
-    lines = [[(float(step), step + seed) for step in sorted(steps)] for seed, steps in enumerate(seeds)]
+    lines = [
+        [(float(step), float(step + seed)) for step in sorted(steps)] for seed, steps in enumerate(seeds)
+    ]
     x, y, low, high = average(lines)
     shared = set.intersection(*map(set, seeds))
     assert len(x) == len(y) == len(low) == len(high) == min(len(shared), 250)

@@ -1,3 +1,5 @@
+"""Retrieval ranks and recalls against a full sort, and encoders with known scores."""
+
 import numpy as np
 import pytest
 import torch

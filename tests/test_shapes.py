@@ -2,25 +2,41 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kit.files import contents
 from threetowers.data.decode import decode
 from threetowers.data.shards.source import open_shards
+from threetowers.data.shards.write import ShardSample
 from threetowers.errors import DataError, UsageError
 from threetowers.world import pictures
 from threetowers.world import scenes as scene_module
 from threetowers.world import write as shapes
-from threetowers.world.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, SIZES, SPLITS, SYNONYMS, TEXTURES
+from threetowers.world.captions import captions as captions_of
+from threetowers.world.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    SYNONYMS,
+    TEXTURES,
+    Kind,
+    Split,
+)
 
 CANONICAL = {synonym: word for word, synonym in SYNONYMS.items()}
 NOUN = rf"an? ((?:{'|'.join((*SIZES, *COLOURS, *TEXTURES, *CANONICAL))}) )*(?:{'|'.join(SHAPES)})\b"
-SMALL = {"num_train": 30, "num_val": 5, "num_test": 6, "num_labelled": 40}
+SMALL: dict[str, Any] = {"num_train": 30, "num_val": 5, "num_test": 6, "num_labelled": 40}
 
 
 def words_of(scene: scene_module.Scenes, row: int, slot: int) -> set[str]:
@@ -41,7 +57,9 @@ def words_of(scene: scene_module.Scenes, row: int, slot: int) -> set[str]:
     st.sampled_from(SPLITS),
     st.sampled_from([16, 32, 37]),
 )
-def test_a_scene_is_the_same_alone_in_a_batch_and_in_any_order(seed, indices, kind, split, size):
+def test_a_scene_is_the_same_alone_in_a_batch_and_in_any_order(
+    seed: int, indices: list[int], kind: Kind, split: Split, size: int
+) -> None:
     batch = np.array(indices)
     together = pictures.render(seed, batch, kind=kind, split=split, size=size)
     backwards = pictures.render(seed, batch[::-1], kind=kind, split=split, size=size)
@@ -50,18 +68,18 @@ def test_a_scene_is_the_same_alone_in_a_batch_and_in_any_order(seed, indices, ki
         alone = pictures.render(seed, np.array([index]), kind=kind, split=split, size=size)
         np.testing.assert_array_equal(alone[0], together[row])
         assert (
-            shapes.captions(seed, np.array([index]), split=split)[0]
-            == (shapes.captions(seed, batch, split=split)[row])
+            captions_of(seed, np.array([index]), split=split)[0]
+            == (captions_of(seed, batch, split=split)[row])
         )
 
 
-def test_batches_longer_than_a_chunk_are_the_same_as_their_parts():
+def test_batches_longer_than_a_chunk_are_the_same_as_their_parts() -> None:
     whole = pictures.render(3, np.arange(300), size=16)
     parts = [pictures.render(3, np.arange(start, start + 50), size=16) for start in range(0, 300, 50)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
-def test_narrow_index_types_give_the_same_scenes():
+def test_narrow_index_types_give_the_same_scenes() -> None:
     for kind in KINDS:
         wide, narrow = (
             pictures.render(0, np.arange(200).astype(dtype), kind=kind, size=16) for dtype in ("i8", "u1")
@@ -72,7 +90,7 @@ def test_narrow_index_types_give_the_same_scenes():
 # Splits
 
 
-def test_seeds_kinds_and_splits_share_no_picture():
+def test_seeds_kinds_and_splits_share_no_picture() -> None:
     seen: set[bytes] = set()
     for seed in (0, 1):
         for kind in KINDS:
@@ -83,14 +101,14 @@ def test_seeds_kinds_and_splits_share_no_picture():
     assert len(seen) == 2 * 3 * 3 * 60
 
 
-def holds_held_out(scenes: scene_module.Scenes) -> np.ndarray:
+def holds_held_out(scenes: scene_module.Scenes) -> Any:
     """[B]: whether any object is one of the held-out pairs of colour and shape."""
     pairs = [(COLOURS.index(colour), SHAPES.index(shape)) for colour, shape in scene_module.HELD_OUT]
     return np.any([(scenes.colour == c) & (scenes.shape == s) for c, s in pairs], axis=(0, 2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_held_out_pairs_are_in_test_scenes_only(kind):
+def test_held_out_pairs_are_in_test_scenes_only(kind: Kind) -> None:
     indices = np.arange(20_000)
     for split in ("train", "val"):
         assert not holds_held_out(scene_module.scenes(5, indices, kind=kind, split=split)).any()
@@ -102,7 +120,7 @@ def test_held_out_pairs_are_in_test_scenes_only(kind):
     assert 0.05 < holds_held_out(tested).mean() < 0.14
 
 
-def test_every_attribute_is_about_equally_frequent():
+def test_every_attribute_is_about_equally_frequent() -> None:
     scene = scene_module.scenes(0, np.arange(20_000))
     for name, count in (("shape", 12), ("colour", 8), ("texture", 4), ("size", 2)):
         values = getattr(scene, name)
@@ -112,7 +130,7 @@ def test_every_attribute_is_about_equally_frequent():
     assert (scene.shape[:, 1] < 0).tolist() == (scene.layout == 0).tolist()
 
 
-def test_test_scenes_are_hardly_ever_described_by_each_other():
+def test_test_scenes_are_hardly_ever_described_by_each_other() -> None:
     scene = scene_module.scenes(0, np.arange(1_000), split="test")
     columns = [getattr(scene, field.name).reshape(1_000, -1) for field in fields(scene)]
     assert len(np.unique(np.concatenate(columns, axis=1), axis=0)) > 990
@@ -122,11 +140,11 @@ def test_test_scenes_are_hardly_ever_described_by_each_other():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_captions_are_true(split):
+def test_captions_are_true(split: Split) -> None:
     indices = np.arange(1_500)
     scene = scene_module.scenes(7, indices, split=split)
     complete = 0
-    for row, captions in enumerate(shapes.captions(7, indices, split=split)):
+    for row, captions in enumerate(captions_of(7, indices, split=split)):
         assert len(set(captions)) == 5
         slots = 1 if scene.layout[row] == 0 else 2
         for k, caption in enumerate(captions):
@@ -162,8 +180,8 @@ def names_second_place_first(caption: str, layout: int) -> bool:
     return bool(re.search(r"\b(below|under)\b(?! it)|above it", caption))
 
 
-def test_captions_are_short_and_plain():
-    texts = [text for five in shapes.captions(0, np.arange(3_000)) for text in five]
+def test_captions_are_short_and_plain() -> None:
+    texts = [text for five in captions_of(0, np.arange(3_000)) for text in five]
     counts = np.array([len(text.split()) for text in texts])
     assert counts.max() <= 20 and 10 < counts.mean() < 16
     assert all(re.fullmatch(r"[a-z ]+", text) for text in texts)
@@ -174,7 +192,7 @@ def test_captions_are_short_and_plain():
     assert set(prompts.split()) <= vocabulary, "a class name or template has a word that no caption has"
 
 
-def test_the_relation_can_be_seen():
+def test_the_relation_can_be_seen() -> None:
     """The named direction dominates, objects never touch, and nothing leaves the picture."""
     scene = scene_module.scenes(1, np.arange(5_000))
     roots = scene_module.scene_roots(1, np.arange(5_000), "pairs", "train")
@@ -195,7 +213,7 @@ def test_the_relation_can_be_seen():
 
 
 @pytest.mark.parametrize("size", [32, 64, 96])
-def test_objects_have_the_colour_that_they_are_said_to_have(size):
+def test_objects_have_the_colour_that_they_are_said_to_have(size: int) -> None:
     """Solid objects, at their centre: the nearest named colour is the right one, however the light falls."""
     indices = np.arange(3_000)
     scene = scene_module.scenes(0, indices, kind="objects")
@@ -214,14 +232,14 @@ def test_objects_have_the_colour_that_they_are_said_to_have(size):
     assert (found == scene.colour[solid, 0][:400]).mean() > 0.9
 
 
-def test_sizes_show_the_same_scene():
+def test_sizes_show_the_same_scene() -> None:
     small = pictures.render(0, np.arange(40), size=32).astype(np.float32)
     large = pictures.render(0, np.arange(40), size=96).reshape(40, 32, 3, 32, 3, 3).mean(axis=(2, 4))
     agreement = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(small, large, strict=True)]
     assert min(agreement) > 0.8
 
 
-def test_outlines_are_distinct_and_fill_their_circle():
+def test_outlines_are_distinct_and_fill_their_circle() -> None:
     grid = np.linspace(-1.2, 1.2, 97, dtype=np.float32)
     inside = [outline(grid[None, :], grid[:, None]) < 0 for outline in pictures._OUTLINES]
     assert len(inside) == len(SHAPES)
@@ -251,7 +269,7 @@ OUTLINES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_an_outline_is_that_of_its_name(name):
+def test_an_outline_is_that_of_its_name(name: str) -> None:
     grid = np.linspace(-1.2, 1.2, 97, dtype=np.float32)
     inside = pictures._OUTLINES[SHAPES.index(name)](grid[None, :], grid[:, None]) < 0
     rows, columns = np.nonzero(inside)
@@ -264,7 +282,7 @@ def test_an_outline_is_that_of_its_name(name):
     assert found == OUTLINES[name][:3] and share == pytest.approx(OUTLINES[name][3], abs=0.08)
 
 
-def test_a_texture_is_that_of_its_name():
+def test_a_texture_is_that_of_its_name() -> None:
     p, q = (grid.astype(np.float32) for grid in np.meshgrid(np.linspace(0, 1, 256), np.linspace(0, 1, 256)))
     half = np.full((4, 4), 0.5, np.float32)  # no phase; stripes run straight across
     marks = pictures._marks(np.arange(4), np.stack([p] * 4), np.stack([q] * 4), half, 256)
@@ -280,7 +298,7 @@ def test_a_texture_is_that_of_its_name():
 
 @pytest.mark.parametrize("kind", ["objects", "scenes"])
 @pytest.mark.parametrize("split", SPLITS)
-def test_labels_are_balanced_and_say_what_is_shown(kind, split):
+def test_labels_are_balanced_and_say_what_is_shown(kind: Kind, split: Split) -> None:
     names = scene_module.class_names(kind)
     indices = np.arange(1_000)
     labels = scene_module.labels(0, indices, kind=kind, split=split)
@@ -302,8 +320,8 @@ def test_labels_are_balanced_and_say_what_is_shown(kind, split):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: pictures.render(0, np.arange(3), kind="pair"),
-        lambda: pictures.render(0, np.arange(3), split="training"),
+        lambda: pictures.render(0, np.arange(3), kind=cast(Kind, "pair")),
+        lambda: pictures.render(0, np.arange(3), split=cast(Split, "training")),
         lambda: pictures.render(0, np.array([-1])),
         lambda: pictures.render(0, np.array([0.5])),
         lambda: pictures.render(0, np.array([[1]])),
@@ -311,7 +329,7 @@ def test_labels_are_balanced_and_say_what_is_shown(kind, split):
         lambda: scene_module.labels(0, np.arange(3), kind="pairs"),
     ],
 )
-def test_mistakes_are_usage_errors(call):
+def test_mistakes_are_usage_errors(call: Callable[[], object]) -> None:
     with pytest.raises(UsageError):
         call()
 
@@ -319,24 +337,19 @@ def test_mistakes_are_usage_errors(call):
 # Folders
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
-
-
-def test_a_world_is_written_as_it_is_rendered(tmp_path):
-    told = []
+def test_a_world_is_written_as_it_is_rendered(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
     world = tmp_path / "deep" / "world"
     shapes.write_world(world, seed=4, **SMALL, progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (41 + 2 * 51, 41 + 2 * 51)
-    for folder, kind, split, count in (
+    sets: tuple[tuple[str, Kind, Split, int], ...] = (
         ("train", "pairs", "train", 30),
         ("test", "pairs", "test", 6),
         ("objects/train", "objects", "train", 40),
         ("objects/test", "objects", "test", 6),
         ("scenes/val", "scenes", "val", 5),
-    ):
+    )
+    for folder, kind, split, count in sets:
         source = open_shards(str(world / folder))
         indices = np.arange(count)
         assert len(source) == count and not source.problems
@@ -348,7 +361,7 @@ def test_a_world_is_written_as_it_is_rendered(tmp_path):
             record = source.record(i)
             if kind == "pairs":
                 assert record.label is None
-                assert record.captions == shapes.captions(4, indices, split=split)[i]
+                assert record.captions == captions_of(4, indices, split=split)[i]
             else:
                 assert record.captions == ()
                 assert record.label == scene_module.labels(4, indices, kind=kind, split=split)[i]
@@ -356,7 +369,7 @@ def test_a_world_is_written_as_it_is_rendered(tmp_path):
     assert "a picture of a {c}" in templates.read_text().splitlines()  # CLIP_benchmark formats with c=
 
 
-def test_writing_twice_is_a_no_op_and_other_parameters_are_an_error(tmp_path):
+def test_writing_twice_is_a_no_op_and_other_parameters_are_an_error(tmp_path: Path) -> None:
     world = tmp_path / "world"
     shapes.write_world(world, **SMALL)
     before = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
@@ -372,8 +385,10 @@ def test_writing_twice_is_a_no_op_and_other_parameters_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 20, 43, 100])
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, stop):
-    def interrupted(*args, **kwargs):
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Iterator[ShardSample]:
         for count, sample in enumerate(samples(*args, **kwargs)):
             if next(left) == 0:
                 raise KeyboardInterrupt(count)
@@ -389,7 +404,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, stop):
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
 
 
-def test_a_partial_folder_of_a_killed_write_is_not_taken_for_the_world(tmp_path):
+def test_a_partial_folder_of_a_killed_write_is_not_taken_for_the_world(tmp_path: Path) -> None:
     (tmp_path / "world").mkdir()  # an empty folder may stand there
     (tmp_path / ".world.0.partial").mkdir()
     shapes.write_world(tmp_path / "world", **SMALL)
@@ -397,7 +412,7 @@ def test_a_partial_folder_of_a_killed_write_is_not_taken_for_the_world(tmp_path)
 
 
 @pytest.mark.parametrize("found", [None, b"", b"{", b"[]", b"{}", b'{"world": "shapes"}', b"\xff"])
-def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path, found):
+def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path: Path, found: bytes | None) -> None:
     (tmp_path / "precious.txt").write_text("x")
     if found is not None:
         (tmp_path / "world.json").write_bytes(found)
@@ -407,10 +422,12 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path, found):
     assert contents(tmp_path) == before
 
 
-def test_a_world_that_another_process_finished_first_is_accepted(tmp_path, monkeypatch):
+def test_a_world_that_another_process_finished_first_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world, write_sets = tmp_path / "world", shapes._write_sets
 
-    def raced(*args):
+    def raced(*args: Any) -> None:
         monkeypatch.setattr(shapes, "_write_sets", write_sets)
         shapes.write_world(world, **SMALL)
         write_sets(*args)
@@ -420,7 +437,7 @@ def test_a_world_that_another_process_finished_first_is_accepted(tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
 
 
-def test_a_place_that_cannot_be_written_is_a_data_error(tmp_path):
+def test_a_place_that_cannot_be_written_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file", tmp_path / "file" / "world"):
         with pytest.raises(DataError, match="another folder"):

@@ -1,5 +1,8 @@
+"""Intervals against scipy, and their coverage in simulations."""
+
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -141,7 +144,7 @@ def test_bootstrap_difference_is_paired_over_queries() -> None:
 def test_what_cannot_be_an_interval_is_refused() -> None:
     pair = np.ones(4), np.ones(8)
     images = np.arange(4), np.arange(4).repeat(2)
-    cases = [
+    cases: list[tuple[Callable[[], object], str]] = [
         (lambda: t_interval([0.5]), "at least 2 values, got 1: add seeds"),
         (lambda: t_interval([]), "non-empty"),
         (lambda: t_interval([0.1, float("nan")]), "row 1 is not finite"),

@@ -1,4 +1,4 @@
-"""Stored embeddings: the same as live ones, refused when they do not fit, whole after whatever happened meanwhile."""
+"""Stored embeddings equal live ones, are refused where they do not fit, and are complete after interruptions."""
 
 import json
 import multiprocessing
@@ -20,8 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from kit.files import contents
+from kit.runs import Config
+from kit.towers import byte_tower, image_tower
 from threetowers.cli import main
-from threetowers.config import RunConfig
 from threetowers.data.decode import decode
 from threetowers.data.open import open_source
 from threetowers.data.source import Source, Subset
@@ -39,48 +41,12 @@ VIEWS = Views(3, (0.3, 0.8), (0.8, 1.2), True)
 
 @pytest.fixture(scope="module")
 def tower(timm_tower: str) -> FrozenTower:
-    loaded = load_frozen(timm_tower)
-    assert isinstance(loaded, FrozenTower)
-    return loaded
+    return image_tower(timm_tower)
 
 
 @pytest.fixture(scope="module")
 def source(photos: Path) -> Source:
     return open_source(str(photos))
-
-
-class Letters:
-    """A tokenizer of bytes; 0 is padding."""
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        rows = [list(text.encode()) for text in texts]
-        width = max(map(len, rows)) + 3  # more padding than is needed, for the caller to cut
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows])
-
-    def lengths(self, tokens: Tensor) -> Tensor:
-        return (tokens > 0).sum(1)
-
-    def as_dict(self) -> dict[str, str]:
-        return {"kind": "letters"}
-
-
-class Sums(nn.Module):
-    """Byte counts through a random matrix: a text tower of one line."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(256, 12, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return (self.weight[tokens] * (tokens > 0).unsqueeze(-1)).sum(1)
-
-
-def text_tower(spec: str = "hf-text:tiny", view: str = "third", **_: str) -> FrozenTower:
-    return FrozenTower(view, spec, Sums(), 12, Letters())
-
-
-def contents_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_stored_features_are_the_live_ones_to_storage_rounding(
@@ -97,10 +63,10 @@ def test_stored_features_are_the_live_ones_to_storage_rounding(
     assert coarse is not None
     torch.testing.assert_close(coarse.rows(everything), live.bfloat16().float(), rtol=2**-7, atol=1e-5)
     (folder,) = (tmp_path / "a").iterdir()
-    before = contents_of(folder)
+    before = contents(folder)
     assert set(before) == {"features.safetensors", "store.json", "bad_samples.jsonl"}
     again = find_or_make_store(tower, source, tmp_path / "a", CPU)
-    assert torch.equal(again.rows(everything), store.rows(everything)) and contents_of(folder) == before
+    assert torch.equal(again.rows(everything), store.rows(everything)) and contents(folder) == before
     foreign = load_file(folder / "features.safetensors")
     assert torch.equal(foreign["features"][:, 0].float(), store.rows(everything))
     assert foreign["usable"].all() and foreign["ids"].dtype == torch.uint64
@@ -130,7 +96,7 @@ def test_stored_random_views_are_the_live_views_of_the_stored_crops(
 
 
 def test_batches_show_the_main_tower_the_region_whose_features_they_hold(
-    tiny_config: Callable[..., RunConfig], tower: FrozenTower, tmp_path: Path
+    tiny_config: Config, tower: FrozenTower, tmp_path: Path
 ) -> None:
     config = tiny_config()
     inputs = replace(config.inputs, stored_views=4, crop_scale=(0.3, 0.9), flip=True)
@@ -156,7 +122,7 @@ def test_batches_show_the_main_tower_the_region_whose_features_they_hold(
 
 
 def test_one_store_of_the_whole_data_serves_its_parts(
-    tiny_config: Callable[..., RunConfig], timm_tower: str, photos: Path, tmp_path: Path
+    tiny_config: Config, timm_tower: str, photos: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit) as done:
         main(
@@ -325,7 +291,7 @@ def test_killed_and_continued_or_shared_it_gives_the_same_bytes(
     assert write("shared", part=(1, 2)) is None and not (tmp_path / "shared").exists()
     assert write("shared", part=(0, 2)) is not None
     for name in ("killed", "shared"):
-        assert contents_of(tmp_path / name) == contents_of(tmp_path / "whole")
+        assert contents(tmp_path / name) == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "shared", "whole"]
 
 
@@ -383,7 +349,7 @@ def test_features_beyond_fp16_are_stored_in_fp32_and_infinite_ones_are_refused(
 
 
 def test_a_text_tower_is_stored_by_caption_and_drawn_with_it(source: Source, tmp_path: Path) -> None:
-    tower = text_tower()
+    tower = byte_tower()
     store = write_store(tower, source, tmp_path / "a", CPU, chunk=7, batch_size=5)
     assert store is not None and store.side == "text" and store.contents.num_rows == 192
     for index in (0, 50, 95):
@@ -396,18 +362,18 @@ def test_a_text_tower_is_stored_by_caption_and_drawn_with_it(source: Source, tmp
 
 
 def test_a_text_side_third_tower_trains_and_combines_with_captions(
-    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from threetowers.evaluate.evaluation import evaluate_run
     from threetowers.run import thirds as thirds_module
     from threetowers.train.loop import train
 
-    monkeypatch.setattr(thirds_module, "load_frozen", text_tower)
+    monkeypatch.setattr(thirds_module, "load_frozen", byte_tower)
     config = tiny_config(third=("hf-text:tiny",), steps=4)
     assert train(config, tmp_path / "run").finished
     run = prepare(config, tmp_path / "run")
     batch = run.reader()[range(16)]
-    tower = text_tower()
+    tower = byte_tower()
     for row, (index, tokens) in enumerate(zip(batch.index.tolist(), batch.tokens, strict=True)):
         captions = run.train.record(index).captions
         seen = [c for c in captions if torch.equal(_tokens(run.tokenizer, c, len(tokens)), tokens)]
@@ -438,9 +404,7 @@ def _tokens(tokenizer: Callable[[list[str]], Tensor], caption: str, width: int) 
     return tokenizer([caption])[0, :width]
 
 
-def test_stored_views_and_live_views_exclude_each_other(
-    tiny_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_stored_views_and_live_views_exclude_each_other(tiny_config: Config, tmp_path: Path) -> None:
     config = tiny_config()
     inputs = replace(config.inputs, stored_views=2, third_view="same")
     with pytest.raises(UsageError, match=r"inputs\.stored_views"):

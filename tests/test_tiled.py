@@ -1,3 +1,5 @@
+"""The tiled losses against fp64 references: values, gradients and memory."""
+
 import math
 from collections.abc import Callable
 from functools import partial
@@ -157,7 +159,7 @@ def test_sides_that_need_no_gradient_get_none_and_change_nothing(frozen: tuple[i
     values = [a, b, torch.tensor(10.0)]
     _, full = gradients(tiled.softmax_loss, *values)
     leaves = [value.clone().requires_grad_(place not in frozen) for place, value in enumerate(values)]
-    loss = tiled.softmax_loss(*leaves)
+    loss = tiled.softmax_loss(leaves[0], leaves[1], leaves[2])
     assert loss.requires_grad == (len(frozen) < 3)
     if loss.requires_grad:
         (3.0 * loss).backward()
@@ -188,7 +190,7 @@ class Watch(TorchDispatchMode):
     """Counts matrix products, and remembers the largest result of any operation."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.products = self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

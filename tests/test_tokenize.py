@@ -1,3 +1,5 @@
+"""Tokenizers: start, end and padding, saved vocabularies, and defects that are named."""
+
 from pathlib import Path
 
 import pytest

@@ -1,8 +1,7 @@
-"""`threetowers validate`: it says what training would meet, trains nothing and writes nothing."""
+"""`threetowers validate` reports what training would meet; it trains nothing and writes nothing."""
 
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from kit.runs import Config
 from threetowers import cli
 from threetowers.commands import validate
 from threetowers.config import RunConfig, write_config
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
-
-Make = Callable[..., RunConfig]
+from threetowers.run.setup import assemble
 
 
 def report(config: RunConfig, folder: Path) -> str:
@@ -30,7 +29,7 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_a_sound_run_is_valid_and_nothing_is_written(tiny_config: Make, tmp_path: Path) -> None:
+def test_a_sound_run_is_valid_and_nothing_is_written(tiny_config: Config, tmp_path: Path) -> None:
     before = files(tmp_path)
     text = report(tiny_config(), tmp_path / "run")
     assert files(tmp_path) == before
@@ -48,11 +47,11 @@ def test_a_sound_run_is_valid_and_nothing_is_written(tiny_config: Make, tmp_path
 
 
 @pytest.mark.parametrize("method", ["baseline", "lit", "lit-unlocked", "3t-regression"])
-def test_every_method(method: str, tiny_config: Make, tmp_path: Path) -> None:
+def test_every_method(method: str, tiny_config: Config, tmp_path: Path) -> None:
     assert report(tiny_config(method=method), tmp_path / "run").endswith("valid")
 
 
-def test_the_step_is_the_first_of_training(tiny_config: Make, tmp_path: Path) -> None:
+def test_the_step_is_the_first_of_training(tiny_config: Config, tmp_path: Path) -> None:
     """The batch, the features and the norms are real: with one fixed view of all data, the loss is training's."""
     import json
 
@@ -67,7 +66,7 @@ def test_the_step_is_the_first_of_training(tiny_config: Make, tmp_path: Path) ->
     assert float(found[1]) == pytest.approx(loss, abs=6e-4)
 
 
-def test_live_towers_and_micro_batches(tiny_config: Make, tmp_path: Path) -> None:
+def test_live_towers_and_micro_batches(tiny_config: Config, tmp_path: Path) -> None:
     config = tiny_config(micro_batch_size=6)
     config = replace(config, inputs=replace(config.inputs, third_view="same", mask_duplicates=True))
     text = report(config, tmp_path / "run")
@@ -85,7 +84,7 @@ def dirty(photos: Path, folder: Path, num_bad: int) -> Path:
 
 
 def test_bad_images_are_listed_and_too_many_are_refused(
-    photos: Path, tiny_config: Make, tmp_path: Path
+    photos: Path, tiny_config: Config, tmp_path: Path
 ) -> None:
     table = dirty(photos, tmp_path / "dirty", 30)
     config = tiny_config(data=str(table))
@@ -98,7 +97,7 @@ def test_bad_images_are_listed_and_too_many_are_refused(
     assert report(let_pass, tmp_path / "run").endswith("valid")
 
 
-def test_shares_of_captions_are_what_they_are(tiny_config: Make, tmp_path: Path) -> None:
+def test_shares_of_captions_are_what_they_are(tiny_config: Config, tmp_path: Path) -> None:
     rows = ["path,caption"]
     for index in range(40):
         Image.new("RGB", (40, 40), (index, 9, 9)).save(tmp_path / f"{index}.png")
@@ -114,7 +113,7 @@ def test_shares_of_captions_are_what_they_are(tiny_config: Make, tmp_path: Path)
     assert "--inputs.mask-duplicates" not in report(masked, tmp_path / "run")
 
 
-def test_refusals(tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="batch_size"):
         report(tiny_config(batch_size=0), tmp_path)
     with pytest.raises(DataError, match="no such file"):
@@ -126,12 +125,11 @@ def test_refusals(tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(CheckpointError, match="make room"):
             report(tiny_config(), tmp_path)
     with monkeypatch.context() as patch:
-        loss = validate.assemble
 
         def spoilt(*arguments: object) -> object:
-            run = loss(*arguments)  # type: ignore[arg-type]
+            run = assemble(*arguments)  # type: ignore[arg-type]
             with torch.no_grad():
-                run.model.heads["txt@third"].weight.fill_(float("nan"))
+                run.model.heads["txt@third"].get_parameter("weight").fill_(float("nan"))
             return run
 
         patch.setattr(validate, "assemble", spoilt)

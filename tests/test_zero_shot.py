@@ -1,3 +1,5 @@
+"""Zero-shot classification: class vectors, accuracy, and encoders with known scores."""
+
 import hashlib
 import math
 

@@ -1,6 +1,6 @@
-"""The command line with a fault in the way of the N-th save: what a disk or a kill does, at a point of one's choice.
+"""Runs the command line and injects one fault into its N-th save, at a chosen point of it.
 
-    python tests/faulty.py POINT KIND N train run.toml --out r
+    python -m kit.faults POINT KIND N train run.toml --out r
 
 POINT: where, out of POINTS. KIND: kill (SIGKILL, as from outside), full (ENOSPC), error (EIO), short (a file that ends
 early and says nothing). The product has no switches for this; its own functions are wrapped here.
@@ -8,13 +8,16 @@ early and says nothing). The product has no switches for this; its own functions
 
 import errno
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from threetowers.files import sync_to_disk
 from threetowers.train import checkpoint
+from threetowers.train.tensor_file import write_tensors
 
 POINTS = (
     "model.safetensors",
@@ -57,13 +60,8 @@ class Fault:
 
 def install(fault: Fault) -> None:
     """Wraps what a save calls."""
-    save, tensors_to, write, sync = (
-        checkpoint.save,
-        checkpoint.write_tensors,
-        Path.write_bytes,
-        checkpoint.sync_to_disk,
-    )
-    rename, remove = os.rename, checkpoint.shutil.rmtree
+    save, tensors_to, sync = checkpoint.save, write_tensors, sync_to_disk
+    write, rename, remove = Path.write_bytes, os.rename, shutil.rmtree
 
     def counted(*arguments: Any, **options: Any) -> Any:
         fault.saves += 1
@@ -83,10 +81,18 @@ def install(fault: Fault) -> None:
         point = "remove old" if path.name.startswith("step-") else ""
         fault.at(point, path, lambda: remove(path, *arguments, **options))
 
-    checkpoint.save, checkpoint.write_tensors, checkpoint.sync_to_disk = counted, saved, synced  # type: ignore[assignment]
-    Path.write_bytes = written  # type: ignore[method-assign, assignment]
-    checkpoint.os.rename = lambda a, b: fault.at("rename", a, lambda: rename(a, b))  # type: ignore[assignment]
-    checkpoint.shutil.rmtree = removed  # type: ignore[assignment]
+    def renamed(old: Path, new: Path) -> None:
+        fault.at("rename", old, lambda: rename(old, new))
+
+    for owner, name, wrapped in (
+        (checkpoint, "save", counted),
+        (checkpoint, "write_tensors", saved),
+        (checkpoint, "sync_to_disk", synced),
+        (Path, "write_bytes", written),
+        (os, "rename", renamed),
+        (shutil, "rmtree", removed),
+    ):
+        setattr(owner, name, wrapped)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The folder in which the mistakes of mistakes.py happen, what is done to it, and the command line given there.
+"""The folder for mistakes.py, changes to that folder and to the machine, and the command line run in it.
 
 It holds 40 photos and their captions, two frozen towers and one that reads texts, a store, and a finished and a
 stopped run.
@@ -58,12 +58,21 @@ def swap(name: str, old: str, new: str) -> Change:
 
 
 def remove(pattern: str) -> Change:
-    return lambda folder: [path.unlink() for path in sorted(folder.glob(pattern))]
+    def change(folder: Path) -> None:
+        for path in sorted(folder.glob(pattern)):
+            path.unlink()
+
+    return change
 
 
 def cut(pattern: str) -> Change:
     """Every matching file ends in its middle."""
-    return lambda folder: [os.truncate(p, p.stat().st_size // 2) for p in sorted(folder.glob(pattern))]
+
+    def change(folder: Path) -> None:
+        for path in sorted(folder.glob(pattern)):
+            os.truncate(path, path.stat().st_size // 2)
+
+    return change
 
 
 def flip(pattern: str) -> Change:
