@@ -1,6 +1,6 @@
 """Mistakes that a user can make, each made on purpose in a copy of mistake_kit's folder, and what it is answered.
 
-python tests/mistakes.py       # writes docs/mistakes.md
+python tests/mistakes.py       # writes docs/generated/mistakes.md
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from mistake_kit import (
 
 COLUMNS, ROWS = 120, 24  # one screen
 PROGRESS = re.compile(r"^.*: [\d,]+/[\d,]+ \w+, .*\n", re.MULTILINE)
-PAGE = Path(__file__).parent.parent / "docs" / "mistakes.md"
+PAGE = Path(__file__).parent.parent / "docs" / "generated" / "mistakes.md"
 
 
 @dataclass(frozen=True)
@@ -240,11 +240,11 @@ def every() -> Iterator[Mistake]:
 
 
 def page(kit: Path, scratch: Path) -> str:
-    """docs/mistakes.md: every mistake with its command, its exit code and its message."""
+    """docs/generated/mistakes.md: every mistake with its command, its exit code and its message."""
     lines = [
         "# Mistakes and what they say",
         "",
-        f"{len(list(every()))} mistakes, made on purpose by [tests/mistakes.py](../tests/mistakes.py), with what they "
+        f"{len(list(every()))} mistakes, made on purpose by [tests/mistakes.py](../../tests/mistakes.py), with what they "
         "are answered on standard",
         "error, progress left out, and the exit code: 0 done, 2 usage, 3 data or checkpoint, 4 non-finite training, 75 "
         "stopped and",
