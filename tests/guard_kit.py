@@ -1,10 +1,12 @@
-"""How a guard is taken away in a copy of the tree, and what counts as its test noticing that."""
+"""How a guard is removed in a copy of the tree, and what counts as its test noticing that."""
 
+import ast
+import difflib
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,125 +15,155 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-COPIED = ("src", "tests", "pyproject.toml")
-TRIES = min(os.cpu_count() or 1, 4)  # at the same time
-SECONDS = 180.0
+from guard_edits import Edit, edited
 
-# `-m pytest` would test whatever package is installed if the copy were not found first
-PROGRAM = """
-import sys, pytest, threetowers
-if not threetowers.__file__.startswith(sys.argv[1]):
-    sys.exit(f"not the copy: {threetowers.__file__}")
-sys.exit(pytest.main(sys.argv[2:]))
-"""
-SILLY = re.compile(
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path("src", "threetowers")
+COPIED = ("src", "tests", "pyproject.toml")
+SECONDS = 300.0
+"""How long a test may take."""
+PRELOADED = ["torch", "torchvision.transforms.v2", "timm", "open_clip", "scipy.stats", "pytest"]
+"""What every test imports; imported once, in the process from which those of the tests are forked."""
+BESIDE_THE_MATTER = re.compile(
     r"(ImportError|ModuleNotFoundError|SyntaxError|IndentationError|NameError|UnboundLocalError)\b"
 )
+NOT_THE_COPY = 99
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Lines of a file in src/threetowers, what stands there without the guard, and the test that misses it.
+    """A condition of the source, the edits that remove it, and the test that must fail then.
 
-    without: what the removal does. hangs: the test does not end then, which counts as red.
+    without: what the source does then. function: qualified name, as for `guard_edits.edited`.
     """
 
     name: str
     without: str
-    old: str
-    new: str
+    function: str
+    edits: Edit | tuple[Edit, ...]
     test: str
-    hangs: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether the test went red as it should, what it said, and how long it took."""
+    """Whether the test failed as it should, what it said, and how long it took."""
 
     red: bool
     says: str
     seconds: float
 
 
-def removed(file: str, guard: Guard, tree: Path = ROOT) -> str:
-    """The text of the file without the guard; raises ValueError unless the guard stands there exactly once."""
-    text = (tree / "src" / "threetowers" / file).read_text(encoding="utf-8")
-    if text.count(guard.old) != 1:
-        raise ValueError(f"{guard.name}: its text stands {text.count(guard.old)} times in {file}")
-    return text.replace(guard.old, guard.new)
+def removed(guard: Guard, tree: Path = ROOT) -> tuple[Path, str]:
+    """The file of the tree that holds the guard, and its text without it.
+
+    Raises ValueError, with the guard's name, unless each of its places is found exactly once.
+    """
+    edits = guard.edits if isinstance(guard.edits, tuple) else (guard.edits,)
+    try:
+        return edited(tree / PACKAGE, guard.function, edits)
+    except ValueError as error:
+        raise ValueError(f"guard {guard.name}: {error}") from error
+
+
+def difference(guard: Guard, tree: Path = ROOT) -> str:
+    """What a removal changes, as a unified diff of the source without its comments."""
+    path, text = removed(guard, tree)
+    before = ast.unparse(ast.parse(path.read_text(encoding="utf-8")))
+    name = str(path.relative_to(tree))
+    return "\n".join(
+        difflib.unified_diff(before.splitlines(), text.splitlines(), name, name, lineterm="", n=1)
+    )
 
 
 def copy(tree: Path, source: Path = ROOT) -> Path:
     """A copy of what the tests need."""
     for name in COPIED:
         if (source / name).is_dir():
-            shutil.copytree(
-                source / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
-            )
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(source / name, tree / name, ignore=ignored)
         else:
             shutil.copy(source / name, tree / name)
     return tree
 
 
-def run(tree: Path, tests: Sequence[str]) -> tuple[int | None, str]:
+def run(tree: Path, tests: Sequence[str], seconds: float = SECONDS) -> tuple[int | None, str]:
     """Runs tests of a tree on its own source; the exit code, None when they do not end, and what is printed."""
-    nodes = [f"tests/{test}" for test in tests]
-    options = ["-x", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={tree / 'tmp'}"]
-    outer = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    environment = outer | {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
-    environment |= {
-        "HF_HUB_OFFLINE": "1"
-    }  # what must not be fetched fails at once and not after a minute of retries
-    command = [sys.executable, "-c", PROGRAM, str(tree), *options, *nodes]
-    process = subprocess.Popen(
-        command, cwd=tree, env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=SECONDS if len(tests) == 1 else SECONDS * TRIES)
-    except subprocess.TimeoutExpired:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_run_pytest, args=(tree, tests))
+    process.start()
+    process.join(seconds)
+    code = process.exitcode
+    if code is None:
+        assert process.pid is not None
         os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        return None, output
-    return process.returncode, output
+        process.join()
+    return code, (tree / "output").read_text(encoding="utf-8", errors="replace")
 
 
-def judge(guard: Guard, code: int | None, output: str, tree: Path) -> tuple[bool, str]:
+def _run_pytest(tree: Path, tests: Sequence[str]) -> None:
+    """The body of a test's process; its group ends with it."""
+    os.setsid()
+    os.chdir(tree)
+    multiprocessing.set_start_method(None, force=True)  # what a process that pytest starts would have
+    output = os.open("output", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= {"PYTHONPATH": str(tree / "src"), "COLUMNS": "1000"}
+    own = Path(__file__).parent
+    sys.path[:] = [str(tree / "src"), *(place for place in sys.path if Path(place).resolve() != own)]
+    import threetowers
+
+    if not Path(threetowers.__file__).is_relative_to(tree):
+        print(f"not the copy: {threetowers.__file__}", flush=True)
+        os._exit(NOT_THE_COPY)
+    import pytest
+
+    options = ["-x", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={tree / 'tmp'}"]
+    sys.exit(pytest.main([*options, *(f"tests/{test}" for test in tests)]))
+
+
+def judge(code: int | None, output: str, tree: Path) -> tuple[bool, str]:
     """Whether the test noticed the removal, and what it said; an error beside the matter is no notice."""
     if code is None:
-        return guard.hangs, "it hangs"
+        return False, "does not end"
     failed = re.search(r"^FAILED \S.*? - (.+)$", output, re.MULTILINE)
     if code == 0:
-        return False, "stays green"
-    if code != 1 or failed is None or SILLY.match(failed[1]):
+        return False, "passes"
+    if code != 1 or failed is None or BESIDE_THE_MATTER.match(failed[1]):
         return False, "is no failure of the test: " + " ".join(output.splitlines()[-3:])
     says = failed[1].replace(f"{tree}/", "").removeprefix("AssertionError: ")
-    return True, re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", says)
+    says = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", says)
+    return True, re.sub(r"[\d.,]+/s\b|(?<=\(pid\(s\) )\d+", "…", says)
 
 
-def tried(file: str, guard: Guard, whole: Path = ROOT) -> Outcome:
-    """Takes a guard away in a copy of the tree and runs its test."""
+def tried(guard: Guard, whole: Path = ROOT) -> Outcome:
+    """Removes a guard in a copy of the tree and runs its test."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         tree = copy(Path(name).resolve(), whole)
-        (tree / "src" / "threetowers" / file).write_text(removed(file, guard, whole), encoding="utf-8")
-        red, says = judge(guard, *run(tree, [guard.test]), tree)
+        path, text = removed(guard, whole)
+        (tree / path.relative_to(whole)).write_text(text, encoding="utf-8")
+        red, says = judge(*run(tree, [guard.test]), tree)
     return Outcome(red, says, time.monotonic() - begun)
 
 
-def try_all(guards: Sequence[tuple[str, Guard]], told: Callable[[Guard, Outcome], None]) -> list[Outcome]:
-    """The outcome of each removal; raises RuntimeError when a test is red with all guards in place."""
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(TRIES) as pool:
+def try_all(guards: Sequence[Guard], report: Callable[[Guard, Outcome], None]) -> dict[str, Outcome]:
+    """The outcome of each removal by the guard's name; raises RuntimeError when a test fails without any removal."""
+    for guard in guards:
+        removed(guard)
+    num_processes = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(num_processes) as pool:
         whole = copy(Path(name).resolve())  # the tree may change meanwhile
-        green = pool.submit(run, whole, sorted({guard.test for _, guard in guards}))
+        tests = sorted({guard.test for guard in guards})
+        green = pool.submit(run, whole, tests, SECONDS * len(tests))
 
-        def attempt(entry: tuple[str, Guard]) -> Outcome:
-            outcome = tried(*entry, whole)
-            told(entry[1], outcome)
-            return outcome
+        def attempt(guard: Guard) -> tuple[str, Outcome]:
+            outcome = tried(guard, whole)
+            report(guard, outcome)
+            return guard.name, outcome
 
-        outcomes = list(pool.map(attempt, guards))
+        outcomes = dict(pool.map(attempt, guards))
         code, output = green.result()
     if code != 0:
         raise RuntimeError(f"with all guards in place:\n{output}")

@@ -1,6 +1,6 @@
 """User mistakes, each made on purpose in a copy of the folder of kit/mistakes.py, and the answers to them.
 
-python tests/mistakes.py       # writes docs/mistakes.md
+python tests/mistakes.py       # writes docs/generated/mistakes.md
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from kit.mistakes import (
 
 COLUMNS, ROWS = 120, 24  # one screen
 PROGRESS = re.compile(r"^.*: [\d,]+/[\d,]+ \w+, .*\n", re.MULTILINE)
-PAGE = Path(__file__).parent.parent / "docs" / "mistakes.md"
+PAGE = Path(__file__).parent.parent / "docs" / "generated" / "mistakes.md"
 
 
 @dataclass(frozen=True)
@@ -240,18 +240,15 @@ def every() -> Iterator[Mistake]:
 
 
 def page(kit: Path, scratch: Path) -> str:
-    """docs/mistakes.md: every mistake with its command, its exit code and its message."""
+    """docs/generated/mistakes.md: every mistake with its command, its exit code and its message."""
     lines = [
         "# Mistakes and what they say",
         "",
-        f"{len(list(every()))} mistakes, made on purpose by [tests/mistakes.py](../tests/mistakes.py), with what they "
-        "are answered on standard",
-        "error, progress left out, and the exit code: 0 done, 2 usage, 3 data or checkpoint, 4 non-finite training, 75 "
-        "stopped and",
-        f"can be continued. Each answer fits on one screen; lines are broken here at {COLUMNS} columns. "
-        "`python tests/mistakes.py`",
-        "writes this page; `tests/test_mistakes.py` holds every answer to its exit code, size and needed "
-        "words.",
+        f"[tests/mistakes.py](../../tests/mistakes.py) makes {len(list(every()))} mistakes on purpose. Each is shown",
+        "with its command, the message on standard error without progress lines, and the exit code: 0 done, 2 usage,",
+        "3 data or checkpoint, 4 non-finite training, 75 stopped and resumable. Each message fits on one screen;",
+        f"lines are broken here at {COLUMNS} columns. `python tests/mistakes.py` writes this page, and",
+        "`tests/test_mistakes.py` checks every message's exit code, length and necessary words.",
     ]
     for section, mistakes in MISTAKES.items():
         lines += ["", f"## {section}"]

@@ -108,7 +108,13 @@ def test_the_page_keeps_what_is_not_measured_again(page: ModuleType) -> None:
 @pytest.mark.parametrize("name", SLOW)
 def test_a_benchmark_of_whole_runs_runs_at_toy_size(name: str, page: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / ("claims" if name == "claims" else f"{name}.json")
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *SLOW[name].format(src=BENCHMARKS.parent / "src").split(), "--out", str(out)]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / f"{name}.py"),
+        *SLOW[name].format(src=BENCHMARKS.parent / "src").split(),
+        "--out",
+        str(out),
+    ]
     subprocess.run(command, cwd=tmp_path, check=True)
     if name == "claims":
         result = json.loads((out / "compare.json").read_text(encoding="utf-8"))
