@@ -17,6 +17,7 @@ from typing import get_args
 
 from threetowers.config import Method, RunConfig
 from threetowers.data.open import FORMATS
+from threetowers.objective.kinds import LOSSES
 from threetowers.objective.pairs import Objective, objective
 from threetowers.recipes import PRESETS
 from threetowers.towers.frozen.load import KINDS
@@ -70,7 +71,7 @@ def _objectives() -> dict[str, Objective]:
 
 def _rows(table: Objective) -> str:
     """The rows of an objective: a dot between views that are contrasted, an arrow from a prediction to its target."""
-    return ", ".join(f"{row.a} {'·' if row.contrastive else '→'} {row.b}" for row in table.rows)
+    return ", ".join(f"{row.a} {'·' if LOSSES[row.kind].contrastive else '→'} {row.b}" for row in table.rows)
 
 
 def filled(text: str, known: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """Losses of rows against their written formulas, and the tables of the methods."""
 
 import math
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from threetowers.config import Method, ObjectiveConfig, RunConfig
 from threetowers.errors import UsageError
 from threetowers.objective import losses, pairs
+from threetowers.objective.kinds import LOSSES, Compared
 
 SIZES = st.integers(1, 17)
 
@@ -155,3 +156,22 @@ def test_weights_are_used_as_written_and_checked() -> None:
     ]
     with pytest.raises(UsageError, match=r"objective\.weights"):
         pairs.objective(RunConfig(third=("timm:x",), objective=ObjectiveConfig(weights=(1.0, 1.0))))
+
+
+def test_the_list_of_losses_has_the_names_that_rows_and_configurations_take() -> None:
+    assert set(LOSSES) == set(get_args(pairs.Kind))
+    options = get_type_hints(ObjectiveConfig)
+    assert set(LOSSES) == {*get_args(options["kind"]), *get_args(options["regression"])}
+
+
+@given(kind=st.sampled_from(sorted(LOSSES)), num=SIZES, seed=st.integers(0, 99))
+def test_every_kind_of_loss_is_least_where_the_views_agree(kind: pairs.Kind, num: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a = losses.unit(torch.randn(num, 16, generator=generator)).requires_grad_()
+    scale, bias = torch.tensor(10.0), torch.tensor(-5.0)
+    agreeing = LOSSES[kind].loss(Compared(a, a, scale, bias))
+    opposed = LOSSES[kind].loss(Compared(a, -a, scale, bias))
+    assert agreeing.ndim == 0 and torch.isfinite(agreeing)
+    if num > 1 or kind != "softmax":  # a batch of one has nothing to be told from
+        assert agreeing < opposed
+    assert torch.autograd.grad(agreeing, a)[0].shape == a.shape

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from threetowers.config import ObjectiveConfig, RunConfig
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.errors import UsageError
-from threetowers.objective import losses, tiled
-from threetowers.objective.pairs import Objective, Row, objective, tower_of
+from threetowers.objective import losses
+from threetowers.objective.kinds import LOSSES, Compared
+from threetowers.objective.pairs import Objective, objective, tower_of
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.image_tower import as_image_tower
 from threetowers.towers.heads import head
@@ -76,8 +77,8 @@ class ThreeTowers(nn.Module):
         num_scales = 1 if options.scale == "shared" else len(table.rows)
         self.log_scale = nn.Parameter(torch.full((num_scales,), math.log(options.init_scale)))
         self.max_log_scale = math.log(options.max_scale)
-        sigmoid = any(row.kind == "sigmoid" for row in table.rows)
-        self.bias = nn.Parameter(torch.full((len(table.rows),), options.init_bias)) if sigmoid else None
+        biased = any(LOSSES[row.kind].bias for row in table.rows)
+        self.bias = nn.Parameter(torch.full((len(table.rows),), options.init_bias)) if biased else None
 
     def features(
         self,
@@ -125,16 +126,11 @@ class ThreeTowers(nn.Module):
         self, index: int, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = (), *, bf16: bool = False
     ) -> Tensor:
         """The loss of one row of the table, not weighted; see `loss`."""
-        row: Row = self.objective.rows[index]
-        if row.kind == "mse":
-            return losses.mse_loss(self.raw_view(row.a, feats), self.raw_view(row.b, feats))
-        a, b = self.view(row.a, feats), self.view(row.b, feats)
-        if row.kind == "cosine":
-            return losses.cosine_loss(a, b)
-        if row.kind == "sigmoid":
-            assert self.bias is not None
-            return tiled.sigmoid_loss(a, b, self.scale(index), self.bias[index], ids, bf16=bf16)
-        return tiled.softmax_loss(a, b, self.scale(index), ids, bf16=bf16)
+        row = self.objective.rows[index]
+        kind = LOSSES[row.kind]
+        view = self.view if kind.unit else self.raw_view
+        bias = None if self.bias is None else self.bias[index]
+        return kind.loss(Compared(view(row.a, feats), view(row.b, feats), self.scale(index), bias, ids, bf16))
 
     def loss(
         self, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = (), *, bf16: bool = False
@@ -157,7 +153,7 @@ class ThreeTowers(nn.Module):
         return {
             row.name: losses.contrastive_accuracy(self.view(row.a, feats), self.view(row.b, feats))
             for row in self.objective.rows
-            if row.contrastive
+            if LOSSES[row.kind].contrastive
         }
 
     @torch.no_grad()

@@ -38,10 +38,6 @@ class Row:
         """The two towers as metrics write them, for example `img-third`."""
         return f"{tower_of(self.a)}-{tower_of(self.b)}"
 
-    @property
-    def contrastive(self) -> bool:
-        return self.kind in ("softmax", "sigmoid")
-
 
 @dataclass(frozen=True, slots=True)
 class Objective:
