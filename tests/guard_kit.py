@@ -119,7 +119,17 @@ def _run_pytest(tree: Path, tests: Sequence[str]) -> None:
         os._exit(NOT_THE_COPY)
     import pytest
 
-    options = ["-x", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={tree / 'tmp'}"]
+    options = [
+        "-x",
+        "-q",
+        "-rfE",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",
+        f"--basetemp={tree / 'tmp'}",
+    ]
     sys.exit(pytest.main([*options, *(f"tests/{test}" for test in tests)]))
 
 
