@@ -178,30 +178,36 @@ def _fill(
             _fill_texts(work, number, tower, source, device, batch_size)
             show(len(work.samples(number)))
         return
-    images = max(1, batch_size // work.contents.rows_per_sample)  # a batch of the tower holds all their views
-    batches = [
-        _Task(number, samples[start : start + images], start + images >= len(samples))
-        for number in mine
-        for samples in [work.samples(number)]
-        for start in range(0, len(samples), images)
-    ]
-    loader: DataLoader[Any] = DataLoader(
-        _Pictures(source, tower.image, work.contents.views),  # type: ignore[arg-type]
-        sampler=batches,
-        batch_size=None,
-        num_workers=workers,
-        generator=torch.Generator(),
-        collate_fn=_as_it_is,
-    )
     parts: list[tuple[_Task, _Read, Tensor]] = []
     if work.too_wide():
         raise _TooWide
-    for task, read in loader:
+    for task, read in _loader(work, mine, tower, source, batch_size, workers):
         parts.append((task, read, _features(tower, read.pixels, device)))
         if task.last:
             _write_images(work, task.chunk, parts, source)
             parts = []
         show(len(task.samples))
+
+
+def _loader(
+    work: Work, numbers: list[int], tower: FrozenTower, source: Source, batch_size: int, workers: int
+) -> DataLoader[Any]:
+    """Reads the views of the chunks' images, batch by batch; a batch of the tower holds all views of its images."""
+    images = max(1, batch_size // work.contents.rows_per_sample)
+    tasks = [
+        _Task(number, samples[start : start + images], start + images >= len(samples))
+        for number in numbers
+        for samples in [work.samples(number)]
+        for start in range(0, len(samples), images)
+    ]
+    return DataLoader(
+        _Pictures(source, tower.image, work.contents.views),  # type: ignore[arg-type]
+        sampler=tasks,
+        batch_size=None,
+        num_workers=workers,
+        generator=torch.Generator(),
+        collate_fn=_as_it_is,
+    )
 
 
 class _Task(NamedTuple):
