@@ -212,9 +212,14 @@ def test_nothing_larger_than_a_tile_or_the_inputs_is_made_and_kept_tiles_save_a_
     assert watch.products == sweeps * math.ceil(512 / 16) * math.ceil(512 / 18)
 
 
+def bf16_bound(scale: float, width: int) -> float:
+    """What rounding the unit vectors to bf16 may cost a gradient: each logit is off by about scale · 2⁻⁸ / √width."""
+    return 0.01 + 2 * scale * 2**-8 / math.sqrt(width)
+
+
 @given(num=SIZES, scale=SCALES, seed=st.integers(0, 99), noise=st.sampled_from([0.05, 0.5, 5.0]))
 @settings(deadline=None, max_examples=25)
-def test_bf16_products_are_the_reference_to_a_hundredth(
+def test_bf16_products_are_the_reference_to_their_rounding(
     num: int, scale: float, seed: int, noise: float
 ) -> None:
     """The arithmetic of the CUDA path: CPUs have no such product, so it is made of the same rounded inputs."""
@@ -226,14 +231,14 @@ def test_bf16_products_are_the_reference_to_a_hundredth(
         truth, expected = gradients(partial(reference_softmax, negatives=None), a, b, s)
         _, found = gradients(partial(tiled.softmax_loss, bf16=True), a.float(), b.float(), s.float())
         if truth > 1e-4:
-            assert max(map(relative, found[:2], expected[:2])) < 0.01
+            assert max(map(relative, found[:2], expected[:2])) < bf16_bound(scale, 64)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has this product on CUDA alone")
-def test_bf16_products_on_cuda_are_the_reference_to_a_hundredth() -> None:
+def test_bf16_products_on_cuda_are_the_reference_to_their_rounding() -> None:
     a, b = problem(700, 64, 3, 0.5)
     s = torch.tensor(30.0, dtype=torch.float64)
     _, expected = gradients(partial(reference_softmax, negatives=None), a, b, s)
     loss = partial(tiled.softmax_loss, bf16=True)
     _, found = gradients(loss, a.float().cuda(), b.float().cuda(), s.float().cuda())
-    assert max(map(relative, [x.cpu() for x in found[:2]], expected[:2])) < 0.01
+    assert max(map(relative, [x.cpu() for x in found[:2]], expected[:2])) < bf16_bound(30.0, 64)

@@ -53,6 +53,7 @@ def softmax_loss(
 
     ids: int64 [N] each, as for losses.duplicate_mask. budget: bytes of tiles that may be kept. bf16: multiply in
     bf16 and add in fp32, with the positive pairs in fp32 all the same; on CUDA alone, where torch has such a product.
+    A logit is then off by about scale · 2⁻⁸ / √D.
     """
     return _apply(_softmax, ids, budget, bf16, a.float(), b.float(), scale.float())
 
