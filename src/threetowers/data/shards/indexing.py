@@ -13,9 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import joblib
-from joblib.externals.loky import get_reusable_executor
-
 from threetowers.data.shards import remote
 from threetowers.data.shards.index import (
     FRESH_SECONDS,
@@ -130,6 +127,9 @@ class _Work:
 
     def _index_in_processes(self, numbers: Sequence[int]) -> None:
         """Indexes shards in several processes; when one of these dies, the shards that are left stay without index."""
+        import joblib  # here, since it takes 20 ms that most commands can do without
+        from joblib.externals.loky import get_reusable_executor
+
         tasks = (joblib.delayed(_store_index)(n, self.shards[n], self.num_classes) for n in numbers)
         num_jobs = min(joblib.cpu_count(), max(len(numbers), 1))
         try:
