@@ -29,7 +29,7 @@ test-slow: $(STAMP) ## the tests marked slow
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m slow
 
-guards: $(STAMP) ## remove each guard once and check that a test fails; about ten minutes
+guards: $(STAMP) ## remove each guard once and check that a test fails; about three minutes
 	OMP_NUM_THREADS=1 $(RUN)/python tests/guards.py
 
 claims: $(STAMP) ## the paper's claims over three seeds; about an hour on two cores

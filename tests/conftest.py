@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
-from threetowers.config import InputConfig, OptimConfig, PairConfig, RunConfig
+from kit.runs import TINY_INPUTS, TINY_PAIR
+from threetowers.config import OptimConfig, RunConfig
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 40)}
 
@@ -98,14 +99,8 @@ def tiny_config(photos: Path, timm_tower: str, tmp_path: Path) -> Callable[..., 
             checkpoint_every_steps=100,
             device="cpu",
             embeddings=str(tmp_path / "embeddings"),
-            pair=PairConfig(
-                embed_dim=24,
-                vision={"timm_model_name": "test_convnext2", "timm_pool": "", "image_size": 32},
-                text={"context_length": 16, "width": 32, "heads": 2, "layers": 1},
-                tokenizer="trained",
-                vocab_size=300,
-            ),
-            inputs=InputConfig(val_fraction=0.15, test_fraction=0.15, workers=0),
+            pair=TINY_PAIR,
+            inputs=TINY_INPUTS,
             optim=OptimConfig(lr=1e-3, warmup_steps=2),
         )
         return replace(config, **changes)

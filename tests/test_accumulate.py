@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kit.runs import Config
-from threetowers.config import InputConfig, ObjectiveConfig, PairConfig, RunConfig
+from kit.runs import TINY_PAIR, VIT, Config
+from threetowers.config import InputConfig, ObjectiveConfig, RunConfig
 from threetowers.data.loader import Batch
 from threetowers.run.setup import prepare
 from threetowers.towers.weights import read_safetensors
@@ -17,20 +17,7 @@ from threetowers.train.accumulate import accumulate
 from threetowers.train.loop import train
 from threetowers.train.step import TrainingStep
 
-PATCH_DROPOUT = PairConfig(
-    embed_dim=24,
-    vision={
-        "layers": 2,
-        "width": 32,
-        "head_width": 16,
-        "patch_size": 8,
-        "image_size": 32,
-        "patch_dropout": 0.5,
-    },
-    text={"context_length": 16, "width": 32, "heads": 2, "layers": 1},
-    tokenizer="trained",
-    vocab_size=300,
-)
+PATCH_DROPOUT = replace(TINY_PAIR, vision={**VIT, "patch_dropout": 0.5})
 
 
 def step_of(config: RunConfig, folder: Path) -> tuple[TrainingStep, Batch]:

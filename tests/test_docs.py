@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from threetowers.config import InputConfig, PairConfig, RunConfig
+from kit.runs import TINY_INPUTS, TINY_PAIR
+from threetowers.config import RunConfig
 from threetowers.export.open_clip import export_open_clip
 from threetowers.train.loop import train
 
@@ -51,14 +52,8 @@ def workplace(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         method="baseline",
         steps=2,
         batch_size=16,
-        pair=PairConfig(
-            embed_dim=24,
-            vision={"timm_model_name": "test_convnext2", "timm_pool": "", "image_size": 32},
-            text={"context_length": 16, "width": 32, "heads": 2, "layers": 1},
-            tokenizer="trained",
-            vocab_size=300,
-        ),
-        inputs=InputConfig(val_fraction=0.15, test_fraction=0.15, workers=0),
+        pair=TINY_PAIR,
+        inputs=TINY_INPUTS,
     )
     train(config, folder / "runs" / "mine")
     export_open_clip(folder / "runs" / "mine", folder / "exported")

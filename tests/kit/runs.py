@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from threetowers.config import RunConfig
+from threetowers.config import InputConfig, PairConfig, RunConfig
 from threetowers.data import loader
 from threetowers.towers.weights import read_safetensors
 from threetowers.train import loop
@@ -27,6 +27,16 @@ VIT: dict[str, str | bool | int | float] = {
     "patch_size": 8,
     "image_size": 32,
 }
+
+
+TINY_PAIR = PairConfig(
+    embed_dim=24,
+    vision={"timm_model_name": "test_convnext2", "timm_pool": "", "image_size": 32},
+    text={"context_length": 16, "width": 32, "heads": 2, "layers": 1},
+    tokenizer="trained",
+    vocab_size=300,
+)
+TINY_INPUTS = InputConfig(val_fraction=0.15, test_fraction=0.15, workers=0)
 
 
 def with_vit(config: RunConfig, **changes: float) -> RunConfig:
