@@ -38,7 +38,7 @@ TABLES = {
 }
 """The sentence that docs/benchmarks.md puts before each table."""
 
-NUM_IMAGES = 64  # files that the samples share
+NUM_IMAGES = 64  # pictures that the samples share; a comment makes each file different
 READS = 20_000
 COLUMNS = {
     "samples": "{:,}", "shards": "{:,}", "write_s": "{:.1f}", "first_open_s": "{:.2f}", "second_open_s": "{:.3f}",
@@ -48,7 +48,7 @@ COLUMNS = {
 
 
 def samples(num: int) -> Iterator[ShardSample]:
-    """Samples with captions of their own and images that repeat."""
+    """Samples with captions of their own, and images whose pixels repeat but whose bytes do not."""
     images = []
     for seed in range(NUM_IMAGES):
         pixels = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
@@ -57,7 +57,12 @@ def samples(num: int) -> Iterator[ShardSample]:
         images.append(buffer.getvalue())
     for index in range(num):
         caption = f"a small picture of colours, number {index} of a set that is large"
-        yield ShardSample(f"{index:09d}", images[index % NUM_IMAGES], "jpg", (caption,))
+        image = images[index % NUM_IMAGES]
+        comment = (
+            f"{index:09d}".encode() * 40
+        )  # long enough to reach the middle of the file, where images are compared
+        segment = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment
+        yield ShardSample(f"{index:09d}", image[:2] + segment + image[2:], "jpg", (caption,))
 
 
 def private_mb() -> float:

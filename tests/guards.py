@@ -212,7 +212,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
               never(raises="OSError"), "test_sources.py::test_a_shard_that_changes_or_goes_is_a_bad_sample"),
         Guard("index-verified", "a damaged byte of a cached index is believed", "Columns._check", never("crc32"),
               "test_index.py::test_no_damaged_byte_is_believed"),
-        Guard("no-commands", "a path that is a command gets as far as the file system", "shards.source._expand",
+        Guard("no-commands", "a path that is a command gets as far as the file system", "shards.places.expand",
               never("pipe:"), "test_sources.py::test_commands_are_refused"),
         Guard("download-whole", "a connection that ends early leaves a short shard", "remote._download.copy",
               never(raises="OSError"), "test_remote.py::test_what_comes_short_is_tried_again"),

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import zlib
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -40,7 +41,7 @@ def put(folder: Path, *names: str) -> None:
     """Pictures under these names, each of its own seed."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(picture(sum(name.encode())))
+        (folder / name).write_bytes(picture(zlib.crc32(f"{folder.parent.name}/{name}".encode())))
 
 
 def found(source: Source) -> set[tuple[str, str]]:

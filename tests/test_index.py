@@ -23,7 +23,7 @@ from threetowers.data.order import hash64
 from threetowers.data.shards import columns as columns_module
 from threetowers.data.shards import index, indexing
 from threetowers.data.shards.columns import Column, Columns, pack_columns
-from threetowers.data.shards.groups import TarGroups, read_groups
+from threetowers.data.shards.groups import Reading, TarGroups, read_groups
 from threetowers.data.shards.index import Shard
 from threetowers.data.shards.source import open_shards
 from threetowers.data.shards.write import ShardSample, write_shards
@@ -225,7 +225,7 @@ def rewritten(file: Path, **changes: Callable[[np.ndarray], np.ndarray]) -> None
     values = {name: whole.array(name) for name in whole.names()}
     values |= {name: change(values[name]) for name, change in changes.items()}
     file.write_bytes(
-        pack_columns(file.stem, {n: Column(index.COLUMNS[n], len(v), [v]) for n, v in values.items()})
+        pack_columns(file.stem, {n: Column(index.SET_COLUMNS[n], len(v), [v]) for n, v in values.items()})
     )
 
 
@@ -312,10 +312,10 @@ def test_processes_make_the_same_index(
         open_shards(str(folder))
 
 
-def die_at_the_third(number: int, shard: Shard, num_classes: int) -> int:
+def die_at_the_third(number: int, shard: Shard, reading: Reading) -> int:
     if number == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return STORE_INDEX(number, shard, num_classes)
+    return STORE_INDEX(number, shard, reading)
 
 
 STORE_INDEX = indexing._store_index

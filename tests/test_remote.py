@@ -14,8 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from kit.sources import content
 from threetowers.data.open import open_source
-from threetowers.data.shards import index, remote
-from threetowers.data.shards import source as shards
+from threetowers.data.shards import handles, index, remote
 from threetowers.data.shards.source import ShardSource, open_shards
 from threetowers.data.shards.write import ShardSample, write_shards
 from threetowers.errors import DataError, UsageError
@@ -33,8 +32,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def close() -> None:
     """Closes the shards that this process has open."""
-    shards._open_remote.cache_clear()
-    shards._open_local.cache_clear()
+    handles._open_remote.cache_clear()
+    handles._open_local.cache_clear()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
+from threetowers.data.copies import middle_key
 from threetowers.data.decode import decode
 from threetowers.data.formats.annotations import ANNOTATIONS
 from threetowers.data.formats.folders import FOLDERS
@@ -20,10 +21,10 @@ from threetowers.data.formats.hf_datasets import HF_DATASETS
 from threetowers.data.formats.mix import MIXES
 from threetowers.data.formats.split_folders import SPLIT_FOLDERS
 from threetowers.data.formats.tables import TABLES
-from threetowers.data.open import FORMATS, open_source, split, splits
+from threetowers.data.open import FORMATS, _Opener, open_source, split, splits
 from threetowers.data.shards.source import SHARDS
 from threetowers.data.shards.write import ShardSample, write_shards
-from threetowers.data.source import SOURCE_REASONS, Format, Source, describe
+from threetowers.data.source import ANY_COLUMNS, SOURCE_REASONS, Format, Source, describe
 from threetowers.errors import DataError, UsageError
 
 NUM = 6
@@ -156,6 +157,8 @@ def saved_classes(folder: Path, defect: bool) -> str:
 def mix(folder: Path, defect: bool) -> str:
     csv_file(folder / "a", defect)
     flickr(folder / "b", False)
+    for i in range(NUM):
+        (folder / "b" / "images" / f"{i}.jpg").write_bytes(png(20 + i))
     (folder / "mix.toml").write_text(
         '[[source]]\npath = "a/table.csv"\nimage_column = "image"\ncaption_columns = "caption"\n'
         '[[source]]\npath = "b/set.token"\nimage_column = "none"\n'
@@ -222,17 +225,43 @@ def test_a_source_keeps_its_contract(format: Format, example: Example, tmp_path:
             assert record.label is None or 0 <= record.label < len(source.class_names)
             assert decode(source.image(i), record.id).size == (7, 9)
             assert (copy.record(i), copy.image(i)) == (record, source.image(i))
-            assert copy.image_key(i) == source.image_key(i)
             assert elsewhere.record(i) == record
+        sizes = [len(source.image(i)) for i in range(len(source))]
+        assert copy.image_sizes().tolist() == source.image_sizes().tolist() == sizes
+        backwards = np.arange(len(source))[::-1]
+        middles = [middle_key(source.image(i)) for i in backwards]
+        assert copy.image_middles(backwards).tolist() == source.image_middles(backwards).tolist() == middles
         assert source.fingerprint == copy.fingerprint == elsewhere.fingerprint
         assert source.name
         assert not records or records[0].id in describe(source)
         with pytest.raises(IndexError):
             source.record(len(source))
-    keys = [key for i in range(len(sources[0])) if (key := sources[0].image_key(i))]
-    assert len(set(keys)) == len(keys)
     prints = {source.fingerprint for source in sources if len(source)}
     assert len(prints) > 1, "parts differ from the whole"
+
+
+@every_example
+def test_equal_images_are_one_image(
+    format: Format, example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under several ids, in any format: they have one image id, stay in one part, and are said."""
+    real = png
+    monkeypatch.setitem(globals(), "png", lambda seed: real(seed % 2))
+    path = example(tmp_path, False)
+    for source in opened(path, example):
+        ids: dict[bytes, set[str]] = {}
+        for i in range(len(source)):
+            record = source.record(i)
+            ids.setdefault(source.image(i), set()).add(record.image_id or record.id)
+        assert all(len(group) == 1 for group in ids.values())
+        if len(source) > len(ids):
+            assert "the image of another" in describe(source)
+    if not format.parts(path, ANY_COLUMNS, _Opener()) or format is MIXES:
+        parts = [
+            {part.image(i) for i in range(len(part))}
+            for part in splits(path, val_fraction=0.3, test_fraction=0.3)
+        ]
+        assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
 
 
 @every_example

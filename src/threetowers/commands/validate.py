@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def validate(config: RunConfig, folder: Path) -> Iterator[str]:
         yield f"note: {folder} holds a run with other settings; train asks for another --out, or for --fresh"
     yield describe_data(config)
     train, val, test = open_data(config)
-    yield from _images(config, train)
+    yield from _images(config, [train, val, test])
     setup = assemble(config, folder)
     yield from _captions(setup)
     yield from _towers(setup)
@@ -70,34 +70,44 @@ def _drawn(seed: int, count: int, most: int) -> list[int]:
     return sorted({hash64("validate", seed, draw) % count for draw in range(most)})
 
 
-def _images(config: RunConfig, source: Source) -> Iterator[str]:
+def _place(parts: Sequence[Source], number: int) -> tuple[Source, int]:
+    """The part that holds a sample, and its index there, by its number among the samples of all parts."""
+    for part in parts[:-1]:
+        if number < len(part):
+            return part, number
+        number -= len(part)
+    return parts[-1], number
+
+
+def _images(config: RunConfig, parts: Sequence[Source]) -> Iterator[str]:
     """Decodes a sample of the images; DataError when the share of bad ones is significantly above the limit."""
-    indices = _drawn(config.seed, len(source), IMAGES)
+    total = sum(map(len, parts))
+    places = [_place(parts, number) for number in _drawn(config.seed, total, IMAGES)]
     bad: list[BadSample] = []
     sizes: list[int] = []
     start = time.perf_counter()
-    for index in indices:
+    for source, index in places:
         id = source.record(index).id
         try:
             image = decode(source.image(index), id, decoder=config.inputs.decoder)
             sizes.append(min(image.size))
         except BadSample as problem:
             bad.append(problem)
-    rate = len(indices) / (time.perf_counter() - start)
-    share, limit = len(bad) / len(indices), config.inputs.max_bad_share
+    rate = len(places) / (time.perf_counter() - start)
+    share, limit = len(bad) / len(places), config.inputs.max_bad_share
     sides = f", shorter side {min(sizes)} to {max(sizes)} pixels" if sizes else ""
     yield (
-        f"images: {len(indices)} of {len(source):,} decoded, {rate:,.0f} a second, {len(bad)} bad ({share:.1%})"
+        f"images: {len(places)} of {total:,} decoded, {rate:,.0f} a second, {len(bad)} bad ({share:.1%})"
         + sides
     )
     yield from (f"  {problem}" for problem in bad[:10])
     if len(bad) > 10:
         yield f"  and {len(bad) - 10} more"
-    if bad and binomtest(len(bad), len(indices), min(limit, 1.0), alternative="greater").pvalue < 0.01:
+    if bad and binomtest(len(bad), len(places), min(limit, 1.0), alternative="greater").pvalue < 0.01:
         reasons = Counter(problem.reason for problem in bad)
         listed = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
         raise DataError(
-            f"{source.name}: {len(bad)} of {len(indices)} images drawn cannot be used, more than inputs.max_bad_share "
+            f"{parts[0].name}: {len(bad)} of {len(places)} images drawn cannot be used, more than inputs.max_bad_share "
             f"= {limit:g} allows. {listed}"
         )
 

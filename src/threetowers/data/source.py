@@ -61,8 +61,12 @@ class Source(Protocol):
         """The encoded image file of the sample; raises BadSample when it cannot be read."""
         ...
 
-    def image_key(self, index: int) -> str:
-        """Equal for the same image in different sources; empty where only comparing the bytes could tell."""
+    def image_sizes(self) -> np.ndarray:
+        """The size of each encoded image in bytes, int64 [n], known without reading any."""
+        ...
+
+    def image_middles(self, indices: np.ndarray) -> np.ndarray:
+        """The `middle_key` of some samples' images, uint64, by which `copies.find_copies` tells images apart."""
         ...
 
 
@@ -78,10 +82,13 @@ class Drawn(Protocol):
 SOURCE_REASONS = (
     "no image", "empty file", "missing file", "unreadable", "no path", "wrong number of fields", "damaged json",
     "no caption", "empty caption", "caption is not UTF-8", "bad label", "no class", "member given twice",
-    "unknown image", "id given twice",
+    "unknown image", "id given twice", "captions differ", "further image",
 )  # fmt: skip
 """All values of `BadSample.reason` that sources use. A sample can still be usable after `caption is not UTF-8`,
 `bad label`, `damaged json` and `member given twice`."""
+
+REMARKS = frozenset({"captions differ", "further image"})
+"""Reasons that are counted and named, but say nothing against the sample, which is used."""
 
 MAX_CAPTION_CHARS = 2_000
 MISSING_CAPTIONS = frozenset({"", "nan", "NaN", "None", "null"})
@@ -165,8 +172,11 @@ class Subset:
     def image(self, index: int) -> bytes:
         return self.source.image(self.indices[index])
 
-    def image_key(self, index: int) -> str:
-        return self.source.image_key(self.indices[index])
+    def image_sizes(self) -> np.ndarray:
+        return self.source.image_sizes()[np.asarray(self.indices, np.int64)]
+
+    def image_middles(self, indices: np.ndarray) -> np.ndarray:
+        return self.source.image_middles(np.asarray(self.indices, np.int64)[indices])
 
 
 class ColumnNames(NamedTuple):
@@ -222,14 +232,24 @@ def check_parts(path: str, parts: Mapping[str, Source]) -> Mapping[str, Source]:
     return parts
 
 
-def check_problems(source: Source, *, limit: float = 0.01) -> None:
-    """Raises DataError that counts the reasons and names ten examples when more than `limit` of the rows are bad."""
-    total = len(source) + len(source.problems)
-    if total and len(source.problems) > limit * total:
+def check_problems(parts: Sequence[Source], *, limit: float = 0.01) -> None:
+    """Raises DataError when more than `limit` of the samples of all parts together have problems.
+
+    A sample counts once, whatever the number of its problems; REMARKS do not count. The message counts the reasons and
+    names ten samples.
+    """
+    problems = [p for part in parts for p in part.problems if p.reason not in REMARKS]
+    bad = {problem.id for problem in problems}
+    total = sum(len(part) for part in parts)
+    if len(bad) <= limit * total:
+        return
+    usable = {id for part in parts for index in range(len(part)) if (id := part.record(index).id) in bad}
+    total += len(bad) - len(usable)
+    if len(bad) > limit * total:
         raise DataError(
-            f"{source.name}: {len(source.problems)} of {total} samples have problems, more than inputs.max_bad_share = "
+            f"{parts[0].name}: {len(bad)} of {total} samples have problems, more than inputs.max_bad_share = "
             f"{limit:g} allows; mend them, leave them out, or raise it. "
-            f"{count_reasons(source.problems)}{list_examples(source.problems)}"
+            f"{count_reasons(problems)}{list_examples(problems)}"
         )
 
 

@@ -112,29 +112,37 @@ def encode(
     batch_size: int = 256,
     workers: int = 0,
     autocast: AbstractContextManager[Any] | None = None,
+    merge: bool = True,
 ) -> Encoded:
     """Encodes a source's images and captions in every view, in eval mode; the model's mode is restored afterwards.
 
-    stores: the frozen towers' features of this source by view name. Raises DataError when no image can be used.
+    stores: the frozen towers' features of this source by view name. merge: samples with equal images are one image with
+    the captions of all, since each of these is a right answer. Raises DataError when no image can be used.
     """
     training = model.training
     model.eval()
+    samples = _samples_of_images(source, merge)
     index, image_feats, bad = _encode_images(
-        model, source, stores, device, batch_size=batch_size, workers=workers, autocast=autocast
-    )
+        model, source, list(samples), stores, device,
+        batch_size=batch_size, workers=workers, autocast=autocast,
+    )  # fmt: skip
     captions: list[str] = []
     text_image: list[int] = []
+    text_sample: list[int] = []
     places: list[int] = []
     for row, i in enumerate(index.tolist()):
-        own = source.record(i).captions
-        captions += own
-        text_image += [row] * len(own)
-        places += range(len(own))
+        for sample in samples[i]:
+            own = source.record(sample).captions
+            captions += own
+            text_image += [row] * len(own)
+            text_sample += [sample] * len(own)
+            places += range(len(own))
     text_feats = _encode_texts(model, captions, tokenizer, device, batch_size=batch_size, autocast=autocast)
     text_stores = {name: store for name, store in stores.items() if store.side == "text"}
     if captions:
-        samples = index.numpy()[text_image]
-        rows = {name: store.rows(samples, np.array(places)) for name, store in text_stores.items()}
+        rows = {
+            name: store.rows(np.array(text_sample), np.array(places)) for name, store in text_stores.items()
+        }
         text_feats |= model.features(thirds={name: value.to(device) for name, value in rows.items()})
     # a head encodes images or captions, whichever its tower has features of
     image_views = {"img", *(view for view in model.heads if tower_of(view) in image_feats)}
@@ -147,9 +155,23 @@ def encode(
     return Encoded(views, rows_of, index, captions, bad, frozenset(text_stores))
 
 
+def _samples_of_images(source: Source, merge: bool) -> dict[int, list[int]]:
+    """The samples that show each image, by the first of them, in the source's order."""
+    samples: dict[int, list[int]] = {}
+    firsts: dict[str, int] = {}
+    for index in range(len(source)):
+        first = index
+        if merge:
+            record = source.record(index)
+            first = firsts.setdefault(record.image_id or record.id, index)
+        samples.setdefault(first, []).append(index)
+    return samples
+
+
 def _encode_images(
     model: ThreeTowers,
     source: Source,
+    chosen: list[int],
     stores: Mapping[str, Store],
     device: torch.device,
     *,
@@ -157,13 +179,13 @@ def _encode_images(
     workers: int,
     autocast: AbstractContextManager[Any] | None,
 ) -> tuple[Tensor, dict[str, Tensor], list[BadSample]]:
-    """Indices of the images that can be used, their features by tower, and the images that cannot be used."""
+    """Of the chosen samples: those that can be used, their images' features by tower, and those that cannot be used."""
     usable = np.ones(len(source), dtype=bool)
     stores = {name: store for name, store in stores.items() if store.side == "image"}
     for store in stores.values():
         usable &= store.usable
-    bad = [BadSample(source.record(int(i)).id, "damaged image") for i in np.flatnonzero(~usable)]
-    wanted = np.flatnonzero(usable).tolist()
+    bad = [BadSample(source.record(i).id, "damaged image") for i in chosen if not usable[i]]
+    wanted = [i for i in chosen if usable[i]]
     kept, parts = wanted, []
     if model.needs_pixels():
         kept = []

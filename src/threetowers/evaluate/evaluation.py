@@ -152,7 +152,7 @@ def _captioned(setup: Setup, source: Source) -> Encoded | None:
     return encoded if encoded is not None and encoded.captions else None
 
 
-def _encode(setup: Setup, source: Source) -> Encoded:
+def _encode(setup: Setup, source: Source, *, merge: bool = True) -> Encoded:
     return encode(
         setup.model,
         source,
@@ -161,11 +161,12 @@ def _encode(setup: Setup, source: Source) -> Encoded:
         setup.device,
         workers=setup.config.inputs.workers,
         autocast=autocast(setup.config, setup.device),
+        merge=merge,
     )
 
 
 def _labelled(setup: Setup, source: Source) -> Labelled:
-    encoded = _encode(setup, source)
+    encoded = _encode(setup, source, merge=False)  # accuracy is over the published number of images
     classes = class_embeddings(
         lambda texts: encode_texts(setup.model, texts, setup.tokenizer, setup.device),
         source.class_names,

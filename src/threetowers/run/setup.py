@@ -109,8 +109,7 @@ def open_data(config: RunConfig) -> tuple[Source, Source, Source]:
     parts = _open_splits(
         path, inputs.image_column, inputs.caption_columns, inputs.val_fraction, inputs.test_fraction
     )
-    for source in parts:
-        check_problems(source, limit=inputs.max_bad_share)
+    check_problems(parts, limit=inputs.max_bad_share)
     return parts
 
 

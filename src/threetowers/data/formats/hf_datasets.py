@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from threetowers.config import did_you_mean
+from threetowers.data.copies import describe_copies, middle_key
 from threetowers.data.formats.columns import (
     NUM_SNIFFED,
     caption_family,
@@ -57,6 +60,7 @@ class DatasetSource:
     _captions: Texts = field(default_factory=Texts)
     _labels: "array[int]" = field(default_factory=lambda: array("q"))
     _rows: "array[int]" = field(default_factory=lambda: array("q"))
+    _sizes: "array[int]" = field(default_factory=lambda: array("q"))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -81,8 +85,11 @@ class DatasetSource:
             reason = "missing file" if isinstance(error, FileNotFoundError) else "unreadable"
             raise BadSample(id, reason, str(error)) from error
 
-    def image_key(self, index: int) -> str:
-        return self.record(index).image_id
+    def image_sizes(self) -> np.ndarray:
+        return np.array(self._sizes, np.int64)
+
+    def image_middles(self, indices: np.ndarray) -> np.ndarray:
+        return np.array([middle_key(self.image(index)) for index in indices.tolist()], np.uint64)
 
     def _file(self, path: str) -> Path:
         return Path(self.folder, path)
@@ -262,10 +269,12 @@ def _fill(source: DatasetSource, rows: Any, captions: tuple[str, ...], label: st
         source._ids.append(id)
         source._rows.append(row)
         source._labels.append(number)
+        source._sizes.append(len(cell))
     for texts in merged:
         source._captions.append("\n".join(texts))
     for index in range(len(source)):
         digest.update(repr((source._ids[index], source._captions[index], source._labels[index])).encode())
+    source.layout += describe_copies(sum("~" in source._ids[index] for index in range(len(source))))
     source.fingerprint, source.problems = digest.hexdigest(), problems
 
 

@@ -13,12 +13,15 @@ caption_columns = ["caption_0"]    # also image_column, as for a table alone
 import hashlib
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from threetowers.config import did_you_mean, read_toml
+from threetowers.data.copies import describe_copies, find_copies
 from threetowers.data.formats.hf_datasets import PREFIX
 from threetowers.data.order import hash64
 from threetowers.data.source import ANY_COLUMNS, ColumnNames, Format, Opener, Record, Source
@@ -27,6 +30,10 @@ from threetowers.errors import BadSample, DataError, UsageError
 MAX_WEIGHT = 1000.0
 T = TypeVar("T")
 _KEYS = ("path", "weight", "image_column", "caption_columns")
+
+
+_Place = tuple[int, int]
+"""The number of a source in a list, and of a sample in it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class MixedSource:
     """The samples of several sources one after the other, some of them repeated; implements Source.
 
     prefixes: one per source. A sample's id is `prefix/id`, and `prefix/id~2` where it is repeated.
-    Labels are kept when all sources have the same classes.
+    Labels are kept when all sources have the same classes. image_ids: by the number of a source and of a sample in it,
+    for images that come before in this source or in another.
     """
 
     name: str
@@ -54,6 +62,7 @@ class MixedSource:
     class_names: Sequence[str] = ()
     templates: Sequence[str] = ()
     fingerprint: str = ""
+    image_ids: Mapping[_Place, str] = field(default_factory=dict)
     # Of each sample: the number of its source, its index there, and how often it has come before.
     _source: "array[int]" = field(default_factory=lambda: array("i"))
     _index: "array[int]" = field(default_factory=lambda: array("q"))
@@ -64,13 +73,14 @@ class MixedSource:
 
     def record(self, index: int) -> Record:
         number, visit = self._source[index], self._visit[index]
-        record = self.sources[number].record(self._index[index])
+        own = self._index[index]
+        record = self.sources[number].record(own)
         prefix = self.prefixes[number]
         return replace(
             record,
             id=f"{prefix}/{record.id}" + (f"~{visit + 1}" if visit else ""),
             label=record.label if self.class_names else None,
-            image_id=f"{prefix}/{record.image_id or record.id}",
+            image_id=self.image_ids.get((number, own)) or f"{prefix}/{record.image_id or record.id}",
         )
 
     def image(self, index: int) -> bytes:
@@ -79,8 +89,15 @@ class MixedSource:
         except BadSample as problem:
             raise BadSample(self.record(index).id, problem.reason, problem.detail) from problem
 
-    def image_key(self, index: int) -> str:
-        return self.sources[self._source[index]].image_key(self._index[index])
+    def image_sizes(self) -> np.ndarray:
+        sizes = [source.image_sizes() for source in self.sources]
+        starts = np.cumsum([0, *map(len, sizes)])
+        own: np.ndarray = np.concatenate(sizes)[starts[np.array(self._source)] + np.array(self._index)]
+        return own
+
+    def image_middles(self, indices: np.ndarray) -> np.ndarray:
+        numbers, own = np.array(self._source)[indices], np.array(self._index)[indices]
+        return _middles(self.sources, numbers, own)
 
     def _add(self, number: int, index: int, num_visits: int) -> None:
         for visit in range(num_visits):
@@ -108,29 +125,89 @@ def open_mix(path: str, opener: Opener) -> MixedSource:
     """
     entries = read_mix(path)
     sources = [_opened(opener.open, path, number, entry) for number, entry in enumerate(entries, 1)]
-    return _mixed(path, "", sources, entries, _prefixes([source.name for source in sources]), None)
+    prefixes = _prefixes([source.name for source in sources])
+    return _mixed(
+        path, "", sources, entries, prefixes, _image_ids(_equal_images(sources), sources, prefixes, 0)
+    )
 
 
 def split_mix(path: str, opener: Opener) -> dict[str, Source]:
     """Training, validation and test part: each source is split first, then its training samples are repeated.
 
-    An image that another source has in its validation or test part is left out of training, and `layout` counts
-    these. Images are compared by `Source.image_key`. Raises what `open_mix` raises.
+    An image that another source has in its test part is left out of training and validation, and one that another has
+    in its validation part out of training; `layout` counts these. Raises what `open_mix` raises.
     """
     entries = read_mix(path)
     parts = [_opened(opener.split, path, number, entry) for number, entry in enumerate(entries, 1)]
-    held_out = {
-        key for _, *others in parts for part in others for i in range(len(part)) if (key := part.image_key(i))
-    }
     names = [train.name.removesuffix("/train") for train, _, _ in parts]
     folders = [Path(entry.path.removeprefix(PREFIX)).resolve().name for entry in entries]
     prefixes = _prefixes(
         [folder if name == "train" else name for name, folder in zip(names, folders, strict=True)]
     )
+    train, val, test = ([each[part] for each in parts] for part in range(3))
+    every = [*test, *val, *train]
+    equal = _equal_images(every)
+
+    def part(label: str, sources: list[Source], place: int, *, weighted: bool) -> MixedSource:
+        first = place * len(parts)
+        held_out = {
+            (number - first, index)
+            for (number, index), (origin, _) in equal.items()
+            if origin < first <= number < first + len(parts)
+        }
+        ids = _image_ids(equal, every, prefixes, first)
+        return _mixed(path, f"/{label}", sources, entries, prefixes, ids, held_out, weighted=weighted)
+
     return {
-        "train": _mixed(path, "/train", [train for train, _, _ in parts], entries, prefixes, held_out),
-        "val": _mixed(path, "/val", [val for _, val, _ in parts], entries, prefixes, None),
-        "test": _mixed(path, "/test", [test for _, _, test in parts], entries, prefixes, None),
+        "train": part("train", train, 2, weighted=True),
+        "val": part("val", val, 1, weighted=False),
+        "test": part("test", test, 0, weighted=False),
+    }
+
+
+def _equal_images(sources: Sequence[Source]) -> dict[_Place, _Place]:
+    """Where the image of an earlier sample is, for every sample whose image comes before in these sources."""
+    sizes = [source.image_sizes() for source in sources]
+    ends = np.cumsum(list(map(len, sizes)))
+    starts = ends - list(map(len, sizes))
+
+    def places(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        numbers = ends.searchsorted(samples, "right")
+        return numbers, samples - starts[numbers]
+
+    def read(sample: int) -> bytes:
+        number, index = places(np.array(sample))
+        return sources[int(number)].image(int(index))
+
+    found = find_copies(np.concatenate(sizes), lambda some: _middles(sources, *places(some)), read)
+    copies, firsts = (zip(*map(np.ndarray.tolist, places(samples)), strict=True) for samples in found)
+    return dict(zip(copies, firsts, strict=True))
+
+
+def _middles(sources: Sequence[Source], numbers: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """The `middle_key` of the images at these places, uint64."""
+    middles = np.zeros(len(numbers), np.uint64)
+    for number, source in enumerate(sources):
+        own = numbers == number
+        if own.any():
+            middles[own] = source.image_middles(indices[own])
+    return middles
+
+
+def _image_ids(
+    equal: Mapping[_Place, _Place], sources: Sequence[Source], prefixes: Sequence[str], first: int
+) -> dict[_Place, str]:
+    """The id of the first sample with the same image, for those of the sources that begin with number `first`."""
+
+    def id_of(place: _Place) -> str:
+        number, index = place
+        return f"{prefixes[number % len(prefixes)]}/{sources[number].record(index).id}"
+
+    within = range(first, first + len(prefixes))
+    return {
+        (number - first, index): id_of(origin)
+        for (number, index), origin in equal.items()
+        if number in within
     }
 
 
@@ -148,12 +225,14 @@ def _mixed(
     sources: list[Source],
     entries: list[MixEntry],
     prefixes: list[str],
-    held_out: set[str] | None,
+    image_ids: Mapping[_Place, str],
+    held_out: Set[_Place] = frozenset(),
+    *,
+    weighted: bool = False,
 ) -> MixedSource:
     """The sources one after the other.
 
-    held_out: None: every sample comes once. Else: samples come as often as the weights say, except those whose
-    `image_key` is in the set, which are left out.
+    held_out: samples that are left out. weighted: samples come as often as the weights say, else once.
     """
     classes = [list(source.class_names) for source in sources]
     same = all(names == classes[0] for names in classes)
@@ -171,20 +250,18 @@ def _mixed(
         prefixes=prefixes,
         class_names=classes[0] if same else [],
         templates=sources[0].templates if same else [],
+        image_ids=image_ids,
     )
     problems: list[BadSample] = []
-    left_out = 0
     for number, (source, entry, prefix) in enumerate(zip(sources, entries, mixed.prefixes, strict=True)):
         problems += [BadSample(f"{prefix}/{p.id}", p.reason, p.detail) for p in source.problems]
         for index in range(len(source)):
-            if held_out is None:
-                mixed._add(number, index, 1)
-            elif source.image_key(index) in held_out:
-                left_out += 1
-            else:
-                mixed._add(number, index, _num_visits(source, index, entry.weight))
-    if left_out:
-        mixed.layout += f"; {left_out} left out, since another source validates or tests on their images"
+            if (number, index) not in held_out:
+                mixed._add(number, index, _num_visits(source, index, entry.weight) if weighted else 1)
+    if held_out:
+        mixed.layout += f"; {len(held_out)} left out, since another source validates or tests on their images"
+    elif image_ids:
+        mixed.layout += describe_copies(len(image_ids))
     mixed.problems = problems
     mixed._set_fingerprint()
     return mixed

@@ -27,6 +27,8 @@ _DTYPES: dict[str, "np.dtype[Any]"] = {
     "I32": np.dtype("<i4"),
     "U8": np.dtype("u1"),
 }
+_MAPPED = ("_data", "_views", "_starts", "_sums", "_checked")
+"""The attributes of `Columns` that hold a mapped file or say what was found in it."""
 _CODES = {"I64": "q", "U64": "Q", "I32": "i", "U8": "B"}
 
 
@@ -86,7 +88,8 @@ def _header(columns: Mapping[str, Any], key: str, sums: list[int]) -> bytes:
 class Columns:
     """The columns of a file, or of bytes of the same layout. The pickle of a file's columns is its path.
 
-    Raises DataError, here and in every method, when the file is damaged, of another format or of another key.
+    A mapped file counts as an open one until `release`. Raises DataError, here and in every method, when the file is
+    damaged, of another format or of another key.
     """
 
     def __init__(self, place: Path | bytes, key: str) -> None:
@@ -100,7 +103,9 @@ class Columns:
             raw = (
                 np.memmap(place, np.uint8, "r") if isinstance(place, Path) else np.frombuffer(place, np.uint8)
             )
-        except (OSError, ValueError) as error:  # numpy cannot map an empty file
+        except OSError as error:
+            raise DataError(f"{place}: it cannot be read: {error.strerror or error}") from error
+        except ValueError as error:  # numpy cannot map an empty file
             raise self._damaged(str(error)) from error
         whole = memoryview(raw)  # type: ignore[arg-type]
         try:
@@ -128,6 +133,19 @@ class Columns:
 
     def __setstate__(self, state: tuple[Path | bytes, str]) -> None:
         self._open(*state)
+
+    def release(self) -> None:
+        """Unmaps the file, once no array of it is in use; it is mapped again, and verified again, when it is needed."""
+        if isinstance(self.place, Path):
+            for name in _MAPPED:
+                vars(self).pop(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        """What `release` took away; other attributes are found without this method."""
+        if name not in _MAPPED:
+            raise AttributeError(name)
+        self._open(self.place, self.key)
+        return vars(self)[name]
 
     def names(self) -> set[str]:
         return set(self._views)

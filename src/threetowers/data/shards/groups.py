@@ -1,40 +1,105 @@
 """The samples of one tar shard: its members in groups, with captions, labels and problems.
 
 A sample is the group of members that share their path up to the first dot of the file name: `00012.jpg`,
-`00012.txt` (captions, one per line), `00012.json` (img2dataset's metadata), `00012.cls` (class index).
+`00012.txt` (captions, one per line), `00012.json` (img2dataset's metadata), `00012.cls` (class index). Names with more
+dots, such as `DSC.0001.jpg`, are grouped up to the last dot where no image has the name up to the first one.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from threetowers.data.shards.tar import MAX_TEXT_BYTES, walk
-from threetowers.data.source import IMAGE_ENDINGS, clean_captions, decode_text
+from threetowers.data.copies import middle, middle_key
+from threetowers.data.formats.columns import cell_texts
+from threetowers.data.shards.tar import MAX_TEXT_BYTES, Member, walk
+from threetowers.data.source import IMAGE_ENDINGS, REMARKS, clean_captions, decode_text
 from threetowers.errors import BadSample
+
+PREFERRED_ENDINGS = ("jpg", "png", "jpeg", "webp")
+"""Which image of a sample is used, in open_clip's order; after these come other endings in the order of the shard."""
+CAPTION_KEYS = (
+    "captions",
+    "caption",
+    "text",
+    "TEXT",
+    "sentence",
+    "description",
+    "title",
+    "alt",
+    "alt_text",
+    "prompt",
+)
+"""Keys of a sample's json that can hold its captions, the first that does counts."""
+_TEXT_ENDINGS = ("txt", "json", "cls")
+_SHOWN_MEMBERS = 8
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the samples of a shard are read.
+
+    num_classes: labels from this number on are bad; 0: all labels are good. caption_keys: the keys of a sample's json
+    that hold its captions; empty: those of CAPTION_KEYS, and the .txt before them.
+    """
+
+    num_classes: int = 0
+    caption_keys: tuple[str, ...] = ()
 
 
 class TarSample(NamedTuple):
-    """A usable sample. offset, size: the position of its image in the shard in bytes; label: -1 for none."""
+    """A usable sample. offset, size: the position of its image in the shard in bytes; label: -1 for none.
+
+    picture: the `middle_key` of its image.
+    """
 
     key: str
     captions: tuple[str, ...]
     label: int
     offset: int
     size: int
+    picture: int
+
+
+class _Image(NamedTuple):
+    ending: str
+    offset: int
+    size: int
 
 
 @dataclass(slots=True)
 class _Group:
-    """The members of a shard under one key. offset, size: of the image in bytes; size -1: there is none."""
+    """The members of a shard under one key. texts: by ending, the first of each."""
 
-    offset: int = 0
-    size: int = -1
+    images: list[_Image] = field(default_factory=list)
     texts: dict[str, bytes] = field(default_factory=dict)
     members: list[str] = field(default_factory=list)
     repeated: bool = False
+
+    def image(self) -> _Image | None:
+        """The image that is used."""
+
+        def rank(image: _Image) -> int:
+            known = image.ending in PREFERRED_ENDINGS
+            return PREFERRED_ENDINGS.index(image.ending) if known else len(PREFERRED_ENDINGS)
+
+        return min(self.images, key=rank, default=None)
+
+    def add(self, file: int, member: Member, ending: str, digest: Callable[[bytes], None]) -> None:
+        """Adds a member of the open shard `file`; `digest` is called with the content of a text."""
+        self.members.append(ending if member.size >= 0 else f"{ending} (a link)")
+        if member.size < 0:
+            return
+        if ending in IMAGE_ENDINGS:
+            self.repeated |= any(image.ending == ending for image in self.images)
+            self.images.append(_Image(ending, member.offset, member.size))
+        elif ending in _TEXT_ENDINGS:
+            self.repeated |= ending in self.texts
+            text = os.pread(file, min(member.size, MAX_TEXT_BYTES), member.offset)
+            self.texts.setdefault(ending, text)
+            digest(text)
 
 
 def read_groups(name: str, file: int, stem: str) -> "TarGroups":
@@ -46,85 +111,145 @@ def read_groups(name: str, file: int, stem: str) -> "TarGroups":
     size = os.fstat(file).st_size
     digest = hashlib.sha256(f"{stem} {size}".encode())
     groups: dict[str, _Group] = {}
+    dotted: list[tuple[str, Member]] = []
     for member in walk(name, file, size, digest.update):
         key, ending = key_and_ending(member.name)
         if not key:
             continue  # a hidden file, as macOS puts one beside each file
-        group = groups.setdefault(key, _Group())
-        group.members.append(ending if member.size >= 0 else f"{ending} (a link)")
-        if member.size < 0:
+        groups.setdefault(key, _Group()).add(file, member, ending, digest.update)
+        if ending.rpartition(".")[0] and ending.rpartition(".")[2] in IMAGE_ENDINGS + _TEXT_ENDINGS:
+            dotted.append((key, member))
+    if dotted:
+        _separate(groups, dotted, file, digest.update)
+    return TarGroups(groups, file, digest.digest())
+
+
+def _separate(
+    groups: dict[str, _Group],
+    dotted: list[tuple[str, Member]],
+    file: int,
+    digest: Callable[[bytes], None],
+) -> None:
+    """Makes groups of their own of members whose names have more dots, where they are no further files of a sample.
+
+    dotted: these members, each with its key up to the first dot. `0001.seg.png` beside `0001.jpg` stays a further file
+    of 0001. `DSC.0001.jpg` is an image of its own if there is no image `DSC.jpg`, or a caption `DSC.0001.txt`.
+    """
+    own: dict[str, _Group] = {}
+    base: dict[str, str] = {}
+    for key, member in dotted:
+        whole, _, ending = member.name.removeprefix("./").rpartition(".")
+        base[whole] = key
+        own.setdefault(whole, _Group()).add(file, member, ending.lower(), lambda text: None)
+    for whole, group in own.items():
+        complete = group.images and (_captions(group.texts, Reading())[0] or "cls" in group.texts)
+        if groups[base[whole]].images and not complete:
             continue
-        if ending in IMAGE_ENDINGS:
-            if group.size < 0:
-                group.offset, group.size = member.offset, member.size
-            else:
-                group.repeated = True
-        elif ending in ("txt", "json", "cls"):
-            group.repeated |= ending in group.texts
-            text = os.pread(file, min(member.size, MAX_TEXT_BYTES), member.offset)
-            group.texts.setdefault(ending, text)
-            digest.update(text)
-    return TarGroups(groups, digest.digest())
+        groups[whole] = group
+        for text in group.texts.values():
+            digest(text)
+        moved = {f"{whole[len(base[whole]) + 1 :]}.{ending}".lower() for ending in group.members}
+        rest = groups[base[whole]]
+        rest.members = [ending for ending in rest.members if ending not in moved]
+    for key in set(base.values()):
+        if not groups[key].members:
+            del groups[key]
 
 
 @dataclass(frozen=True)
 class TarGroups:
-    """The members of one shard by key, and a digest of its stem, size, headers and texts."""
+    """The members of one shard by key, and a digest of its stem, size, headers and texts; file: its open descriptor."""
 
     groups: dict[str, _Group]
+    file: int
     digest: bytes
 
     @property
     def num_images(self) -> int:
-        """The number of all images, usable or not."""
-        return sum(group.size >= 0 for group in self.groups.values())
+        """The number of all samples with an image, usable or not."""
+        return sum(bool(group.images) for group in self.groups.values())
 
-    def samples(self, num_classes: int) -> Iterator[TarSample | BadSample]:
-        """The usable samples in the shard's order, and the problems of these and of those left out.
-
-        num_classes: labels from this number on are bad; 0: all labels are good.
-        """
+    def samples(self, reading: Reading) -> Iterator[TarSample | BadSample]:
+        """The usable samples in the shard's order, and the problems of these and of those left out."""
         for key, group in self.groups.items():
-            captions, reason = _captions(group.texts)
-            label, members = -1, ", ".join(group.members)
-            problems = [reason] if reason else []
+            captions, problems = _captions(group.texts, reading)
+            label, image = -1, group.image()
             if "cls" in group.texts:
-                label = _label(group.texts["cls"], num_classes)
-                problems += ["bad label"] if label < 0 else []
+                label = _label(group.texts["cls"], reading.num_classes)
+                problems += [] if label >= 0 else [("bad label", "")]
             if group.repeated:
-                problems.append("member given twice")
-            usable = group.size > 0 and (bool(captions) or label >= 0)
-            if group.size <= 0:
-                problems.append("empty file" if group.size == 0 else "no image")
-            elif not usable and not problems:
-                problems.append("empty caption" if group.texts else "no caption")
-            for problem in problems:
-                yield BadSample(key, problem, f"has {members}")
-            if usable:
-                yield TarSample(key, captions, label, group.offset, group.size)
+                problems.append(("member given twice", ""))
+            elif len(group.images) > 1 and image is not None:
+                problems.append(("further image", f"{image.ending} is used; "))
+            usable = image is not None and image.size > 0 and (bool(captions) or label >= 0)
+            if image is None or image.size <= 0:
+                problems.append(("no image" if image is None else "empty file", ""))
+            elif not usable and not {reason for reason, _ in problems} - REMARKS:
+                problems.append(_without_caption(group.texts))
+            for problem, detail in problems:
+                yield BadSample(key, problem, f"{detail}has {_listed(group.members)}")
+            if usable and image is not None:
+                start, length = middle(image.size)
+                picture = middle_key(os.pread(self.file, length, image.offset + start))
+                yield TarSample(key, captions, label, image.offset, image.size, picture)
 
 
-def _captions(texts: dict[str, bytes]) -> tuple[tuple[str, ...], str]:
-    """The captions of one sample, and a reason when something is wrong with the files that hold them."""
-    candidates: list[list[str]] = []
-    reason = ""
-    if "json" in texts:
-        try:
-            document = json.loads(decode_text(texts["json"]))
-        except (ValueError, RecursionError):
-            document, reason = None, "damaged json"
-        if isinstance(document, dict):
-            for key in ("captions", "caption", "text"):
-                value = document.get(key)
-                values = value if isinstance(value, list) else [value]
-                candidates.append([text for text in values if isinstance(text, str)])
-    if "txt" in texts:
-        candidates.append(decode_text(texts["txt"]).split("\n"))
-    for candidate in candidates:
-        captions, damaged = clean_captions(candidate)
-        if captions:
-            return captions, "caption is not UTF-8" if damaged else reason
-    return (), reason
+def _listed(members: list[str]) -> str:
+    more = len(members) - _SHOWN_MEMBERS
+    return ", ".join(members[:_SHOWN_MEMBERS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _without_caption(texts: Mapping[str, bytes]) -> tuple[str, str]:
+    """The problem of a sample without captions. A json's keys are named, since one of them can hold captions."""
+    document = _document(texts)[0]
+    if "txt" not in texts and document:
+        keys = ", ".join(list(document)[:_SHOWN_MEMBERS])
+        return "no caption", f"its json has {keys}; name one with --inputs.caption-columns; "
+    return ("empty caption" if texts else "no caption"), ""
+
+
+def _document(texts: Mapping[str, bytes]) -> tuple[dict[str, Any], bool]:
+    """The object in a sample's json, and whether the json is damaged."""
+    if "json" not in texts:
+        return {}, False
+    try:
+        document = json.loads(decode_text(texts["json"]))
+    except (ValueError, RecursionError):
+        return {}, True
+    return (document, False) if isinstance(document, dict) else ({}, False)
+
+
+def _captions(texts: Mapping[str, bytes], reading: Reading) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
+    """The captions of one sample, and what is wrong with the files that hold them, each with a detail.
+
+    The .txt comes first, as in open_clip. The json's captions are taken where they hold all of the .txt's, or where
+    there is none.
+    """
+    document, damaged = _document(texts)
+    problems = [("damaged json", "")] if damaged else []
+    within, bad_within = _captions_of_json(document, reading.caption_keys)
+    beside: tuple[str, ...] = ()
+    bad_beside = False
+    if "txt" in texts and not reading.caption_keys:
+        beside, bad_beside = clean_captions(decode_text(texts["txt"]).split("\n"))
+    agree = set(beside) <= set(within) or " ".join(beside) in within
+    if within and beside and not agree:
+        problems.append(("captions differ", "the .txt is used, the json has another caption; "))
+    captions, bad = (within, bad_within) if within and agree else (beside, bad_beside)
+    return captions, problems + [("caption is not UTF-8", "")] * bad
+
+
+def _captions_of_json(document: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
+    """The captions under all of the keys, or the first of CAPTION_KEYS that has any; and whether one is damaged."""
+    found: list[str] = []
+    damaged = False
+    for key in keys or CAPTION_KEYS:
+        captions, bad = clean_captions(cell_texts(document.get(key)))
+        found += captions
+        damaged |= bad and bool(captions)
+        if captions and not keys:
+            break
+    return tuple(found), damaged
 
 
 def _label(data: bytes, num_classes: int) -> int:

@@ -10,22 +10,24 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from threetowers.data.copies import find_copies
 from threetowers.data.order import hash64
 from threetowers.data.shards import remote
 from threetowers.data.shards.columns import Column, Columns, pack_columns, write_columns
-from threetowers.data.shards.groups import TarSample, read_groups
+from threetowers.data.shards.groups import Reading, TarSample, read_groups
 from threetowers.data.shards.remote import redacted
 from threetowers.data.shards.tar import OpenFile
 from threetowers.errors import BadSample, DataError
 from threetowers.files import cache_folder, replacing
 
-VERSION = 1
+VERSION = 2
 FRESH_SECONDS = 2.0
 """A shard written less long ago may be written again with the same time of change, so its index is not stored."""
 
@@ -34,11 +36,15 @@ COLUMNS = {
     "keys_ends": "I64", "captions_ends": "I64", "problems_ends": "I64",  # [n], [n], [3 q]: id, reason, detail
     "offsets": "I64", "sizes": "I64",  # [n], position of the image in its shard in bytes
     "draws": "U64",  # [n], the hash by which `split` draws for seed 0
+    "pictures": "U64",  # [n], the `middle_key` of the image
     "counts": "I64", "images": "I64",  # [S], usable samples; all images, as `_stats.json` counts them
     "labels": "I32",  # [n], -1: none
     "keys": "U8", "captions": "U8", "problems": "U8", "digests": "U8",  # digests: [32 S]
 }  # fmt: skip
-_PER_SAMPLE = ("keys_ends", "captions_ends", "offsets", "sizes", "draws", "labels")
+SET_COLUMNS = COLUMNS | {"copies": "I64", "firsts": "I64"}
+"""A set has in addition, of the m samples with the image of an earlier one, their numbers and those of the first; [m].
+The draw of such a sample is that of the first."""
+_PER_SAMPLE = ("keys_ends", "captions_ends", "offsets", "sizes", "draws", "pictures", "labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,10 @@ class Shard:
     stats: str = ""
     fresh: bool = False
 
-    def key(self, num_classes: int) -> str:
+    def key(self, reading: Reading) -> str:
         """The name of the shard's index."""
-        return index_key("shard", self.identity, self.size, self.stamp, self.stem, num_classes)
+        read = (reading.num_classes, reading.caption_keys)
+        return index_key("shard", self.identity, self.size, self.stamp, self.stem, *read)
 
     def open(self, *, checked: bool = False) -> OpenFile:
         """Opens the shard, which is fetched if it is remote; raises OSError when it has changed.
@@ -85,6 +92,10 @@ class TarIndex:
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
+        self.num_copies = columns.length("copies") if "copies" in columns.names() else 0
+
+    def __reduce__(self) -> tuple[type["TarIndex"], tuple[Columns]]:
+        return TarIndex, (self.columns,)
 
     def __len__(self) -> int:
         return self.columns.length("labels")
@@ -114,6 +125,18 @@ class TarIndex:
     def label(self, index: int) -> int | None:
         label = self.columns.number("labels", index)
         return label if label >= 0 else None
+
+    @cached_property
+    def _copies(self) -> np.ndarray:
+        return self.columns.array("copies")
+
+    def first(self, index: int) -> int:
+        """The number of the first sample with the same image, which can be the sample itself."""
+        if not self.num_copies:
+            return index
+        place = int(self._copies.searchsorted(index))
+        is_copy = place < self.num_copies and self._copies[place] == index
+        return self.columns.number("firsts", place) if is_copy else index
 
     def extent(self, index: int) -> tuple[int, int]:
         """Offset and size in bytes of the sample's image in its shard."""
@@ -145,16 +168,16 @@ def stat_shard(path: Path, stem: str, real_folder: str) -> Shard:
     return Shard(str(path), stem, identity, status.st_size, status.st_mtime_ns, text, fresh)
 
 
-def index_shard(shard: Shard, num_classes: int) -> TarIndex:
+def index_shard(shard: Shard, reading: Reading) -> TarIndex:
     """The index of one shard, loaded or made; raises DataError when the shard cannot be read."""
-    index = load_shard_index(shard, num_classes)
-    return index or save_index(folder_for(shard), shard.key(num_classes), read_shard(shard, num_classes))
+    index = load_shard_index(shard, reading)
+    return index or save_index(folder_for(shard), shard.key(reading), read_shard(shard, reading))
 
 
-def load_shard_index(shard: Shard, num_classes: int) -> TarIndex | None:
+def load_shard_index(shard: Shard, reading: Reading) -> TarIndex | None:
     """The shard's index when the cache holds one that is sound."""
     folder = folder_for(shard)
-    return load_index(folder, shard.key(num_classes), [shard]) if folder else None
+    return load_index(folder, shard.key(reading), [shard]) if folder else None
 
 
 def folder_for(shard: Shard) -> Path | None:
@@ -210,7 +233,10 @@ def _is_sound(columns: Columns, shards: Sequence[Shard]) -> bool:
 
     The images of a set of shards are checked when they are read.
     """
-    if columns.names() != set(COLUMNS) or columns.length("counts") != len(shards):
+    names = columns.names()
+    if names not in (set(COLUMNS), set(SET_COLUMNS)) or columns.length("counts") != len(shards):
+        return False
+    if "copies" in names and columns.length("copies") != columns.length("firsts"):
         return False
     counts = columns.array("counts")
     num = int(counts.sum())
@@ -223,7 +249,7 @@ def _is_sound(columns: Columns, shards: Sequence[Shard]) -> bool:
     return sound
 
 
-def read_shard(shard: Shard, num_classes: int) -> dict[str, Column]:
+def read_shard(shard: Shard, reading: Reading) -> dict[str, Column]:
     """The columns of one shard, made by reading it; raises DataError when it cannot be read."""
     place = redacted(shard.place)
     try:
@@ -236,7 +262,7 @@ def read_shard(shard: Shard, num_classes: int) -> dict[str, Column]:
         raise DataError(f"{place}: it changes while it is read; open it when it is complete")
     samples: list[TarSample] = []
     problems: list[str] = []
-    for sample in groups.samples(num_classes):
+    for sample in groups.samples(reading):
         if isinstance(sample, BadSample):
             problems += [f"{shard.stem}/{sample.id}", sample.reason, sample.detail]
         else:
@@ -245,6 +271,7 @@ def read_shard(shard: Shard, num_classes: int) -> dict[str, Column]:
         "offsets": [sample.offset for sample in samples],
         "sizes": [sample.size for sample in samples],
         "draws": [hash64("split", 0, f"{shard.stem}/{sample.key}") for sample in samples],
+        "pictures": [sample.picture for sample in samples],
         "labels": [sample.label for sample in samples],
         "counts": [len(samples)],
         "images": [groups.num_images],
@@ -272,8 +299,11 @@ def _column(dtype: str, values: np.ndarray) -> Column:
     return Column(dtype, len(values), [values])
 
 
-def join_columns(indexes: Sequence[TarIndex]) -> dict[str, Column]:
-    """The columns of a set, made from the indexes of its shards with one of them in memory at a time."""
+def join_columns(indexes: Sequence[TarIndex], read: Callable[[int, int, int], bytes]) -> dict[str, Column]:
+    """The columns of a set, made from the indexes of its shards with few of them in memory at a time.
+
+    read: the image at an offset in bytes and of a size in a shard, given by its number; raises BadSample.
+    """
     parts = [index.columns for index in indexes]
 
     def values(name: str) -> Iterator[np.ndarray]:
@@ -281,11 +311,33 @@ def join_columns(indexes: Sequence[TarIndex]) -> dict[str, Column]:
         for part in parts:
             yield part.array(name) + base if name.endswith("_ends") else part.array(name)
             base += part.length(name.removesuffix("_ends"))
+            part.release()
 
-    return {
-        name: Column(dtype, sum(part.length(name) for part in parts), values(name))
-        for name, dtype in COLUMNS.items()
-    }
+    lengths = dict.fromkeys(COLUMNS, 0)
+    for part in parts:
+        for name in COLUMNS:
+            lengths[name] += part.length(name)
+        part.release()
+
+    def whole(name: str) -> np.ndarray:
+        column, start = np.empty(lengths[name], _NUMPY[COLUMNS[name]]), 0
+        for part in values(name):
+            column[start : start + len(part)] = part
+            start += len(part)
+        return column
+
+    joined = {name: Column(dtype, lengths[name], values(name)) for name, dtype in COLUMNS.items()}
+    ends, offsets, sizes = whole("counts").cumsum(), whole("offsets"), whole("sizes")
+
+    def read_image(index: int) -> bytes:
+        return read(int(ends.searchsorted(index, "right")), int(offsets[index]), int(sizes[index]))
+
+    copies, firsts = find_copies(sizes, whole("pictures").__getitem__, read_image)
+    if len(copies):
+        draws = whole("draws")
+        draws[copies] = draws[firsts]
+        joined["draws"] = _column("U64", draws)
+    return joined | {"copies": _column("I64", copies), "firsts": _column("I64", firsts)}
 
 
 def check_stats(shard: Shard, index: TarIndex) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from threetowers.data.shards import remote
+from threetowers.data.shards.groups import Reading
+from threetowers.data.shards.handles import read_extent
 from threetowers.data.shards.index import (
     FRESH_SECONDS,
     Shard,
@@ -41,7 +43,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def find_shards(places: Sequence[tuple[str, str]], num_classes: int, title: str) -> list[Shard]:
+def find_shards(places: Sequence[tuple[str, str]], reading: Reading, title: str) -> list[Shard]:
     """The shards at paths or addresses, each given with its stem.
 
     Remote shards are fetched and indexed if they never were. Raises DataError when a shard cannot be read.
@@ -61,7 +63,7 @@ def find_shards(places: Sequence[tuple[str, str]], num_classes: int, title: str)
         note = known or remote.fetch(place)
         shard = Shard(place, stem, place, note.size, note.stamp, note.stats)
         if known is None:
-            index_shard(shard, num_classes)  # at once, since the shard may be evicted
+            index_shard(shard, reading)  # at once, since the shard may be evicted
             with lock:
                 num_fetched += 1
                 bar.update(num_fetched)
@@ -70,30 +72,35 @@ def find_shards(places: Sequence[tuple[str, str]], num_classes: int, title: str)
     return _in_threads(find, places) if num_unknown else [find(given) for given in places]
 
 
-def open_index(shards: Sequence[Shard], num_classes: int, title: str) -> TarIndex:
+def open_index(shards: Sequence[Shard], reading: Reading, title: str) -> TarIndex:
     """The index of a set of shards: loaded from the cache, or made from the indexes of its shards.
 
-    num_classes: labels from this number on are bad; 0: all labels are good. Raises DataError for a shard that cannot
+    Raises DataError for a shard that cannot
     be read or has not as many images as its `_stats.json` says.
     """
     if sum(shard.size for shard in shards if shard.fresh) > WAIT_BYTES:
         time.sleep(FRESH_SECONDS)
         shards = [replace(shard, fresh=False) for shard in shards]
     folder = None if any(shard.fresh for shard in shards) else index_folder()
-    key = index_key("set", [(shard.key(num_classes), shard.stats) for shard in shards])
+    key = index_key("set", [(shard.key(reading), shard.stats) for shard in shards])
     if folder and (index := load_index(folder, key, shards)):
         return index
-    indexes = _Work(title, shards, num_classes).run()
+    indexes = _Work(title, shards, reading).run()
     for shard, index in zip(shards, indexes, strict=True):
         check_stats(shard, index)
-    return indexes[0] if len(indexes) == 1 else save_index(folder, key, join_columns(indexes))
+        index.columns.release()  # a set can have more shards than files may be open
+
+    def read(number: int, offset: int, size: int) -> bytes:
+        return read_extent(shards[number], shards[number].stem, offset, size)
+
+    return save_index(folder, key, join_columns(indexes, read))
 
 
 class _Work:
     """The indexing of those shards of a set whose indexes the cache does not hold."""
 
-    def __init__(self, title: str, shards: Sequence[Shard], num_classes: int) -> None:
-        self.title, self.shards, self.num_classes = title, shards, num_classes
+    def __init__(self, title: str, shards: Sequence[Shard], reading: Reading) -> None:
+        self.title, self.shards, self.reading = title, shards, reading
         self._start = time.monotonic()
         self._indexes: dict[int, TarIndex] = {}
         self._num_missing = self._num_done = 0
@@ -103,8 +110,8 @@ class _Work:
     def run(self) -> list[TarIndex]:
         """The index of each shard; the first error ends the work."""
         for number, shard in enumerate(self.shards):
-            if index := load_shard_index(shard, self.num_classes):
-                self._indexes[number] = index
+            if index := load_shard_index(shard, self.reading):
+                self._keep(number, index)
         missing = [number for number in range(len(self.shards)) if number not in self._indexes]
         self._start, self._num_missing = time.monotonic(), len(missing)
         far = [number for number in missing if remote.is_address(self.shards[number].place)]
@@ -130,7 +137,7 @@ class _Work:
         import joblib  # here, since it takes 20 ms that most commands can do without
         from joblib.externals.loky import get_reusable_executor
 
-        tasks = (joblib.delayed(_store_index)(n, self.shards[n], self.num_classes) for n in numbers)
+        tasks = (joblib.delayed(_store_index)(n, self.shards[n], self.reading) for n in numbers)
         num_jobs = min(joblib.cpu_count(), max(len(numbers), 1))
         try:
             pool = joblib.Parallel(
@@ -143,8 +150,12 @@ class _Work:
         finally:
             get_reusable_executor().shutdown()  # else the processes would stay for minutes
 
+    def _keep(self, number: int, index: TarIndex) -> None:
+        index.columns.release()  # a set can have more shards than files may be open
+        self._indexes[number] = index
+
     def _index(self, number: int) -> None:
-        self._indexes[number] = index_shard(self.shards[number], self.num_classes)
+        self._keep(number, index_shard(self.shards[number], self.reading))
         with self._lock:
             self._num_done += 1
             if self._bar is None and time.monotonic() - self._start > PARALLEL_AFTER_SECONDS:
@@ -153,9 +164,9 @@ class _Work:
                 self._bar.update(self._num_done)
 
 
-def _store_index(number: int, shard: Shard, num_classes: int) -> int:
+def _store_index(number: int, shard: Shard, reading: Reading) -> int:
     """Leaves the index of a shard in the cache, and returns the shard's number; runs in another process."""
-    index_shard(shard, num_classes)
+    index_shard(shard, reading)
     return number
 
 

@@ -1,0 +1,81 @@
+"""Finds samples whose images have equal bytes: they are one image for the split and for evaluation.
+
+Images of different sizes cannot be equal. Of those with equal sizes a few bytes from the middle are compared, and only
+where these agree the whole files are read.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from threetowers.errors import BadSample
+from threetowers.progress import Progress
+
+MIDDLE_BYTES = 512
+"""Of an image, by which most images of equal size differ: at the ends there are headers and padding."""
+QUIET_SECONDS = 2.0
+"""Work that takes less time shows no progress."""
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, so that different sizes stay different
+
+
+def middle(size: int) -> tuple[int, int]:
+    """Offset and number of the bytes that `middle_key` takes from an image of `size` bytes."""
+    return max(size - MIDDLE_BYTES, 0) // 2, min(size, MIDDLE_BYTES)
+
+
+def middle_key(data: bytes | memoryview) -> int:
+    """A 64-bit hash of the middle of an image's bytes. data: the whole image, or its middle alone."""
+    start, length = middle(len(data))
+    return int.from_bytes(hashlib.blake2b(data[start : start + length], digest_size=8).digest(), "little")
+
+
+def of_equal_size(sizes: np.ndarray) -> np.ndarray:
+    """The samples whose images have the size of another's, ascending; int64."""
+    _, inverse, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+    return np.flatnonzero(counts[inverse] > 1)
+
+
+def find_copies(
+    sizes: np.ndarray,
+    middles: Callable[[np.ndarray], np.ndarray],
+    read: Callable[[int], bytes | memoryview],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The samples with the image of an earlier sample, ascending, and the first sample with that image; both int64 [m].
+
+    sizes: of the images in bytes, [n]. middles: the `middle_key` of the images of some samples, uint64. read: the bytes
+    of an image. An image for which it raises BadSample is nobody's copy.
+
+        images = [b"abc", b"abc", b"other"]
+        find_copies(np.array([3, 3, 5]), lambda some: np.zeros(len(some), np.uint64), images.__getitem__)
+        # (array([1]), array([0]))
+    """
+    samples = of_equal_size(sizes)
+    mixed = middles(samples) ^ (sizes[samples].astype(np.uint64) * _SPREAD)
+    _, inverse, counts = np.unique(mixed, return_inverse=True, return_counts=True)
+    samples = samples[counts[inverse] > 1]
+    copies: list[int] = []
+    firsts: list[int] = []
+    seen: dict[bytes, int] = {}
+    bar, start = Progress("comparing images of equal size", len(samples), "images"), time.monotonic()
+    for done, index in enumerate(samples.tolist(), 1):
+        if time.monotonic() - start > QUIET_SECONDS:
+            bar.update(done)
+        try:
+            digest = hashlib.blake2b(read(index), digest_size=16).digest()
+        except BadSample:
+            continue
+        first = seen.setdefault(digest, index)
+        if first != index:
+            copies.append(index)
+            firsts.append(first)
+    return np.array(copies, np.int64), np.array(firsts, np.int64)
+
+
+def describe_copies(num_copies: int) -> str:
+    """What `layout` says about copies; empty when there are none."""
+    if not num_copies:
+        return ""
+    samples = "1 sample repeats" if num_copies == 1 else f"{num_copies:,} samples repeat"
+    return f", {samples} the image of another (equal images stay in one part and count once in evaluation)"
