@@ -121,12 +121,12 @@ def test_images_that_differ_in_few_bytes_are_different(tmp_path: Path) -> None:
     """Size and middle are equal, so that only the whole content tells."""
     files = []
     for value in range(4):
-        data = bytearray(Image.new("RGB", (64, 64)).tobytes())
-        data[0] = value
+        pixels = np.zeros((64, 64, 3), np.uint8)
+        pixels[0, 0] = value
         buffer = io.BytesIO()
-        Image.frombytes("RGB", (64, 64), bytes(data)).save(buffer, "BMP")
+        Image.fromarray(pixels).save(buffer, "BMP")
         files.append(buffer.getvalue())
-    members = {}
+    members: dict[str, bytes] = {}
     for i, data in enumerate([*files, files[0]]):
         members |= {f"{i}.bmp": data, f"{i}.txt": b"words"}
     source = open_source(str(tar(tmp_path / "set.tar", members)))
@@ -137,7 +137,7 @@ def test_images_that_differ_in_few_bytes_are_different(tmp_path: Path) -> None:
 
 
 def test_keys_with_dots_are_samples_of_their_own(tmp_path: Path) -> None:
-    members = {}
+    members: dict[str, bytes] = {}
     for i in range(40):
         members |= {f"day/DSC.{i:04d}.JPG": picture(i), f"day/DSC.{i:04d}.txt": f"thing {i}".encode()}
         members |= {f"v1.5/{i}.png": picture(50 + i), f"v1.5/{i}.txt": b"plain"}
@@ -170,7 +170,7 @@ def test_every_lost_sample_is_a_problem_with_a_short_message(tmp_path: Path) -> 
 
 
 def test_of_two_images_the_one_that_open_clip_reads_is_used(tmp_path: Path) -> None:
-    members = {}
+    members: dict[str, bytes] = {}
     for i in range(4):
         members |= {f"{i}.png": picture(9), f"{i}.jpg": picture(i, "JPEG"), f"{i}.txt": b"words"}
     source = open_source(str(tar(tmp_path / "set.tar", members)))
@@ -208,7 +208,7 @@ def test_the_caption_beside_the_image_comes_before_the_one_in_the_json(tmp_path:
 
 
 def test_captions_under_another_key_of_the_json(tmp_path: Path) -> None:
-    members = {}
+    members: dict[str, bytes] = {}
     for i in range(3):
         document = {"url": "x", "blip2": f"thing {i}", "llava": ["long", "longer"]}
         members |= {f"{i}.png": picture(i), f"{i}.json": json.dumps(document).encode()}

@@ -45,7 +45,7 @@ def find_copies(
     """The samples with the image of an earlier sample, ascending, and the first sample with that image; both int64 [m].
 
     sizes: of the images in bytes, [n]. middles: the `middle_key` of the images of some samples, uint64. read: the bytes
-    of an image. An image for which it raises BadSample is nobody's copy.
+    of an image. An image for which it raises BadSample or OSError is nobody's copy.
 
         images = [b"abc", b"abc", b"other"]
         find_copies(np.array([3, 3, 5]), lambda some: np.zeros(len(some), np.uint64), images.__getitem__)
@@ -64,7 +64,7 @@ def find_copies(
             bar.update(done)
         try:
             digest = hashlib.blake2b(read(index), digest_size=16).digest()
-        except BadSample:
+        except (BadSample, OSError):
             continue
         first = seen.setdefault(digest, index)
         if first != index:

@@ -27,8 +27,6 @@ _DTYPES: dict[str, "np.dtype[Any]"] = {
     "I32": np.dtype("<i4"),
     "U8": np.dtype("u1"),
 }
-_MAPPED = ("_data", "_views", "_starts", "_sums", "_checked")
-"""The attributes of `Columns` that hold a mapped file or say what was found in it."""
 _CODES = {"I64": "q", "U64": "Q", "I32": "i", "U8": "B"}
 
 
@@ -104,7 +102,7 @@ class Columns:
                 np.memmap(place, np.uint8, "r") if isinstance(place, Path) else np.frombuffer(place, np.uint8)
             )
         except OSError as error:
-            raise DataError(f"{place}: it cannot be read: {error.strerror or error}") from error
+            raise DataError(f"{place!s}: it cannot be read: {error.strerror or error}") from error
         except ValueError as error:  # numpy cannot map an empty file
             raise self._damaged(str(error)) from error
         whole = memoryview(raw)  # type: ignore[arg-type]
@@ -120,7 +118,7 @@ class Columns:
             if not valid or max([0, *(end for _, end in bounds.values())]) != self._data.nbytes:
                 raise ValueError("of another version, about other data or cut short")
             self._starts = {name: start for name, (start, _) in bounds.items()}
-            self._views = {
+            self._views: dict[str, memoryview[int]] = {
                 name: self._data[slice(*bounds[name])].cast(_CODES[entry["dtype"]])  # type: ignore[call-overload]
                 for name, entry in header.items()
             }
@@ -137,18 +135,10 @@ class Columns:
     def release(self) -> None:
         """Unmaps the file, once no array of it is in use; it is mapped again, and verified again, when it is needed."""
         if isinstance(self.place, Path):
-            for name in _MAPPED:
-                vars(self).pop(name, None)
-
-    def __getattr__(self, name: str) -> Any:
-        """What `release` took away; other attributes are found without this method."""
-        if name not in _MAPPED:
-            raise AttributeError(name)
-        self._open(self.place, self.key)
-        return vars(self)[name]
+            self._views, self._data = _Unmapped(self), memoryview(b"")
 
     def names(self) -> set[str]:
-        return set(self._views)
+        return set(self._starts)
 
     def length(self, name: str) -> int:
         return len(self._views[name])
@@ -187,6 +177,17 @@ class Columns:
     def _damaged(self, what: str) -> DataError:
         name = self.place if isinstance(self.place, Path) else "an index in memory"
         return DataError(f"{name}: {what}. Delete this file and start again: it is made anew")
+
+
+class _Unmapped(dict[str, "memoryview[int]"]):
+    """The views of columns whose file is not mapped: the first that is asked for maps it."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+
+    def __missing__(self, name: str) -> "memoryview[int]":
+        self._columns._open(self._columns.place, self._columns.key)
+        return self._columns._views[name]
 
 
 def pack_columns(key: str, columns: Mapping[str, Column]) -> bytes:

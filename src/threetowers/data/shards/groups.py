@@ -20,6 +20,7 @@ from threetowers.errors import BadSample
 
 PREFERRED_ENDINGS = ("jpg", "png", "jpeg", "webp")
 """Which image of a sample is used, in open_clip's order; after these come other endings in the order of the shard."""
+_RANKS = {ending: rank for rank, ending in enumerate(PREFERRED_ENDINGS)}
 CAPTION_KEYS = (
     "captions",
     "caption",
@@ -80,12 +81,9 @@ class _Group:
 
     def image(self) -> _Image | None:
         """The image that is used."""
-
-        def rank(image: _Image) -> int:
-            known = image.ending in PREFERRED_ENDINGS
-            return PREFERRED_ENDINGS.index(image.ending) if known else len(PREFERRED_ENDINGS)
-
-        return min(self.images, key=rank, default=None)
+        if len(self.images) < 2:
+            return self.images[0] if self.images else None
+        return min(self.images, key=lambda image: _RANKS.get(image.ending, len(_RANKS)))
 
     def add(self, file: int, member: Member, ending: str, digest: Callable[[bytes], None]) -> None:
         """Adds a member of the open shard `file`; `digest` is called with the content of a text."""
@@ -117,7 +115,7 @@ def read_groups(name: str, file: int, stem: str) -> "TarGroups":
         if not key:
             continue  # a hidden file, as macOS puts one beside each file
         groups.setdefault(key, _Group()).add(file, member, ending, digest.update)
-        if ending.rpartition(".")[0] and ending.rpartition(".")[2] in IMAGE_ENDINGS + _TEXT_ENDINGS:
+        if "." in ending and ending.rpartition(".")[2] in IMAGE_ENDINGS + _TEXT_ENDINGS:
             dotted.append((key, member))
     if dotted:
         _separate(groups, dotted, file, digest.update)
@@ -232,10 +230,11 @@ def _captions(texts: Mapping[str, bytes], reading: Reading) -> tuple[tuple[str, 
     bad_beside = False
     if "txt" in texts and not reading.caption_keys:
         beside, bad_beside = clean_captions(decode_text(texts["txt"]).split("\n"))
-    agree = set(beside) <= set(within) or " ".join(beside) in within
-    if within and beside and not agree:
+    captions, bad = beside, bad_beside
+    if within and (set(beside) <= set(within) or " ".join(beside) in within):
+        captions, bad = within, bad_within
+    elif within and beside:
         problems.append(("captions differ", "the .txt is used, the json has another caption; "))
-    captions, bad = (within, bad_within) if within and agree else (beside, bad_beside)
     return captions, problems + [("caption is not UTF-8", "")] * bad
 
 
@@ -244,6 +243,8 @@ def _captions_of_json(document: Mapping[str, Any], keys: tuple[str, ...]) -> tup
     found: list[str] = []
     damaged = False
     for key in keys or CAPTION_KEYS:
+        if key not in document:
+            continue
         captions, bad = clean_captions(cell_texts(document.get(key)))
         found += captions
         damaged |= bad and bool(captions)

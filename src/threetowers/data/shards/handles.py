@@ -7,7 +7,6 @@ from functools import lru_cache
 from threetowers.data.shards.index import Shard
 from threetowers.data.shards.remote import is_address, redacted
 from threetowers.data.shards.tar import OpenFile
-from threetowers.errors import BadSample
 
 _LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _ALLOWED = _LIMIT if 0 < _LIMIT < 1 << 20 else 1 << 20
@@ -26,18 +25,17 @@ def _open_remote(shard: Shard) -> OpenFile:
     return shard.open()
 
 
-def read_extent(shard: Shard, id: str, offset: int, size: int) -> bytes:
-    """The bytes of an image in a shard; id: of its sample. Raises BadSample when they cannot be read."""
-    place = redacted(shard.place)
+def read_extent(shard: Shard, offset: int, size: int) -> bytes:
+    """The bytes of an image in a shard; raises OSError that names the shard when they cannot be read."""
     if not (offset >= 0 and 0 < size <= shard.size - offset):
         detail = f"its index points to {size} bytes at {offset} of {shard.size}"
-        raise BadSample(id, "unreadable", f"{place}: {detail}")
+        raise OSError(f"{redacted(shard.place)}: {detail}")
     try:
         # The name keeps the file open while it is read, when another thread pushes it out of the cache.
         file = _open_remote(shard) if is_address(shard.place) else _open_local(shard)
         data = os.pread(file.number, size, offset)
     except OSError as error:
-        raise BadSample(id, "unreadable", f"{place}: {error}") from error
+        raise OSError(f"{redacted(shard.place)}: {error}") from error
     if len(data) != size:
-        raise BadSample(id, "unreadable", f"{place}: {len(data)} of {size} bytes")
+        raise OSError(f"{redacted(shard.place)}: {len(data)} of {size} bytes")
     return data

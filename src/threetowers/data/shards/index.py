@@ -302,7 +302,7 @@ def _column(dtype: str, values: np.ndarray) -> Column:
 def join_columns(indexes: Sequence[TarIndex], read: Callable[[int, int, int], bytes]) -> dict[str, Column]:
     """The columns of a set, made from the indexes of its shards with few of them in memory at a time.
 
-    read: the image at an offset in bytes and of a size in a shard, given by its number; raises BadSample.
+    read: the image at an offset in bytes and of a size in a shard, given by its number; raises OSError.
     """
     parts = [index.columns for index in indexes]
 

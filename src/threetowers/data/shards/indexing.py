@@ -91,7 +91,7 @@ def open_index(shards: Sequence[Shard], reading: Reading, title: str) -> TarInde
         index.columns.release()  # a set can have more shards than files may be open
 
     def read(number: int, offset: int, size: int) -> bytes:
-        return read_extent(shards[number], shards[number].stem, offset, size)
+        return read_extent(shards[number], offset, size)
 
     return save_index(folder, key, join_columns(indexes, read))
 

@@ -9,7 +9,7 @@ one above. Nothing in a shard is executed: there is no pickle and no `pipe:`, an
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import overload
 
@@ -80,13 +80,17 @@ class ShardSource:
 
     def record(self, index: int) -> Record:
         index = range(len(self))[index]
-        first = self.index.first(index)
-        image_id = "" if first == index else self._id(first)
-        return Record(self._id(index), self.index.captions(index), self.index.label(index), image_id)
+        record = Record(self._id(index), self.index.captions(index), self.index.label(index))
+        if self.index.num_copies and (first := self.index.first(index)) != index:
+            return replace(record, image_id=self._id(first))
+        return record
 
     def image(self, index: int) -> bytes:
         index = range(len(self))[index]
-        return read_extent(self._shard(index), self._id(index), *self.index.extent(index))
+        try:
+            return read_extent(self._shard(index), *self.index.extent(index))
+        except OSError as error:
+            raise BadSample(self._id(index), "unreadable", str(error)) from error
 
     def image_sizes(self) -> np.ndarray:
         return self.index.columns.array("sizes")
