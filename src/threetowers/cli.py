@@ -16,6 +16,7 @@ from threetowers.commands.arguments import (
     EmbedArguments,
     PretrainArguments,
     TrainArguments,
+    ValidateArguments,
     parse,
     run_arguments,
     run_folder,
@@ -205,12 +206,12 @@ def _convert(words: list[str]) -> int:
 
 def _validate(words: list[str]) -> int:
     """check a run in seconds, train nothing: threetowers validate PRESET|FILE.toml [the flags of train]"""
-    name, arguments = run_arguments(TrainArguments, words, "validate")
+    name, arguments = run_arguments(ValidateArguments, words, "validate")
     out = run_folder(name, arguments)
 
     from threetowers.commands.validate import validate
 
-    for line in validate(arguments.run, out):
+    for line in validate(arguments.run, out, near=arguments.near_copies):
         print(line, flush=True)
     return 0
 

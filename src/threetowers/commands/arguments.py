@@ -88,6 +88,16 @@ class TrainArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidateArguments(TrainArguments):
+    """Check a run without training. Precedence: preset, then file, then flags."""
+
+    near_copies: Annotated[
+        bool,
+        tyro.conf.arg(help="Look for test images that are nearly equal to training images; decodes all."),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareArguments:
     """Train and evaluate several methods on equal terms, and write report.html. Run again, it continues."""
 
@@ -142,7 +152,7 @@ class EmbedArguments:
     device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or cuda:1.")] = "auto"
 
 
-A = TypeVar("A", TrainArguments, CompareArguments)
+A = TypeVar("A", TrainArguments, ValidateArguments, CompareArguments)
 
 
 def run_arguments(kind: type[A], words: list[str], verb: str) -> tuple[str, A]:

@@ -20,6 +20,7 @@ from threetowers.config import RunConfig
 from threetowers.data.decode import decode
 from threetowers.data.loader import Batch, BatchReader
 from threetowers.data.order import Order, hash64
+from threetowers.data.overlap import describe_near_copies, describe_overlap, near_copies
 from threetowers.data.source import Source
 from threetowers.data.transforms import fixed_view
 from threetowers.errors import BadSample, CheckpointError, DataError, NonFiniteError, UsageError
@@ -37,8 +38,9 @@ CPU_BATCH = 64  # samples of the step on a CPU, where a large batch takes minute
 STEPS = 3  # the first one warms up
 
 
-def validate(config: RunConfig, folder: Path) -> Iterator[str]:
-    """The findings, line by line; the last one is `valid`. folder: where the run would be.
+def validate(config: RunConfig, folder: Path, *, near: bool = False) -> Iterator[str]:
+    """The findings, line by line; the last one is `valid`. folder: where the run would be. near: look for test images
+    that are nearly equal to training images, for which every image is decoded.
 
     Raises what training would raise: UsageError, DataError, CheckpointError, NonFiniteError.
     """
@@ -51,6 +53,9 @@ def validate(config: RunConfig, folder: Path) -> Iterator[str]:
     yield from _images(config, [train, val, test])
     setup = assemble(config, folder)
     yield from _captions(setup)
+    yield from describe_overlap(train, test)
+    if near:
+        yield from describe_near_copies(near_copies(train, test), len(test))
     yield from _towers(setup)
     try:
         yield from _step(setup)

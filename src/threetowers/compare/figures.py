@@ -15,6 +15,7 @@ from threetowers.compare.machine import machine
 from threetowers.compare.runs import PRIMARY, Job, Trials, named_thirds
 from threetowers.compare.showcase import identical_without_third, inference_rate, showcase
 from threetowers.config import CompareConfig, RunConfig
+from threetowers.data.overlap import shared_captions
 from threetowers.evaluate.combine import Pair, Sweep, combine, sweep
 from threetowers.evaluate.retrieval import Ranks, System, ranks_from_features
 from threetowers.evaluate.statistics import bootstrap_interval, t_interval
@@ -85,6 +86,7 @@ def collect(
             "num_train": len(train),
             "num_val": len(val),
             "num_test": len(test),
+            "shared_captions": f"{shared_captions(train, test):.1%}",
             "primary": f"retrieval/{PRIMARY}",
         },
         "methods": [

@@ -6,10 +6,11 @@ where these agree the whole files are read.
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from threetowers.data.source import Source
 from threetowers.errors import BadSample
 from threetowers.progress import Progress
 
@@ -17,6 +18,8 @@ MIDDLE_BYTES = 512
 """Of an image, by which most images of equal size differ: at the ends there are headers and padding."""
 QUIET_SECONDS = 2.0
 """Work that takes less time shows no progress."""
+Place = tuple[int, int]
+"""The number of a source in a list, and of a sample in it."""
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, so that different sizes stay different
 
 
@@ -71,6 +74,35 @@ def find_copies(
             copies.append(index)
             firsts.append(first)
     return np.array(copies, np.int64), np.array(firsts, np.int64)
+
+
+def equal_images(sources: Sequence[Source]) -> dict[Place, Place]:
+    """Where the image of an earlier sample is, for every sample whose image comes before in these sources."""
+    sizes = [source.image_sizes() for source in sources]
+    ends = np.cumsum(list(map(len, sizes)))
+    starts = ends - list(map(len, sizes))
+
+    def places(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        numbers = ends.searchsorted(samples, "right")
+        return numbers, samples - starts[numbers]
+
+    def read(sample: int) -> bytes:
+        number, index = places(np.array(sample))
+        return sources[int(number)].image(int(index))
+
+    found = find_copies(np.concatenate(sizes), lambda some: middles_of(sources, *places(some)), read)
+    copies, firsts = (zip(*map(np.ndarray.tolist, places(samples)), strict=True) for samples in found)
+    return dict(zip(copies, firsts, strict=True))
+
+
+def middles_of(sources: Sequence[Source], numbers: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """The `middle_key` of the images at these places, uint64."""
+    middles = np.zeros(len(numbers), np.uint64)
+    for number, source in enumerate(sources):
+        own = numbers == number
+        if own.any():
+            middles[own] = source.image_middles(indices[own])
+    return middles
 
 
 def describe_copies(num_copies: int) -> str:

@@ -46,6 +46,7 @@ _SETTINGS = {
     "num_train": "training images",
     "num_val": "validation images",
     "num_test": "test images",
+    "shared_captions": "test captions that are training captions too",
     "primary": "primary metric",
 }
 DRAWN = ("baseline", "lit", "3t")

@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 
 from threetowers.config import did_you_mean, read_toml
-from threetowers.data.copies import describe_copies, find_copies
+from threetowers.data.copies import Place, describe_copies, equal_images, middles_of
 from threetowers.data.formats.hf_datasets import PREFIX
 from threetowers.data.order import hash64
 from threetowers.data.source import ANY_COLUMNS, ColumnNames, Format, Opener, Record, Source
@@ -30,10 +30,6 @@ from threetowers.errors import BadSample, DataError, UsageError
 MAX_WEIGHT = 1000.0
 T = TypeVar("T")
 _KEYS = ("path", "weight", "image_column", "caption_columns")
-
-
-_Place = tuple[int, int]
-"""The number of a source in a list, and of a sample in it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class MixedSource:
     class_names: Sequence[str] = ()
     templates: Sequence[str] = ()
     fingerprint: str = ""
-    image_ids: Mapping[_Place, str] = field(default_factory=dict)
+    image_ids: Mapping[Place, str] = field(default_factory=dict)
     # Of each sample: the number of its source, its index there, and how often it has come before.
     _source: "array[int]" = field(default_factory=lambda: array("i"))
     _index: "array[int]" = field(default_factory=lambda: array("q"))
@@ -97,7 +93,7 @@ class MixedSource:
 
     def image_middles(self, indices: np.ndarray) -> np.ndarray:
         numbers, own = np.array(self._source)[indices], np.array(self._index)[indices]
-        return _middles(self.sources, numbers, own)
+        return middles_of(self.sources, numbers, own)
 
     def _add(self, number: int, index: int, num_visits: int) -> None:
         for visit in range(num_visits):
@@ -127,7 +123,7 @@ def open_mix(path: str, opener: Opener) -> MixedSource:
     sources = [_opened(opener.open, path, number, entry) for number, entry in enumerate(entries, 1)]
     prefixes = _prefixes([source.name for source in sources])
     return _mixed(
-        path, "", sources, entries, prefixes, _image_ids(_equal_images(sources), sources, prefixes, 0)
+        path, "", sources, entries, prefixes, _image_ids(equal_images(sources), sources, prefixes, 0)
     )
 
 
@@ -146,7 +142,7 @@ def split_mix(path: str, opener: Opener) -> dict[str, Source]:
     )
     train, val, test = ([each[part] for each in parts] for part in range(3))
     every = [*test, *val, *train]
-    equal = _equal_images(every)
+    equal = equal_images(every)
 
     def part(label: str, sources: list[Source], place: int, *, weighted: bool) -> MixedSource:
         first = place * len(parts)
@@ -165,41 +161,12 @@ def split_mix(path: str, opener: Opener) -> dict[str, Source]:
     }
 
 
-def _equal_images(sources: Sequence[Source]) -> dict[_Place, _Place]:
-    """Where the image of an earlier sample is, for every sample whose image comes before in these sources."""
-    sizes = [source.image_sizes() for source in sources]
-    ends = np.cumsum(list(map(len, sizes)))
-    starts = ends - list(map(len, sizes))
-
-    def places(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        numbers = ends.searchsorted(samples, "right")
-        return numbers, samples - starts[numbers]
-
-    def read(sample: int) -> bytes:
-        number, index = places(np.array(sample))
-        return sources[int(number)].image(int(index))
-
-    found = find_copies(np.concatenate(sizes), lambda some: _middles(sources, *places(some)), read)
-    copies, firsts = (zip(*map(np.ndarray.tolist, places(samples)), strict=True) for samples in found)
-    return dict(zip(copies, firsts, strict=True))
-
-
-def _middles(sources: Sequence[Source], numbers: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """The `middle_key` of the images at these places, uint64."""
-    middles = np.zeros(len(numbers), np.uint64)
-    for number, source in enumerate(sources):
-        own = numbers == number
-        if own.any():
-            middles[own] = source.image_middles(indices[own])
-    return middles
-
-
 def _image_ids(
-    equal: Mapping[_Place, _Place], sources: Sequence[Source], prefixes: Sequence[str], first: int
-) -> dict[_Place, str]:
+    equal: Mapping[Place, Place], sources: Sequence[Source], prefixes: Sequence[str], first: int
+) -> dict[Place, str]:
     """The id of the first sample with the same image, for those of the sources that begin with number `first`."""
 
-    def id_of(place: _Place) -> str:
+    def id_of(place: Place) -> str:
         number, index = place
         return f"{prefixes[number % len(prefixes)]}/{sources[number].record(index).id}"
 
@@ -225,8 +192,8 @@ def _mixed(
     sources: list[Source],
     entries: list[MixEntry],
     prefixes: list[str],
-    image_ids: Mapping[_Place, str],
-    held_out: Set[_Place] = frozenset(),
+    image_ids: Mapping[Place, str],
+    held_out: Set[Place] = frozenset(),
     *,
     weighted: bool = False,
 ) -> MixedSource:
