@@ -13,10 +13,11 @@ from torch import Tensor
 
 from threetowers.errors import DataError, UsageError
 from threetowers.evaluate.encode import EvaluationData
+from threetowers.evaluate.ranks import both_ranks, weighted_sum
 from threetowers.evaluate.result import Result, percentages
 
 BLOCK = 256
-"""Queries scored at a time; memory is O(BLOCK × candidates)."""
+"""Images scored at a time."""
 METRICS = ("i2t_r@1", "i2t_r@5", "i2t_r@10", "t2i_r@1", "t2i_r@5", "t2i_r@10", "mean_r@1")
 """The names that `recalls` returns by default."""
 
@@ -110,15 +111,10 @@ def combined_ranks(
     for place, system in enumerate(systems):
         where = f"system {place}: " if len(systems) > 1 else ""
         _check_system(system, systems[0], text_image, where)
-    image_id = torch.arange(len(systems[0].image))
     text_id = text_image.cpu()
     captioned = torch.unique(text_id)
-    i2t = weighted_ranks(
-        [(s.image[captioned.to(s.image.device)], s.text) for s in systems],
-        weightings, captioned, text_id, block,
-    )  # fmt: skip
-    t2i = weighted_ranks([(s.text, s.image) for s in systems], weightings, text_id, image_id, block)
-    return [Ranks(a, b, captioned, text_id) for a, b in zip(i2t, t2i, strict=True)]
+    i2t, t2i = both_ranks(systems, weightings, text_id, block)
+    return [Ranks(a[captioned], b, captioned, text_id) for a, b in zip(i2t, t2i, strict=True)]
 
 
 @torch.no_grad()
@@ -142,7 +138,7 @@ def weighted_ranks(
         rows = slice(start, start + block)
         scores = [_scores(queries[rows], candidates) for queries, candidates in systems]
         right = (query_id[rows, None] == candidate_id).nonzero(as_tuple=True)
-        combined = (_weighted_sum(scores, weights) for weights in weightings)
+        combined = (weighted_sum(scores, weights) for weights in weightings)
         parts.append(torch.stack([_wrong_ahead(score, *right) for score in combined]).cpu())
     return torch.cat(parts, dim=1)
 
@@ -198,14 +194,6 @@ def _scores(queries: Tensor, candidates: Tensor) -> Tensor:
     allowed): equal vectors would get different scores, and ties would be lost.
     """
     return (queries @ candidates.T).float()
-
-
-def _weighted_sum(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum with every product and sum rounded: a fused multiply-add in some lanes would break ties."""
-    total = weights[0] * scores[0]
-    for score, weight in zip(scores[1:], weights[1:], strict=True):
-        total += weight * score
-    return total
 
 
 def _wrong_ahead(scores: Tensor, row: Tensor, column: Tensor) -> Tensor:
