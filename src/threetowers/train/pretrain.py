@@ -12,7 +12,6 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from threetowers.config import PretrainConfig
 from threetowers.data.decode import decode
@@ -21,6 +20,7 @@ from threetowers.data.open import splits
 from threetowers.data.order import Order, hash64
 from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
+from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError, UsageError
 from threetowers.files import disk_errors, write_whole
 from threetowers.progress import Progress
@@ -75,7 +75,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
 
 
 class _Labelled:
-    """Batches of augmented pixels uint8 [B, 3, H, W] and labels int64 [B]; a DataLoader's dataset."""
+    """Batches of augmented pixels uint8 [B, 3, H, W] and labels int64 [B], by positions."""
 
     def __init__(self, source: Source, order: Order, config: PretrainConfig) -> None:
         self.source, self.order, self.config = source, order, config
@@ -107,12 +107,8 @@ def _fit(
 ) -> None:
     order = Order(config.seed, len(train), config.batch_size)
     optimizer = adamw(model, config.optim)
-    loader: DataLoader[tuple[Tensor, Tensor, list[BadSample]]] = DataLoader(
-        _Labelled(train, order, config),  # type: ignore[arg-type]
-        sampler=list(order.batches(0, config.steps)),
-        batch_size=None,
-        num_workers=config.inputs.workers,
-    )
+    steps = list(order.batches(0, config.steps))
+    loader = read_ahead(_Labelled(train, order, config), steps, config.inputs.workers, name=train.name)
     bar = Progress(f"pretraining {config.model} on {config.data}", config.steps, "steps")
     model.train()
     for step, (pixels, labels, problems) in enumerate(loader):
