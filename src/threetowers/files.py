@@ -47,7 +47,12 @@ def writing_aside(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """As `replacing`, for writers that take a path: the block writes to the path that it is given."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
+        temporary.touch()
+        mode = (
+            temporary.stat().st_mode
+        )  # as the umask says; some libraries write files that only their owner may read
         yield temporary
+        temporary.chmod(mode)
         if sync:
             sync_to_disk(temporary)
         temporary.replace(path)

@@ -22,7 +22,7 @@ from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError, UsageError
-from threetowers.files import disk_errors, write_whole
+from threetowers.files import disk_errors, write_whole, writing_aside
 from threetowers.progress import Progress
 from threetowers.run.allocator import keep_freed_memory
 from threetowers.run.setup import pick_device, world
@@ -163,5 +163,6 @@ def _save(model: nn.Module, config: PretrainConfig, folder: Path) -> None:
     with disk_errors(unfinished):
         save_for_hf(model, str(unfinished), safe_serialization=True)
     for name in ("model.safetensors", "config.json"):
-        (unfinished / name).replace(folder / name)
+        with writing_aside(folder / name) as temporary:
+            (unfinished / name).replace(temporary)
     shutil.rmtree(unfinished)
