@@ -18,11 +18,14 @@ from torch import Tensor
 
 from threetowers.config import RunConfig, as_plain, read_config
 from threetowers.errors import BadSample, CheckpointError, DataError
+from threetowers.train import checkpoint
 
 MAY_DIFFER = {
-    "log_every_steps", "keep_checkpoints", "inputs.workers", "checkpoint_every_steps", "background_saves",
+    "log_every_steps", "keep_checkpoints", "inputs.workers", "checkpoint_every_steps", "background_saves", "classes",
+    "inputs.max_bad_share",
 }  # fmt: skip
-"""Keys that change neither what is seen nor what is computed, so a run may continue with others."""
+"""Keys that change neither what is seen nor what is computed, so a run may continue with others. So may
+`eval_every_steps`, where no `keep_best` chooses among the validations."""
 
 
 class StopRequest:
@@ -171,13 +174,37 @@ class BadSamples:
         return {f"data/bad/{reason}": count for reason, count in sorted(self._reasons.items())}
 
 
-def differing_keys(path: Path, config: RunConfig) -> list[str]:
-    """The keys, as `key: there → here`, in which a run folder's config.toml and a configuration differ."""
-    there, here = _flat(as_plain(read_config(path))), _flat(as_plain(config))
+def holds_run(folder: Path, config: RunConfig) -> bool:
+    """Whether the folder holds a run of this configuration, finished or not.
+
+    A first try that failed before its first checkpoint is none. Raises CheckpointError for a run with other settings.
+    """
+    path = folder / "config.toml"
+    claimed = (folder / "model.json").is_file() or bool(checkpoint.checkpoints(folder / "checkpoints"))
+    if not (path.is_file() and claimed):
+        return False
+    differing = differing_keys(path, config)
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds a run with other settings ({', '.join(differing)}). Give another --out, "
+            "or --fresh to replace it"
+        )
+    return True
+
+
+def differing_keys(path: Path, config: RunConfig, *, all_keys: bool = False) -> list[str]:
+    """The keys, as `key: there → here`, in which a run folder's config.toml and a configuration differ.
+
+    all_keys: also those that may differ in a run that continues.
+    """
+    before = read_config(path)
+    there, here = _flat(as_plain(before)), _flat(as_plain(config))
+    chooses = before.keep_best is not None or config.keep_best is not None
+    may_differ = MAY_DIFFER if chooses else MAY_DIFFER | {"eval_every_steps"}
     return [
         f"{key}: {there.get(key)!r} → {here.get(key)!r}"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and key not in MAY_DIFFER
+        if there.get(key) != here.get(key) and (all_keys or key not in may_differ)
     ]
 
 
