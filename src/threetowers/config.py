@@ -254,7 +254,7 @@ def check(config: RunConfig) -> None:
         "inputs.max_bad_share": (0 <= inputs.max_bad_share <= 1, "from 0 to 1"),
         "inputs.crop_scale": (0 < low <= high <= 1, "two shares above 0, the smaller first, up to 1"),
         "inputs.crop_ratio": (0 < flat <= tall, "two numbers above 0, the smaller first"),
-        "optim.lr": (optim.lr > 0, above),
+        "optim.lr": (0 < optim.lr < float("inf"), above),
         "optim.weight_decay": (optim.weight_decay >= 0, zero),
         "optim.betas": (all(0 <= beta < 1 for beta in optim.betas), "from 0 to below 1"),
         "optim.warmup_steps": (optim.warmup_steps >= 0, zero),

@@ -14,7 +14,7 @@ from threetowers.compare.claims import Key
 from threetowers.config import CompareConfig, RunConfig, read_config
 from threetowers.errors import UsageError
 from threetowers.evaluate.evaluation import check_evaluation, evaluate_run
-from threetowers.objective.pairs import METHODS, method_label
+from threetowers.objective.pairs import METHODS, method_label, objective
 from threetowers.progress import duration
 from threetowers.run.setup import check_settings, describe_data, open_data
 from threetowers.run.thirds import captioned
@@ -73,6 +73,8 @@ def train_all(
         for seed in options.seeds:
             for lr in options.lrs:
                 job = _job(config, thirds, key, seed, lr, out)
+                check_settings(job.config)
+                objective(job.config)
                 holds_run(job.folder, job.config)  # raises for one with other settings
     trials: Trials = {}
     chosen: dict[Key, float] = {}

@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from threetowers.config import PretrainConfig
+from threetowers.config import PretrainConfig, RunConfig, check
 from threetowers.data.decode import decode
 from threetowers.data.loader import augmented_views, usable_sample
 from threetowers.data.open import splits
@@ -45,6 +45,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
     report = folder / "pretrain.json"
     if report.is_file():
         return float(json.loads(report.read_text(encoding="utf-8"))["val/top1"])
+    _check(config)
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -54,8 +55,10 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
         raise DataError(
             f"{path}: no class labels were found. Give a folder with one subfolder of images per class"
         )
-    if not timm.is_model(config.model):
-        raise UsageError(f"model: timm has no model {config.model!r}{near_timm(config.model)}")
+    if len(train.class_names) < 2:
+        raise DataError(
+            f"{path}: it has one class, {train.class_names[0]!r}, so nothing can be learned; give two or more"
+        )
     with initialised(config.seed, "pretrain"):
         model = timm.create_model(config.model, num_classes=len(train.class_names))
         model = model.to(device, memory_format=torch.channels_last)
@@ -72,6 +75,17 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
     }
     write_whole(report, json.dumps(described, indent=2))
     return accuracy
+
+
+def _check(config: PretrainConfig) -> None:
+    """Raises UsageError for settings with which nothing can be trained."""
+    lowest = {"steps": 1, "batch_size": 2, "size": 1}  # a batch of one has no variance to normalise by
+    for key, low in lowest.items():
+        if getattr(config, key) < low:
+            raise UsageError(f"{key}: {getattr(config, key)} is out of range; it must be {low} or more")
+    check(RunConfig(inputs=config.inputs, optim=config.optim))
+    if not timm.is_model(config.model):
+        raise UsageError(f"model: timm has no model {config.model!r}{near_timm(config.model)}")
 
 
 class _Labelled:
