@@ -19,6 +19,9 @@ from safetensors import SafetensorError
 HEADER_LENGTH = 8
 """Bytes that state the length of a safetensors header, little-endian."""
 
+HELD = (errno.EACCES, errno.EAGAIN)
+"""Errors of a lock that another process has; with any other, the file system has no locks."""
+
 
 def cache_folder() -> Path:
     """The folder for what can be made again, such as indexes: `$THREETOWERS_CACHE`, else `~/.cache/threetowers`."""

@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import signal
 import time
 from collections import Counter
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from threetowers.config import RunConfig, as_plain, read_config
 from threetowers.errors import BadSample, CheckpointError, DataError
+from threetowers.files import HELD
+from threetowers.progress import warn_once
 from threetowers.train import checkpoint
 
 MAY_DIFFER = {
@@ -64,19 +67,24 @@ class StopRequest:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Keeps a second trainer out of a run folder, as long as this process lives.
 
-    Raises CheckpointError that names the process which has it.
+    Where the file system has no locks, it only says so. Raises CheckpointError that names the process which has it.
     """
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader workers
-        except OSError:
-            file.seek(0)
-            raise CheckpointError(
-                f"{folder}: process {file.read().strip() or 'of another machine'} is training in this folder. Wait "
-                "for it, stop it, or give another --out"
-            ) from None
+        except OSError as error:
+            if error.errno in HELD:
+                file.seek(0)
+                raise CheckpointError(
+                    f"{folder}: process {file.read().strip() or 'of another machine'} is training in this folder. "
+                    "Wait for it, stop it, or give another --out"
+                ) from None
+            warn_once(
+                f"{folder}: this file system has no locks ({error.strerror}), so nothing keeps a second run out of the "
+                "folder; start none there"
+            )
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
         yield
 
