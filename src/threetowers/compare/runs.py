@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from threetowers.compare.claims import Key
-from threetowers.config import CompareConfig, RunConfig, read_config
+from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import UsageError
 from threetowers.evaluate.evaluation import check_evaluation, evaluate_run
 from threetowers.objective.pairs import METHODS, method_label, objective
@@ -19,7 +19,7 @@ from threetowers.progress import duration
 from threetowers.run.setup import check_settings, describe_data, open_data
 from threetowers.run.thirds import captioned
 from threetowers.towers.frozen.load import load_frozen
-from threetowers.train.guards import holds_run
+from threetowers.train.guards import differing_keys, holds_run
 from threetowers.train.loop import train
 
 PRIMARY = "mean_r@1"
@@ -173,7 +173,8 @@ class _Pace:
 def _run(job: Job, done: int, pace: _Pace) -> bool:
     """Trains and evaluates a job unless that is done; False when training was stopped on request."""
     evaluated = (job.folder / "evaluation.json").is_file()
-    if evaluated and read_config(job.folder / "config.toml").classes == job.config.classes:
+    differing = differing_keys(job.folder / "config.toml", job.config, all_keys=True) if evaluated else []
+    if evaluated and not any(key.startswith("classes:") for key in differing):
         return True
     print(
         f"[{done}/{pace.total}] {job.label}, seed {job.seed}, lr {job.lr:g} ({duration(pace.so_far())} so far)",
