@@ -32,9 +32,11 @@ from guard_kit import ROOT, Guard, Outcome, difference, try_all
 
 PAGE = ROOT / "docs" / "generated" / "guards.md"
 
+AWKWARD = "test_awkward_workers.py"
 BITS = "test_train.py::test_a_run_stopped_between_checkpoints_continues_to_the_same_bits"
 DAMAGED = "test_recovery.py::test_a_damaged_folder_is_set_aside_and_the_run_goes_on_to_the_same_bits"
 DAMAGES = "test_recovery.py::test_a_thousand_damages_of_checkpoint_files_are_all_noticed"
+DEATHS = f"{AWKWARD}::test_a_worker_that_dies_or_hangs_is_started_again_where_it_was"
 FULL = "test_recovery.py::test_a_disk_without_room_ends_the_run_before_it_begins_and_several_failed_saves_end_it_later"
 INTACT = "test_train.py::test_a_damaged_checkpoint_is_passed_over_by_name_and_never_silently_replaced_by_a_fresh_start"
 LIMIT = "test_recovery.py::test_a_time_limit_saves_and_the_next_call_continues"
@@ -114,11 +116,14 @@ GUARDS: dict[str, Sequence[Guard]] = {
               read("requested", "False"), LIMIT),
         Guard("lock", "two trainers write into one folder", "folder_lock", drop("lockf"),
               "test_guarded.py::test_a_folder_has_one_trainer_as_long_as_it_lives"),
-        Guard("same-settings", "a run goes on with other settings than it began with", "loop._claim",
+        Guard("same-settings", "a run goes on with other settings than it began with", "holds_run",
               never(raises="CheckpointError"), "test_train.py::test_a_folder_of_another_run_is_refused_by_key"),
         Guard("same-data", "a run goes on with other data than it began with", "Session.restore",
               never(raises="CheckpointError"), "test_recovery.py::test_other_data_than_before_is_refused"),
         Guard("first-save", "a disk that refuses is met after hours of training", "open_session", drop("save"), FULL),
+        Guard("end-looked-at", "classes that cannot be classified are met after training", "open_session",
+              drop("check_evaluation"), "test_awkward_ends.py"
+              "::test_classes_that_cannot_be_classified_are_met_before_the_first_step[missing-training]"),
         Guard("sweep", "what killed saves left stays for ever", "open_session", drop("sweep"),
               "test_recovery.py::test_what_dead_processes_left_is_swept"),
         Guard("threads-said", "another number of threads goes to the log alone", "open_session",
@@ -141,8 +146,8 @@ GUARDS: dict[str, Sequence[Guard]] = {
         Guard("replacement-from-hash", "what stands in for a bad sample comes from numpy's global generator",
               "usable_sample", instead("replacement", "np.random.randint({of}.num_samples)"),
               "test_guarded.py::test_replacements_are_the_same_for_every_reader"),
-        Guard("own-generator", "the loader draws from the generator that dropout uses", "loader._loader",
-              argument("DataLoader", "generator", None), RANDOM),
+        Guard("own-generator", "the loader draws from the generator that dropout uses", "workers._start",
+              argument("DataLoader", "generator", None), f"{AWKWARD}::test_loading_draws_no_random_number"),
     ),
     "Steps": (
         Guard("gradient-watched", "a gradient that is not finite passes when its loss is finite", "FiniteGuard.watch",
@@ -179,13 +184,23 @@ GUARDS: dict[str, Sequence[Guard]] = {
               "test_recovery.py::test_the_counters_of_bad_samples_survive_a_checkpoint"),
         Guard("bad-named", "bad samples are replaced without a word", "usable_sample", drop("append"),
               "test_loader.py::test_a_bad_image_is_replaced_and_nothing_after_it_shifts"),
-        Guard("worker-restarted", "a dead worker ends the run", "loader.batches", catch("EOFError"), WORKER),
-        Guard("restart-in-place", "after a dead worker the batches begin anew", "loader.batches",
-              argument("loader", 1, "{parameter.1}"), WORKER),
-        Guard("restarts-limited", "workers that always die are started for ever", "loader.batches",
+        Guard("worker-restarted", "a dead worker ends the run", "read_ahead", catch("Exception"), WORKER),
+        Guard("restart-in-place", "after a dead worker the batches begin anew", "read_ahead",
+              argument("start", 1, "{parameter.1}"), WORKER),
+        Guard("restarts-limited", "workers that always die are started for ever", "read_ahead",
               read("MAX_DEATHS", "20"), WORKER),
-        Guard("stall-said", "a loader that is stuck says nothing", "_StallWatch._watch", never("STALL_SECONDS"),
+        Guard("stall-said", "a loader that is stuck says nothing", "_Watch._watch", never("said"),
               "test_recovery.py::test_a_slow_reader_is_said"),
+        Guard("hung-ended", "workers that hang are waited for until the end of time", "_Watch._watch",
+              never("HUNG_SECONDS"), f"{DEATHS}[hung]"),
+        Guard("half-read", "a message that a dead worker began is read for ever", "_Watch._watch",
+              never("can_block"), f"{DEATHS}[half a message]"),
+        Guard("shared-memory", "a batch without room in shared memory ends the run", "workers._pack",
+              catch("OSError"), f"{AWKWARD}::test_without_shared_memory_items_come_through_the_pipe"),
+        Guard("any-error-arrives", "an error that cannot be pickled never arrives", "_Packing.__getitem__",
+              catch("SystemExit"), f"{AWKWARD}::test_an_error_in_a_worker_arrives_in_one_line[of a local class]"),
+        Guard("no-workers", "a machine that refuses another process ends the run", "read_ahead", catch("OSError"),
+              f"{AWKWARD}::test_workers_that_cannot_be_started_are_done_without"),
     ),
     "Images": (
         Guard("formats-listed", "every decoder that Pillow has is open to foreign bytes", "decode._decode",

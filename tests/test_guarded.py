@@ -316,7 +316,7 @@ def test_a_dead_worker_is_started_again_where_it_was_and_not_for_ever(
     assert found == [batch.index.tolist() for batch in expected]
     assert len(said) == 1 and "a loader worker died" in said[0]
     monkeypatch.setattr(BatchReader, "__getitem__", lambda *_: os._exit(1))
-    with pytest.raises(DataError, match="died 3 times in a row before the batch of step 0"):
+    with pytest.raises(DataError, match="died 3 times in a row before batch 0"):
         list(read())
 
 

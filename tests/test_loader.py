@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kit.batches import SPEC, reader
 from threetowers.config import InputConfig
-from threetowers.data.loader import Batch, BatchReader, _is_a_death, augmented_views, batches
+from threetowers.data.loader import Batch, BatchReader, augmented_views, batches
 from threetowers.data.open import open_source
 from threetowers.data.transforms import ImageSpec, cropped_view, normalise, random_crop
 from threetowers.errors import DataError
@@ -96,21 +96,6 @@ def test_two_processes_read_halves_that_make_the_batch(photos: Path) -> None:
 
 def read_all(one: BatchReader, positions: list[range]) -> list[Batch]:
     return [one[part] for part in positions]
-
-
-@pytest.mark.parametrize(
-    ("error", "died"),
-    [
-        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), True),
-        (ConnectionResetError(104, "Connection reset by peer"), True),  # its tensors went with it
-        (EOFError(), True),
-        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"), False),
-        (ConnectionError("Caught ConnectionError in DataLoader worker process 1."), False),
-        (RuntimeError("CUDA error: out of memory"), False),
-    ],
-)
-def test_a_death_of_a_worker_is_told_from_an_error_in_it(error: Exception, died: bool) -> None:
-    assert _is_a_death(error) == died
 
 
 def test_every_caption_of_an_image_is_used_over_the_epochs(photos: Path) -> None:

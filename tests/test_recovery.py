@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from kit.runs import Config, assert_same_weights, events, interrupt_at, logged, poisoned, weights
 from threetowers.config import RunConfig
-from threetowers.data import loader
+from threetowers.data import loader, workers
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from threetowers.run.setup import prepare
 from threetowers.towers.weights import read_safetensors
@@ -252,16 +251,23 @@ def test_a_time_limit_saves_and_the_next_call_continues(tiny_config: Config, tmp
 
 
 def test_a_slow_reader_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(workers, "STALL_SECONDS", 0.1)
     said: list[str] = []
 
-    def slow() -> Iterator[int]:
-        yield 1
-        time.sleep(0.35)
-        yield 2
+    class Slow:
+        _workers: tuple[()] = ()
 
-    with loader._StallWatch(said.append) as watch:
-        assert list(watch.items(slow())) == [1, 2]
+        def __next__(self) -> int:
+            time.sleep(0.35)
+            return 1
+
+        def _shutdown_workers(self) -> None:
+            pass
+
+        kill = _shutdown_workers
+
+    with workers._Watch(Slow(), said.append) as watch:
+        assert watch.next() == 1
     assert 1 <= len(said) <= 3 and "no batch for" in said[0]
 
 
@@ -307,4 +313,4 @@ def test_the_counters_of_bad_samples_survive_a_checkpoint(tmp_path: Path) -> Non
 
 
 def test_the_limits_are_those_of_the_documentation() -> None:
-    assert (session.MAX_SKIPPED, session.MAX_RETURNS, loader.MAX_DEATHS) == (5, 3, 3)
+    assert (session.MAX_SKIPPED, session.MAX_RETURNS, workers.MAX_DEATHS) == (5, 3, 3)

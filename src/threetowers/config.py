@@ -12,12 +12,14 @@ import hashlib
 import tomllib
 import types
 from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
 from threetowers.errors import UsageError
+from threetowers.paths import directory, from_here
 
 Method = Literal["baseline", "lit", "lit-unlocked", "3t", "3t-regression"]
 Scalar = str | bool | int | float
@@ -254,7 +256,7 @@ def check(config: RunConfig) -> None:
         "inputs.max_bad_share": (0 <= inputs.max_bad_share <= 1, "from 0 to 1"),
         "inputs.crop_scale": (0 < low <= high <= 1, "two shares above 0, the smaller first, up to 1"),
         "inputs.crop_ratio": (0 < flat <= tall, "two numbers above 0, the smaller first"),
-        "optim.lr": (optim.lr > 0, above),
+        "optim.lr": (0 < optim.lr < float("inf"), above),
         "optim.weight_decay": (optim.weight_decay >= 0, zero),
         "optim.betas": (all(0 <= beta < 1 for beta in optim.betas), "from 0 to below 1"),
         "optim.warmup_steps": (optim.warmup_steps >= 0, zero),
@@ -263,10 +265,7 @@ def check(config: RunConfig) -> None:
     }
     for key, (fits, allowed) in rules.items():
         if not fits:
-            value: Any = config
-            for part in key.split("."):
-                value = getattr(value, part)
-            raise UsageError(f"{key}: {value!r} is out of range; it must be {allowed}")
+            raise UsageError(f"{key}: {attrgetter(key)(config)!r} is out of range; it must be {allowed}")
     if config.patience and config.keep_best is None:
         raise UsageError("patience: name the metric in keep_best, for example --keep-best val/mean_r@1")
     if config.keep_best is not None and not config.eval_every_steps:
@@ -369,9 +368,9 @@ def read_config(path: str | Path, base: RunConfig | None = None) -> RunConfig:
 
 
 def apply_values(config: T, values: dict[str, Any], path: str | Path) -> T:
-    """`replace_nested` with the values of a file, which its errors name."""
+    """`replace_nested` with the values of a file, which its errors name; its paths as seen from here."""
     try:
-        return replace_nested(config, values)
+        return replace_nested(config, from_here(values, Path(path)))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -390,8 +389,9 @@ def _plain(value: Any) -> Any:
 
 
 def write_config(config: RunConfig, path: str | Path) -> None:
-    """Writes every key, so that the file does not depend on defaults."""
-    Path(path).write_text(tomli_w.dumps(as_plain(config)), encoding="utf-8")
+    """Writes every key, so that the file depends on no default, and what its paths are relative to."""
+    text = tomli_w.dumps({**directory(Path(path)), **as_plain(config)})
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def config_hash(config: RunConfig) -> str:

@@ -19,6 +19,9 @@ from safetensors import SafetensorError
 HEADER_LENGTH = 8
 """Bytes that state the length of a safetensors header, little-endian."""
 
+HELD = (errno.EACCES, errno.EAGAIN)
+"""Errors of a lock that another process has; with any other, the file system has no locks."""
+
 
 def cache_folder() -> Path:
     """The folder for what can be made again, such as indexes: `$THREETOWERS_CACHE`, else `~/.cache/threetowers`."""
@@ -47,7 +50,12 @@ def writing_aside(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """As `replacing`, for writers that take a path: the block writes to the path that it is given."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
+        temporary.touch()
+        mode = (
+            temporary.stat().st_mode
+        )  # as the umask says; some libraries write files that only their owner may read
         yield temporary
+        temporary.chmod(mode)
         if sync:
             sync_to_disk(temporary)
         temporary.replace(path)

@@ -1,5 +1,6 @@
 """Progress of long work: one line that rewrites itself on a terminal, plain lines now and then elsewhere."""
 
+import functools
 import sys
 import time
 from typing import TextIO
@@ -18,6 +19,17 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def warn(text: str) -> None:
+    """A line on standard error that the user should see at once."""
+    print(f"threetowers: {text}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """As `warn`, but the same line is shown once in a process."""
+    warn(text)
 
 
 class Progress:

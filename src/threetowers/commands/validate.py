@@ -4,10 +4,9 @@ Nothing is trained and nothing is written: the weights of the step are thrown aw
 """
 
 import math
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +22,13 @@ from threetowers.data.order import Order, hash64
 from threetowers.data.overlap import describe_near_copies, describe_overlap, near_copies
 from threetowers.data.source import Source
 from threetowers.data.transforms import fixed_view
-from threetowers.errors import BadSample, CheckpointError, DataError, NonFiniteError, UsageError
-from threetowers.files import nearest_folder
+from threetowers.errors import BadSample, DataError, NonFiniteError, UsageError
+from threetowers.evaluate.evaluation import check_evaluation
 from threetowers.objective.pairs import objective
 from threetowers.progress import duration
 from threetowers.run.setup import Setup, assemble, check_settings, describe_data, open_data
 from threetowers.train.guards import differing_keys
+from threetowers.train.room import amount, check_room, num_bytes, room, trained_bytes
 from threetowers.train.step import StepResult, TrainingStep
 
 IMAGES = 200  # decoded
@@ -50,6 +50,7 @@ def validate(config: RunConfig, folder: Path, *, near: bool = False) -> Iterator
         yield f"note: {folder} holds a run with other settings; train asks for another --out, or for --fresh"
     yield describe_data(config)
     train, val, test = open_data(config)
+    yield from check_evaluation(config)
     yield from _images(config, [train, val, test])
     setup = assemble(config, folder)
     yield from _captions(setup)
@@ -64,7 +65,7 @@ def validate(config: RunConfig, folder: Path, *, near: bool = False) -> Iterator
             f"batch_size: {config.batch_size} does not fit into the memory of {setup.device}; take a smaller batch, "
             "or precision bf16-autocast"
         ) from error
-    yield from _disk(setup, folder, len(train) + len(val) + len(test))
+    yield from _disk(setup, folder)
     yield "valid"
 
 
@@ -145,17 +146,6 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _amount(size: float) -> str:
-    """Bytes for people: 7.2 kB, 12.3 MB, 4.56 GB."""
-    if size >= 1e9:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
 def _towers(setup: Setup) -> Iterator[str]:
     """Shapes and parameters of every tower, and what they take of the device's memory."""
     model = setup.model
@@ -175,17 +165,13 @@ def _towers(setup: Setup) -> Iterator[str]:
         yield f"head {view}: {_size(layer) / 1e6:.3f} M parameters"
     rows = ", ".join(f"{row.name} × {row.weight:.3g}" for row in model.objective.rows)
     yield f"rows of {setup.config.method}: {rows}"
-    weights, trained = _bytes(dict(model.named_parameters())), _trained_bytes(model)
-    frozen = sum(_bytes(dict(tower.module.named_parameters())) for tower in setup.thirds.towers.values())
+    weights, trained = num_bytes(dict(model.named_parameters())), trained_bytes(setup)
+    frozen = sum(num_bytes(dict(tower.module.named_parameters())) for tower in setup.thirds.towers.values())
     total = weights + 3 * trained + frozen
     yield (
-        f"memory: parameters {_amount(weights)}, gradients {_amount(trained)}, moments {_amount(2 * trained)}, "
-        f"frozen towers {_amount(frozen)}: {_amount(total)} before activations"
+        f"memory: parameters {amount(weights)}, gradients {amount(trained)}, moments {amount(2 * trained)}, "
+        f"frozen towers {amount(frozen)}: {amount(total)} before activations"
     )
-
-
-def _trained_bytes(model: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _step(setup: Setup) -> Iterator[str]:
@@ -208,7 +194,7 @@ def _step(setup: Setup) -> Iterator[str]:
         else:
             yield _first_step(result, num, config.batch_size)
     if setup.device.type == "cuda":
-        yield f"memory at the step: {_amount(torch.cuda.max_memory_allocated(setup.device))}"
+        yield f"memory at the step: {amount(torch.cuda.max_memory_allocated(setup.device))}"
     stored = 0.0 if live or not features else embed_seconds / num * len(setup.train)
     yield _time(config, (seconds + (embed_seconds if live else 0.0)) / num, data_seconds / num, stored)
 
@@ -282,23 +268,13 @@ def _time(config: RunConfig, step: float, data: float, stored: float) -> str:
     )
 
 
-def _disk(setup: Setup, folder: Path, num_images: int) -> Iterator[str]:
+def _disk(setup: Setup, folder: Path) -> Iterator[str]:
     """What checkpoints, model and stored embeddings take; CheckpointError when the disk cannot hold them."""
-    model = _bytes(setup.model.state_dict())
-    checkpoint = model + 2 * _trained_bytes(setup.model)
+    needs = room(setup)
     kept = setup.config.keep_checkpoints + 1  # an old one goes only when the new one is there
-    stores = 0
-    if not setup.thirds.live:
-        stores = sum(2 * num_images * setup.thirds.towers[view].width for view in setup.thirds.used)
-    needed = kept * checkpoint + model + stores
-    there = nearest_folder(folder)
-    free = shutil.disk_usage(there).free
+    needed = kept * needs.checkpoint + needs.model + needs.stores
+    free = check_room(folder, needed)
     yield (
-        f"disk: {kept} checkpoints × {_amount(checkpoint)}, model {_amount(model)}, stored embeddings "
-        f"{_amount(stores)}: {_amount(needed)} of {_amount(free)} free"
+        f"disk: {kept} checkpoints × {amount(needs.checkpoint)}, model {amount(needs.model)}, stored embeddings "
+        f"{amount(needs.stores)}: {amount(needed)} of {amount(free)} free"
     )
-    if needed > free:
-        raise CheckpointError(
-            f"{there}: the run needs {_amount(needed)}, and {_amount(free)} are free; make room, lower "
-            "keep_checkpoints, or give --out and --embeddings on another disk"
-        )

@@ -12,14 +12,14 @@ from typing import Any
 
 from threetowers.compare.claims import Key
 from threetowers.config import CompareConfig, RunConfig
-from threetowers.errors import CheckpointError, UsageError
-from threetowers.evaluate.evaluation import evaluate_run
-from threetowers.objective.pairs import METHODS, method_label
+from threetowers.errors import UsageError
+from threetowers.evaluate.evaluation import check_evaluation, evaluate_run
+from threetowers.objective.pairs import METHODS, method_label, objective
 from threetowers.progress import duration
 from threetowers.run.setup import check_settings, describe_data, open_data
 from threetowers.run.thirds import captioned
 from threetowers.towers.frozen.load import load_frozen
-from threetowers.train.guards import differing_keys
+from threetowers.train.guards import differing_keys, holds_run
 from threetowers.train.loop import train
 
 PRIMARY = "mean_r@1"
@@ -66,9 +66,16 @@ def train_all(
     check_settings(config)
     thirds = named_thirds(config)
     keys = _keys(options, thirds)
-    print(describe_data(config), flush=True)
+    print(describe_data(config), *check_evaluation(config), sep="\n", flush=True)
     _check_usable(config, options, thirds)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for key in keys:
+        for seed in options.seeds:
+            for lr in options.lrs:
+                job = _job(config, thirds, key, seed, lr, out)
+                check_settings(job.config)
+                objective(job.config)
+                holds_run(job.folder, job.config)  # raises for one with other settings
     trials: Trials = {}
     chosen: dict[Key, float] = {}
     num_trainings = len(keys) * (len(options.lrs) + len(options.seeds) - 1)
@@ -165,12 +172,9 @@ class _Pace:
 
 def _run(job: Job, done: int, pace: _Pace) -> bool:
     """Trains and evaluates a job unless that is done; False when training was stopped on request."""
-    if (job.folder / "evaluation.json").is_file():
-        differing = differing_keys(job.folder / "config.toml", job.config)
-        if differing:
-            raise CheckpointError(
-                f"{job.folder} holds a run with other settings ({', '.join(differing)}). Give another --out"
-            )
+    evaluated = (job.folder / "evaluation.json").is_file()
+    differing = differing_keys(job.folder / "config.toml", job.config, all_keys=True) if evaluated else []
+    if evaluated and not any(key.startswith("classes:") for key in differing):
         return True
     print(
         f"[{done}/{pace.total}] {job.label}, seed {job.seed}, lr {job.lr:g} ({duration(pace.so_far())} so far)",

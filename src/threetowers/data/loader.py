@@ -1,17 +1,12 @@
 """Turns positions into batches: reads, decodes, augments and tokenises samples, and replaces unusable ones."""
 
-import math
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from threetowers.config import InputConfig
 from threetowers.data.decode import check_decoder, decode_array
@@ -19,11 +14,11 @@ from threetowers.data.order import Order, hash64
 from threetowers.data.source import Source
 from threetowers.data.tokenize import Tokenizer
 from threetowers.data.transforms import Crop, ImageSpec, cropped_view, random_crop
-from threetowers.errors import BadSample, DataError, ThreeTowersError
+from threetowers.data.workers import read_ahead
+from threetowers.errors import BadSample, DataError
+from threetowers.progress import warn
 
 MAX_ATTEMPTS = 100
-MAX_DEATHS = 3  # of workers in a row, before a batch comes
-STALL_SECONDS = 30.0
 T = TypeVar("T")
 
 
@@ -242,121 +237,11 @@ def batches(
     last_step: int,
     *,
     pin_memory: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = warn,
 ) -> Iterator[Batch]:
-    """The batches of the steps, read ahead by the configured number of worker processes.
-
-    When a worker dies, all are started again at the first batch that has not arrived. say: called with messages
-    about that and about batches that are late. Raises what reading raises, and DataError when workers keep dying.
-    """
-    step, deaths = first_step, 0
-    while step < last_step:
-        loader = _loader(reader, step, last_step, pin_memory)
-        try:
-            with _StallWatch(say) as watch:
-                iterator = iter(loader)
-                _keep_worker_deaths_to_the_queue()
-                for item in watch.items(iterator):
-                    if isinstance(item, Exception):
-                        raise item
-                    yield item
-                    step, deaths = step + 1, 0
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            if not _is_a_death(error):
-                raise
-            deaths += 1
-            reason = str(error) or type(error).__name__
-            if deaths == MAX_DEATHS:
-                raise DataError(
-                    f"{reader.source.name}: loader workers died {deaths} times in a row before the batch of step "
-                    f"{step}: {reason}. Usually memory is short: give fewer --inputs.workers, or 0 for none"
-                ) from None
-            say(f"a loader worker died ({reason}); starting again at the batch of step {step}")
-
-
-def _is_a_death(error: Exception) -> bool:
-    """Whether a worker process died, which torch reports in two ways; an error raised in a worker is no death.
-
-    Either the DataLoader names the worker, or the connection fails over which the worker's tensors are received.
-    """
-    text = str(error)
-    raised_in_worker = text.startswith("Caught ")
-    return not raised_in_worker and ("DataLoader worker" in text or not isinstance(error, RuntimeError))
-
-
-def _loader(reader: BatchReader, first_step: int, last_step: int, pin_memory: bool) -> DataLoader[Any]:
-    workers = reader.inputs.workers
-    settings: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
-    return DataLoader(
-        _Returning(reader),  # type: ignore[arg-type]
-        sampler=list(reader.order.batches(first_step, last_step)),
-        batch_size=None,
-        num_workers=workers,
-        generator=torch.Generator(),  # the loader must not draw from the generator that dropout uses
-        pin_memory=pin_memory,
-        **settings,
-    )
-
-
-class _Returning:
-    """Returns errors that the user can correct, since an error raised in a worker arrives as text with a traceback."""
-
-    def __init__(self, reader: BatchReader) -> None:
-        self._reader = reader
-
-    def __getitem__(self, positions: range) -> Batch | ThreeTowersError:
-        try:
-            return self._reader[positions]
-        except ThreeTowersError as error:
-            return error
-
-
-class _StallWatch:
-    """Calls `say` each time that the next item of an iterator is late by another STALL_SECONDS."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._since = math.inf
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "_StallWatch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def items(self, iterator: Iterator[T]) -> Iterator[T]:
-        """The items of the iterator, which are watched while they are waited for."""
-        while True:
-            self._since = time.monotonic()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self._since = math.inf
-            yield item
-
-    def _watch(self) -> None:
-        said = 0.0
-        while not self._done.wait(STALL_SECONDS / 4):
-            waited = time.monotonic() - self._since
-            said = min(said, max(waited, 0.0))
-            if waited >= said + STALL_SECONDS:
-                said = waited
-                self._say(
-                    f"no batch for {waited:.0f} s: the disk, the network or the decoding of images is slow or stuck"
-                )
-
-
-def _keep_worker_deaths_to_the_queue() -> None:
-    """Removes torch's SIGCHLD handler, which would raise in the middle of a training step.
-
-    The loader's queue notices a death as well, when the next batch is fetched.
-    """
-    handler = signal.getsignal(signal.SIGCHLD)
-    if getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """The batches of the steps, read ahead by the configured number of worker processes; see `read_ahead`."""
+    steps = list(reader.order.batches(first_step, last_step))
+    return read_ahead(
+        reader, steps, reader.inputs.workers,
+        name=reader.source.name, first=first_step, pin_memory=pin_memory, say=say,
+    )  # fmt: skip

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from threetowers.data.decode import decode
 from threetowers.data.source import Source
 from threetowers.data.tokenize import Tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view
+from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError
 from threetowers.model import ThreeTowers
 from threetowers.objective.losses import unit
@@ -83,7 +83,7 @@ class EvaluationData:
 
 
 class _FixedViews:
-    """A dataset of images in their fixed view, which lets a DataLoader's workers decode them."""
+    """A dataset of images in their fixed view, which workers can decode."""
 
     def __init__(self, source: Source, spec: ImageSpec) -> None:
         self.source, self.spec = source, spec
@@ -189,14 +189,9 @@ def _encode_images(
     kept, parts = wanted, []
     if model.needs_pixels():
         kept = []
-        loader: DataLoader[Any] = DataLoader(
-            _FixedViews(source, model.image),  # type: ignore[arg-type]
-            sampler=[wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)],
-            batch_size=None,
-            num_workers=workers,
-            generator=torch.Generator(),
-        )
-        for indices, pixels, problems in loader:
+        tasks = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
+        views = _FixedViews(source, model.image)
+        for indices, pixels, problems in read_ahead(views, tasks, workers, name=source.name):
             bad += problems
             if indices:
                 kept += indices

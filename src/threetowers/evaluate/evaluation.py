@@ -1,6 +1,7 @@
 """The evaluation of a finished run: every evaluator of one list, and the files that hold what they found."""
 
 import json
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,22 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.config import read_config
+from threetowers.config import RunConfig, read_config
+from threetowers.data.decode import decode
 from threetowers.data.open import open_source
-from threetowers.data.source import Source
+from threetowers.data.source import Source, Subset, count_reasons
+from threetowers.errors import BadSample, DataError
 from threetowers.evaluate.clip_benchmark import clip_benchmark_result
 from threetowers.evaluate.combine import combination
 from threetowers.evaluate.encode import Encoded, EvaluationData, Labelled, encode, encode_texts
 from threetowers.evaluate.result import Result
 from threetowers.evaluate.retrieval import retrieval
-from threetowers.evaluate.zero_shot import class_embeddings, zero_shot
+from threetowers.evaluate.zero_shot import check_prompts, class_embeddings, zero_shot
 from threetowers.files import write_whole
 from threetowers.run.finished import read_description, restore_trained
-from threetowers.run.setup import Setup, autocast, open_classes, prepare
+from threetowers.run.setup import Setup, autocast, open_data, prepare, world
 from threetowers.towers.weights import write_safetensors
 
 SCHEMA = 1
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+TRIED = 100  # images of which one at least must be readable
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,15 @@ def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None =
     config = read_config(folder / "config.toml")
     if classes is not None:
         config = replace(config, classes=classes)
+    labelled = open_labelled(config)
+    other = None if data is None else open_source(
+        data, image_column=config.inputs.image_column, caption_columns=config.inputs.caption_columns
+    )  # fmt: skip
     setup = prepare(config, folder, saved_tokenizer=folder)
     restore_trained(setup.model, folder)
     own = data is None and classes is None
-    test = setup.test if data is None else open_source(
-        data, image_column=config.inputs.image_column, caption_columns=config.inputs.caption_columns
-    )  # fmt: skip
-    encoded = encode_all(setup, test)
+    test = other or setup.test
+    encoded = encode_all(setup, test, labelled)
     evaluation, saved = evaluate(encoded, test.name, len(setup.val), len(test))
     if own:
         save_features(folder / "features.safetensors", encoded, saved)
@@ -101,9 +107,69 @@ def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None =
     return evaluation
 
 
-def encode_all(setup: Setup, test: Source) -> EvaluationData:
+def check_evaluation(config: RunConfig) -> list[str]:
+    """Looks at what the evaluation of a run will need, before training; returns lines about the labelled images.
+
+    Raises DataError or UsageError for what would be raised only after training.
+    """
+    labelled = open_labelled(config)
+    for part in (*open_data(config)[1:], labelled):
+        if part is not None and len(part):
+            _check_readable(part)
+    if labelled is None:
+        return []
+    left_out = f" ({count_reasons(labelled.problems)})" if labelled.problems else ""
+    return [
+        f"{len(labelled):,} images of {len(labelled.class_names):,} classes for zero-shot classification{left_out}"
+    ]
+
+
+def open_labelled(config: RunConfig) -> Source | None:
+    """The labelled images for zero-shot classification, or None when the configuration names none.
+
+    Images without a label are left out. Raises DataError or UsageError for data that cannot be classified.
+    """
+    if config.classes is None:
+        return None
+    try:
+        source = open_source(
+            str(world() / "objects" / "test") if config.classes == "shapes" else config.classes
+        )
+    except DataError as error:
+        raise DataError(f"classes: {error}") from None
+    labelled, problems = array("q"), list(source.problems)
+    for index in range(len(source)):
+        record = source.record(index)
+        if record.label is None:
+            problems.append(BadSample(record.id, "no class"))
+        else:
+            labelled.append(index)
+    if not labelled or not source.class_names:
+        raise DataError(
+            f"classes: {config.classes} ({source.layout}) holds no class labels. Give a folder with one subfolder of "
+            "images for each class, or CLIP_benchmark's layout"
+        )
+    check_prompts(source.class_names, source.templates or DEFAULT_TEMPLATES)
+    return source if len(labelled) == len(source) else Subset(source, labelled, source.name, problems)
+
+
+def _check_readable(source: Source) -> None:
+    """Raises DataError when none of the first images can be read."""
+    problem: BadSample | None = None
+    for index in range(min(len(source), TRIED)):
+        try:
+            decode(source.image(index), source.record(index).id)
+            return
+        except BadSample as error:
+            problem = problem or error
+    raise DataError(
+        f"{source.name}: none of {min(len(source), TRIED)} images can be read, so nothing can be evaluated on them; "
+        f"the first is {problem}"
+    )
+
+
+def encode_all(setup: Setup, test: Source, labelled: Source | None) -> EvaluationData:
     """Encodes the validation data, the test data and the labelled images of a setup with trained weights."""
-    labelled = open_classes(setup.config)
     return EvaluationData(
         val=_captioned(setup, setup.val),
         test=_captioned(setup, test),

@@ -55,16 +55,7 @@ def class_embeddings(
 
         class_embeddings(model.encode_text, ["cat", "dog"], ["a photo of a {}.", "a drawing of a {}."])
     """
-    if not class_names or not templates:
-        raise DataError(
-            f"zero-shot classes: {len(class_names)} class names and {len(templates)} templates, both are needed; "
-            "they are read from classnames.txt and zeroshot_classification_templates.txt"
-        )
-    for row, template in enumerate(templates):
-        if not _PLACE.search(template):
-            raise UsageError(
-                f"template {row} {template!r} has no place for the class name: write {{}} or {{c}}"
-            )
+    check_prompts(class_names, templates)
     per_call = max(1, _TEXTS_PER_CALL // len(templates))
     means = []
     for start in range(0, len(class_names), per_call):
@@ -76,6 +67,20 @@ def class_embeddings(
         check_features(features, f"embeddings of the prompts of classes {start} to {start + len(names) - 1}")
         means.append(unit(features).view(len(names), len(templates), -1).mean(dim=1))
     return unit(torch.cat(means))
+
+
+def check_prompts(class_names: Sequence[str], templates: Sequence[str]) -> None:
+    """Raises UsageError for a template without a place for the name, DataError for missing names."""
+    if not class_names or not templates:
+        raise DataError(
+            f"zero-shot classes: {len(class_names)} class names and {len(templates)} templates, both are needed; "
+            "they are read from classnames.txt and zeroshot_classification_templates.txt"
+        )
+    for row, template in enumerate(templates):
+        if not _PLACE.search(template):
+            raise UsageError(
+                f"template {row} {template!r} has no place for the class name: write {{}} or {{c}}"
+            )
 
 
 def prompt(template: str, name: str) -> str:

@@ -11,6 +11,7 @@ A method is one entry of `METHODS` at the end of this file.
     # txt@third · third@txt  weight 1/3
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,8 @@ from threetowers.config import Method, ObjectiveConfig, RunConfig
 from threetowers.errors import UsageError
 
 Kind = Literal["softmax", "sigmoid", "cosine", "mse"]
+CONTRASTIVE: tuple[Kind, ...] = ("softmax", "sigmoid")
+"""Kinds that tell samples apart."""
 ImageFrom = Literal["own", "third", "from-third"]
 """Where the image tower comes from: `own` trains a tower from scratch or from given weights; `third` is LiT, the frozen
 tower with one trainable linear projection; `from-third` starts at the frozen tower's weights and trains."""
@@ -95,7 +98,10 @@ def regression(
 
 
 def objective(config: RunConfig) -> Objective:
-    """A configuration's rows and image tower; raises UsageError for third towers or weights that do not fit."""
+    """A configuration's rows and image tower.
+
+    Raises UsageError for third towers or weights that do not fit, and for rows from which nothing can be learned.
+    """
     method, thirds = METHODS[config.method], list(config.thirds())
     if not method.needs_third:
         thirds = []
@@ -108,13 +114,33 @@ def objective(config: RunConfig) -> Objective:
         raise UsageError(
             f"method {config.method!r} takes one frozen tower as image tower, {len(thirds)} are given"
         )
-    return Objective(method.rows(thirds, config.objective), method.image)
+    rows = method.rows(thirds, config.objective)
+    _check_learning(config.batch_size, rows, method.image)
+    return Objective(rows, method.image)
+
+
+def _check_learning(batch_size: int, rows: Sequence[Row], image: ImageFrom) -> None:
+    """Raises UsageError for a batch without another pair to compare with, and for a tower that no loss trains."""
+    used = [row for row in rows if row.weight > 0]
+    contrastive = next((row for row in used if row.kind in CONTRASTIVE), None)
+    if batch_size < 2 and contrastive is not None:
+        raise UsageError(
+            f"batch_size: {batch_size} is too small: the {contrastive.kind} loss of {contrastive.name} tells a pair "
+            "from the others of its batch, and there is no other, so nothing would be learned. Give 2 or more"
+        )
+    trained = {tower_of(view) for row in used for view in (row.a, row.b)}
+    for tower in ("txt",) if image == "third" else ("img", "txt"):
+        if tower not in trained:
+            raise UsageError(
+                f"objective.weights: every row with {tower} has the weight 0, so that tower would not be trained; "
+                "give one of them a weight above 0"
+            )
 
 
 def _three_weights(options: ObjectiveConfig) -> tuple[float, float, float]:
-    if len(options.weights) != 3 or min(options.weights) < 0:
+    if len(options.weights) != 3 or not all(0 <= weight < math.inf for weight in options.weights):
         raise UsageError(
-            f"objective.weights: three weights of at least 0 are needed (img-txt, img-third, txt-third), "
+            f"objective.weights: three finite weights of at least 0 are needed (img-txt, img-third, txt-third), "
             f"got {list(options.weights)}"
         )
     return options.weights[0], options.weights[1], options.weights[2]

@@ -12,7 +12,7 @@ import torch
 from threetowers.config import RunConfig, check
 from threetowers.data.decode import check_decoder
 from threetowers.data.loader import BatchReader
-from threetowers.data.open import open_source, splits
+from threetowers.data.open import splits
 from threetowers.data.order import Order
 from threetowers.data.source import Source, check_problems, describe
 from threetowers.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
@@ -134,13 +134,6 @@ def describe_data(config: RunConfig) -> str:
     """A few lines for people: what the training data is, its first rows, and the sizes of the three parts."""
     train, val, test = open_data(config)
     return f"{describe(train)}\n{len(train):,} images to train on, {len(val):,} to validate, {len(test):,} to test"
-
-
-def open_classes(config: RunConfig) -> Source | None:
-    """The labelled images for zero-shot classification, or None when the configuration names none."""
-    if config.classes is None:
-        return None
-    return open_source(str(world() / "objects" / "test") if config.classes == "shapes" else config.classes)
 
 
 def make_tokenizer(config: RunConfig, train: Source, saved: Path | None = None) -> Tokenizer:

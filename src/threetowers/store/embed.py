@@ -6,21 +6,21 @@
 Legend: B images of a batch, V stored views of each (1 when one fixed view is stored), P the tower's width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from threetowers.data.decode import decode
 from threetowers.data.order import hash64
 from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, cropped_view, fixed_view, random_crop
+from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError, UsageError
 from threetowers.progress import Progress
 from threetowers.store.read import (
@@ -181,7 +181,7 @@ def _fill(
     parts: list[tuple[_Task, _Read, Tensor]] = []
     if work.too_wide():
         raise _TooWide
-    for task, read in _loader(work, mine, tower, source, batch_size, workers):
+    for task, read in _read(work, mine, tower, source, batch_size, workers):
         parts.append((task, read, _features(tower, read.pixels, device)))
         if task.last:
             _write_images(work, task.chunk, parts, source)
@@ -189,9 +189,9 @@ def _fill(
         show(len(task.samples))
 
 
-def _loader(
+def _read(
     work: Work, numbers: list[int], tower: FrozenTower, source: Source, batch_size: int, workers: int
-) -> DataLoader[Any]:
+) -> Iterator[tuple["_Task", "_Read"]]:
     """Reads the views of the chunks' images, batch by batch; a batch of the tower holds all views of its images."""
     images = max(1, batch_size // work.contents.rows_per_sample)
     tasks = [
@@ -200,14 +200,8 @@ def _loader(
         for samples in [work.samples(number)]
         for start in range(0, len(samples), images)
     ]
-    return DataLoader(
-        _Pictures(source, tower.image, work.contents.views),  # type: ignore[arg-type]
-        sampler=tasks,
-        batch_size=None,
-        num_workers=workers,
-        generator=torch.Generator(),
-        collate_fn=_as_it_is,
-    )
+    pictures = _Pictures(source, tower.image, work.contents.views)
+    return read_ahead(pictures, tasks, workers, name=source.name)
 
 
 class _Task(NamedTuple):
@@ -228,7 +222,7 @@ class _Read(NamedTuple):
 
 
 class _Pictures:
-    """The views of a batch of images; a DataLoader's dataset, so that workers decode."""
+    """The views of a batch of images, which workers can decode."""
 
     def __init__(self, source: Source, image: ImageSpec, views: Views) -> None:
         self.source, self.image, self.views = source, image, views
@@ -270,10 +264,6 @@ def stored_crops(views: Views, id: str, size: tuple[int, int]) -> np.ndarray:
         for k in range(views.num)
     ]
     return np.array([[*crop.box, crop.flip] for crop in drawn], dtype=np.float32)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
 
 
 def _features(tower: FrozenTower, pixels: Tensor, device: torch.device) -> Tensor:

@@ -126,7 +126,7 @@ class Work:
 @contextlib.contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
     """The file's descriptor. Errors of calls on it name the path, which those of the system do not."""
-    file = os.open(path, flags, 0o644)
+    file = os.open(path, flags, 0o666)  # less what the umask takes
     try:
         yield file
     except OSError as error:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import signal
 import time
 from collections import Counter
@@ -18,11 +19,17 @@ from torch import Tensor
 
 from threetowers.config import RunConfig, as_plain, read_config
 from threetowers.errors import BadSample, CheckpointError, DataError
+from threetowers.files import HELD
+from threetowers.paths import under
+from threetowers.progress import warn_once
+from threetowers.train import checkpoint
 
 MAY_DIFFER = {
-    "log_every_steps", "keep_checkpoints", "inputs.workers", "checkpoint_every_steps", "background_saves",
+    "log_every_steps", "keep_checkpoints", "inputs.workers", "checkpoint_every_steps", "background_saves", "classes",
+    "inputs.max_bad_share",
 }  # fmt: skip
-"""Keys that change neither what is seen nor what is computed, so a run may continue with others."""
+"""Keys that change neither what is seen nor what is computed, so a run may continue with others. So may
+`eval_every_steps`, where no `keep_best` chooses among the validations."""
 
 
 class StopRequest:
@@ -61,19 +68,24 @@ class StopRequest:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Keeps a second trainer out of a run folder, as long as this process lives.
 
-    Raises CheckpointError that names the process which has it.
+    Where the file system has no locks, it only says so. Raises CheckpointError that names the process which has it.
     """
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader workers
-        except OSError:
-            file.seek(0)
-            raise CheckpointError(
-                f"{folder}: process {file.read().strip() or 'of another machine'} is training in this folder. Wait "
-                "for it, stop it, or give another --out"
-            ) from None
+        except OSError as error:
+            if error.errno in HELD:
+                file.seek(0)
+                raise CheckpointError(
+                    f"{folder}: process {file.read().strip() or 'of another machine'} is training in this folder. "
+                    "Wait for it, stop it, or give another --out"
+                ) from None
+            warn_once(
+                f"{folder}: this file system has no locks ({error.strerror}), so nothing keeps a second run out of the "
+                "folder; start none there"
+            )
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
         yield
 
@@ -171,13 +183,37 @@ class BadSamples:
         return {f"data/bad/{reason}": count for reason, count in sorted(self._reasons.items())}
 
 
-def differing_keys(path: Path, config: RunConfig) -> list[str]:
-    """The keys, as `key: there → here`, in which a run folder's config.toml and a configuration differ."""
-    there, here = _flat(as_plain(read_config(path))), _flat(as_plain(config))
+def holds_run(folder: Path, config: RunConfig) -> bool:
+    """Whether the folder holds a run of this configuration, finished or not.
+
+    A first try that failed before its first checkpoint is none. Raises CheckpointError for a run with other settings.
+    """
+    path = folder / "config.toml"
+    claimed = (folder / "model.json").is_file() or bool(checkpoint.checkpoints(folder / "checkpoints"))
+    if not (path.is_file() and claimed):
+        return False
+    differing = differing_keys(path, config)
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds a run with other settings ({', '.join(differing)}). Give another --out, "
+            "or --fresh to replace it"
+        )
+    return True
+
+
+def differing_keys(path: Path, config: RunConfig, *, all_keys: bool = False) -> list[str]:
+    """The keys, as `key: there → here`, in which a run folder's config.toml and a configuration differ.
+
+    all_keys: also those that may differ in a run that continues.
+    """
+    before = read_config(path)
+    there, here = (_flat(under(as_plain(each), Path.cwd())) for each in (before, config))
+    chooses = before.keep_best is not None or config.keep_best is not None
+    may_differ = MAY_DIFFER if chooses else MAY_DIFFER | {"eval_every_steps"}
     return [
         f"{key}: {there.get(key)!r} → {here.get(key)!r}"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and key not in MAY_DIFFER
+        if there.get(key) != here.get(key) and (all_keys or key not in may_differ)
     ]
 
 

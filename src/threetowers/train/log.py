@@ -1,7 +1,6 @@
 """What a run writes about itself: metrics.jsonl for programs, events.log for people."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from threetowers.files import write_whole
 from threetowers.model import ThreeTowers
+from threetowers.progress import warn
 from threetowers.train.step import StepResult
 
 
@@ -42,7 +42,7 @@ class RunLog:
     def warn(self, text: str) -> None:
         """An event that the user should see at once."""
         self.event(text)
-        print(f"threetowers: {text}", file=sys.stderr, flush=True)
+        warn(text)
 
 
 def _step(line: str) -> float:

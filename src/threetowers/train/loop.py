@@ -7,14 +7,13 @@ from pathlib import Path
 
 from threetowers.config import RunConfig, write_config
 from threetowers.data.loader import batches
-from threetowers.errors import CheckpointError
 from threetowers.evaluate.encode import encode
 from threetowers.evaluate.retrieval import ranks_from_features, recalls
 from threetowers.progress import Progress, duration
 from threetowers.run.finished import save_run
 from threetowers.run.setup import Setup, autocast
 from threetowers.train import checkpoint
-from threetowers.train.guards import StopRequest, differing_keys, folder_lock
+from threetowers.train.guards import StopRequest, differing_keys, folder_lock, holds_run
 from threetowers.train.log import Clock, step_metrics, summary
 from threetowers.train.optim import learning_rate
 from threetowers.train.session import (
@@ -133,15 +132,9 @@ def validate(setup: Setup) -> dict[str, float]:
 def _claim(config: RunConfig, folder: Path, fresh: bool) -> checkpoint.Restored | None:
     """Claims the folder for the run: writes its config, or checks that what is there belongs to the run."""
     path = folder / "config.toml"
-    # a first try that failed before its first checkpoint has nothing to protect
-    claimed = (folder / "model.json").is_file() or bool(checkpoint.checkpoints(folder / "checkpoints"))
-    if path.is_file() and claimed and not fresh:
-        differing = differing_keys(path, config)
-        if differing:
-            raise CheckpointError(
-                f"{folder} holds a run with other settings ({', '.join(differing)}). Give another --out, "
-                "or --fresh to replace it"
-            )
+    if not fresh and holds_run(folder, config):
+        if differing_keys(path, config, all_keys=True):
+            write_config(config, path)  # the evaluation, and whoever repeats the run, reads them there
         return checkpoint.find(folder / "checkpoints")
     for name in WRITTEN:
         (folder / name).unlink(missing_ok=True)

@@ -11,6 +11,9 @@ from torch import nn
 from threetowers.config import OptimConfig
 from threetowers.errors import UsageError
 
+LOGITS = ("log_scale", "bias")
+"""Parameters of the logits, beside those of towers and heads."""
+
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> int:
     """Takes the parameters whose names match out of training; returns how many numbers they hold.
@@ -53,7 +56,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if name in ("log_scale", "bias"):
+        if name in LOGITS:
             group = groups["scale"]
         elif parameter.ndim < 2 or name.startswith("heads.") or id(parameter) in spared:
             group = groups["no_decay"]
@@ -68,8 +71,10 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over everything that trains; raises UsageError when nothing does."""
     freeze(model, config.freeze)
     groups = parameter_groups(model, config)
-    if not groups:
-        raise UsageError("optim.freeze: every parameter is frozen, nothing is left to train")
+    if not any(name not in LOGITS for group in groups for name in group["names"]):
+        raise UsageError(
+            "optim.freeze: every parameter of towers and heads is frozen, nothing is left to train; leave out a pattern"
+        )
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

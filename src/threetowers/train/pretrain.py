@@ -12,17 +12,17 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from threetowers.config import PretrainConfig
+from threetowers.config import PretrainConfig, RunConfig, check
 from threetowers.data.decode import decode
 from threetowers.data.loader import augmented_views, usable_sample
 from threetowers.data.open import splits
 from threetowers.data.order import Order, hash64
 from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
+from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError, UsageError
-from threetowers.files import disk_errors, write_whole
+from threetowers.files import disk_errors, write_whole, writing_aside
 from threetowers.progress import Progress
 from threetowers.run.allocator import keep_freed_memory
 from threetowers.run.setup import pick_device, world
@@ -45,6 +45,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
     report = folder / "pretrain.json"
     if report.is_file():
         return float(json.loads(report.read_text(encoding="utf-8"))["val/top1"])
+    _check(config)
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -54,8 +55,10 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
         raise DataError(
             f"{path}: no class labels were found. Give a folder with one subfolder of images per class"
         )
-    if not timm.is_model(config.model):
-        raise UsageError(f"model: timm has no model {config.model!r}{near_timm(config.model)}")
+    if len(train.class_names) < 2:
+        raise DataError(
+            f"{path}: it has one class, {train.class_names[0]!r}, so nothing can be learned; give two or more"
+        )
     with initialised(config.seed, "pretrain"):
         model = timm.create_model(config.model, num_classes=len(train.class_names))
         model = model.to(device, memory_format=torch.channels_last)
@@ -74,8 +77,19 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
     return accuracy
 
 
+def _check(config: PretrainConfig) -> None:
+    """Raises UsageError for settings with which nothing can be trained."""
+    lowest = {"steps": 1, "batch_size": 2, "size": 1}  # a batch of one has no variance to normalise by
+    for key, low in lowest.items():
+        if getattr(config, key) < low:
+            raise UsageError(f"{key}: {getattr(config, key)} is out of range; it must be {low} or more")
+    check(RunConfig(inputs=config.inputs, optim=config.optim))
+    if not timm.is_model(config.model):
+        raise UsageError(f"model: timm has no model {config.model!r}{near_timm(config.model)}")
+
+
 class _Labelled:
-    """Batches of augmented pixels uint8 [B, 3, H, W] and labels int64 [B]; a DataLoader's dataset."""
+    """Batches of augmented pixels uint8 [B, 3, H, W] and labels int64 [B], by positions."""
 
     def __init__(self, source: Source, order: Order, config: PretrainConfig) -> None:
         self.source, self.order, self.config = source, order, config
@@ -107,12 +121,8 @@ def _fit(
 ) -> None:
     order = Order(config.seed, len(train), config.batch_size)
     optimizer = adamw(model, config.optim)
-    loader: DataLoader[tuple[Tensor, Tensor, list[BadSample]]] = DataLoader(
-        _Labelled(train, order, config),  # type: ignore[arg-type]
-        sampler=list(order.batches(0, config.steps)),
-        batch_size=None,
-        num_workers=config.inputs.workers,
-    )
+    steps = list(order.batches(0, config.steps))
+    loader = read_ahead(_Labelled(train, order, config), steps, config.inputs.workers, name=train.name)
     bar = Progress(f"pretraining {config.model} on {config.data}", config.steps, "steps")
     model.train()
     for step, (pixels, labels, problems) in enumerate(loader):
@@ -167,5 +177,6 @@ def _save(model: nn.Module, config: PretrainConfig, folder: Path) -> None:
     with disk_errors(unfinished):
         save_for_hf(model, str(unfinished), safe_serialization=True)
     for name in ("model.safetensors", "config.json"):
-        (unfinished / name).replace(folder / name)
+        with writing_aside(folder / name) as temporary:
+            (unfinished / name).replace(temporary)
     shutil.rmtree(unfinished)

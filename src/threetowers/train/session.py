@@ -11,11 +11,13 @@ from torch import Tensor
 from threetowers.config import RunConfig, config_hash, did_you_mean
 from threetowers.data.loader import BatchReader
 from threetowers.errors import CheckpointError, NonFiniteError, UsageError
+from threetowers.evaluate.evaluation import check_evaluation
 from threetowers.evaluate.retrieval import METRICS
 from threetowers.run.setup import Setup, prepare
 from threetowers.train import checkpoint
 from threetowers.train.guards import BadSamples, FiniteGuard, StopRequest
 from threetowers.train.log import RunLog
+from threetowers.train.room import check_room, room
 from threetowers.train.saver import Saver
 from threetowers.train.step import TrainingStep
 
@@ -119,6 +121,7 @@ def open_session(
 ) -> Session:
     """The session of a run, at its start or at its last checkpoint."""
     log = RunLog(folder)
+    check_evaluation(config)  # before hours of training
     setup = prepare(config, folder, saved_tokenizer=folder)
     _check_keep_best(setup)
     take_step = TrainingStep(config, setup.model, setup.device, setup.thirds.features)
@@ -135,6 +138,10 @@ def open_session(
         log.rewind(0)
         log.event(f"starting: {config.method}, {len(setup.train)} training samples, {config.steps} steps")
         session.save(final=True)  # a full disk is better found now than after hours
+        needs = room(setup)
+        check_room(
+            folder, config.keep_checkpoints * needs.checkpoint + needs.model
+        )  # besides what was just saved
         return session
     for line in found.passed_over:
         log.warn(f"passed over a checkpoint: {line}")

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +25,7 @@ from threetowers.data.shards.remote import redacted
 from threetowers.data.shards.tar import OpenFile
 from threetowers.errors import BadSample, DataError
 from threetowers.files import cache_folder, replacing
+from threetowers.progress import warn_once
 
 VERSION = 2
 FRESH_SECONDS = 2.0
@@ -186,15 +186,14 @@ def folder_for(shard: Shard) -> Path | None:
 
 
 def index_folder() -> Path | None:
-    """The folder of the indexes; None, with a warning, when it cannot be written."""
+    """The folder of the indexes; None, with a line on standard error, when it cannot be written."""
     folder = cache_folder() / "index"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        warnings.warn(
+        warn_once(
             f"{folder} cannot be written, so shards are indexed again each time they are opened; "
-            "set THREETOWERS_CACHE to another folder",
-            stacklevel=2,
+            "set THREETOWERS_CACHE to another folder"
         )
         return None
     return folder

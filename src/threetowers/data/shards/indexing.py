@@ -133,7 +133,7 @@ class _Work:
         return slow and seconds / max(self._num_done, 1) * num_left > PARALLEL_AFTER_SECONDS
 
     def _index_in_processes(self, numbers: Sequence[int]) -> None:
-        """Indexes shards in several processes; when one of these dies, the shards that are left stay without index."""
+        """Indexes shards in several processes; where that fails, the shards that are left stay without index."""
         import joblib  # here, since it takes 20 ms that most commands can do without
         from joblib.externals.loky import get_reusable_executor
 
@@ -145,7 +145,7 @@ class _Work:
             )
             for number in pool(tasks):
                 self._index(number)
-        except BrokenProcessPool:
+        except (BrokenProcessPool, OSError):  # a process died, or none could be started
             return
         finally:
             get_reusable_executor().shutdown()  # else the processes would stay for minutes

@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar
 
 from threetowers.data.shards.tar import OpenFile
 from threetowers.errors import DataError, ThreeTowersError, UsageError
-from threetowers.files import cache_folder, digest_file, replacing, write_whole
+from threetowers.files import HELD, cache_folder, digest_file, replacing, write_whole
 
 DEFAULT_CACHE_GB = 100.0
 ATTEMPTS = 3
@@ -243,6 +243,8 @@ def _folder() -> Path:
         raise DataError(
             f"{folder} cannot be made ({error.strerror}); set THREETOWERS_CACHE to another folder"
         ) from error
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"{folder} cannot be written; set THREETOWERS_CACHE to another folder")
     return folder
 
 
@@ -269,5 +271,10 @@ def _size(path: Path) -> int:
 def _locked(address: str) -> Iterator[None]:
     """Lets one process or thread at a time fetch a shard; the others wait and then find it in the cache."""
     with (_folder() / f"{_key(address)}.lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno in HELD:
+                raise
+            # a file system without locks: two may fetch the same shard, and each replaces it whole
         yield
