@@ -120,6 +120,11 @@ GUARDS: dict[str, Sequence[Guard]] = {
               never(raises="CheckpointError"), "test_train.py::test_a_folder_of_another_run_is_refused_by_key"),
         Guard("same-data", "a run goes on with other data than it began with", "Session.restore",
               never(raises="CheckpointError"), "test_recovery.py::test_other_data_than_before_is_refused"),
+        Guard("changed-data-said", "an evaluation on other data than before says nothing", "evaluate_run",
+              never("changed"), "test_awkward_changes.py::test_an_evaluation_says_which_part_has_changed"),
+        Guard("compared-on-the-same-data", "runs are compared that saw different data", "compare.runs._run",
+              never(raises="CheckpointError"),
+              "test_awkward_changes.py::test_a_comparison_on_changed_data_is_refused"),
         Guard("first-save", "a disk that refuses is met after hours of training", "open_session", drop("save"), FULL),
         Guard("end-looked-at", "classes that cannot be classified are met after training", "open_session",
               drop("check_evaluation"), "test_awkward_ends.py"

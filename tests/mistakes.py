@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from kit.checkpoints import own_class, several_nests
 from kit.mistakes import (
     Answer,
     Change,
@@ -173,6 +174,13 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
                 ("resnet.pt", "safetensors"), (as_pt,)),
         Mistake("weights cut off by a broken download", f"{TRAIN} --out new", 3, ("tower/model.safetensors", "again"),
                 (cut("tower/model.safetensors"),)),
+        Mistake("a checkpoint with a class of one's own", "convert own.pt --out own.safetensors", 3,
+                ("own.pt", "nothing in it was run", "content = torch.load('own.pt', weights_only=False)",
+                 "torch.save(content['state_dict'], 'own-weights.pt')"), (own_class,)),
+        Mistake("a key that holds no weights", "convert several.pt --out x.safetensors --key model", 3,
+                ("--key", "'model'", "--key model_state", "model_state, model_ema"), (several_nests,)),
+        Mistake("safetensors to convert that need no change", "convert tower/model.safetensors --out x.safetensors", 2,
+                ("tower/model.safetensors", "safetensors already", "module.")),
         Mistake("weights of another architecture",
                 f"{TRAIN} --third timm:test_vit@tower/model.safetensors --out new", 3,
                 ("tower/model.safetensors", "do not fit")),

@@ -189,16 +189,17 @@ def _export(words: list[str]) -> int:
 def _convert(words: list[str]) -> int:
     """a foreign .pt, .pth or .bin file as safetensors, no code run: threetowers convert FILE --out FILE.safetensors"""
 
-    def convert(file: tyro.conf.Positional[Path], *, out: Path) -> None:
+    def convert(file: tyro.conf.Positional[Path], *, out: Path, key: str | None = None) -> None:
         """Only tensors are read; whatever else is in the file is refused or left out by name.
 
         Args:
-            file: A checkpoint of plain PyTorch, open_clip, timm or a trainer.
+            file: A checkpoint of plain PyTorch, open_clip, timm or a trainer; or safetensors with a prefix to take off.
             out: The file to write, ending in .safetensors.
+            key: Under which the weights are, such as model_ema; none takes the usual ones.
         """
         from threetowers.commands.convert import convert
 
-        print(convert(file, out).text())
+        print(convert(file, out, key).text())
 
     parse(convert, words, "convert")
     return 0

@@ -6,27 +6,55 @@
 out fits `pair.weights`, `timm:NAME@FILE` and `open_clip:NAME@FILE`.
 """
 
+import argparse
+import datetime
+import pathlib
 import pickle
+import types
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
 from packaging.version import Version
 from torch import Tensor
 
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.towers.weights import write_safetensors
+from threetowers.towers.weights import read_safetensors, write_safetensors
 
 SAFE_SINCE = Version("2.10")
 """The first torch whose weights_only reader is trusted here."""
 NESTS = ("state_dict", "model_state_dict", "model", "module", "ema", "model_ema")
 """Keys under which trainers keep the weights, in the order in which they are looked for."""
-WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""What DataParallel, torch.compile and Lightning put before every name."""
+WRAPPERS = ("module.", "_orig_mod.", "model.", "visual.trunk.")
+"""What DataParallel, torch.compile, Lightning and open_clip's timm towers put before every name."""
+
+
+def _without_default(factory: object = None) -> dict[Any, Any]:
+    """A `defaultdict` without what it calls for a missing key."""
+    return {}
+
+
+_MAKERS: tuple[Any, ...] = (np.float64().__reduce__()[0], np.empty(0).__reduce__()[0])
+INERT: list[Any] = [
+    argparse.Namespace, types.SimpleNamespace, (_without_default, "collections.defaultdict"), dict, list, int, float,
+    datetime.datetime, datetime.date, datetime.timedelta,
+    *((kind, f"{module}.{name}")
+      for module in ("pathlib", "pathlib._local")
+      for name, kind in (("PosixPath", pathlib.PurePosixPath), ("WindowsPath", pathlib.PureWindowsPath),
+                         ("PurePosixPath", pathlib.PurePosixPath), ("PureWindowsPath", pathlib.PureWindowsPath))),
+    *((make, f"numpy.{core}.multiarray.{make.__name__}")
+      for core in ("_core", "core")
+      for make in _MAKERS),
+    np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdUSM"),
+]  # fmt: skip
+"""What trainers keep beside weights: settings, paths, times, numbers of NumPy. Making one of these runs no code that
+the file names. Everything else is refused."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +77,27 @@ class Converted:
         return "\n".join([head, *(f"  {note}" for note in self.notes)])
 
 
-def convert(path: Path, out: Path) -> Converted:
-    """Reads a .pt, .pth, .bin or .ckpt file and writes its weights as safetensors.
+def convert(path: Path, out: Path, key: str | None = None) -> Converted:
+    """Reads a .pt, .pth, .bin or .ckpt file, or safetensors whose names have to change, and writes safetensors.
 
-    CLIP checkpoints in open_clip's older layout become its CustomTextCLIP layout. Raises UsageError for an `out` that
-    is there already, and CheckpointError for a file that holds no weights or asks to run code.
+    key: under which the weights are, where there are several. CLIP checkpoints in open_clip's older layout become its
+    CustomTextCLIP layout. Raises UsageError for an `out` that is there already, and CheckpointError for a file that
+    holds no weights or asks to run code.
     """
     if out.exists():
         raise UsageError(f"--out: {out} is there already; name another file")
     if out.suffix != ".safetensors":
         raise UsageError(f"--out: {out} should end in .safetensors, by which loaders know it")
     notes: list[str] = []
-    state = _tensors(_weights_only(path), path, notes)
+    safe = path.suffix == ".safetensors"
+    state = _tensors(read_safetensors(path) if safe else _weights_only(path), path, key, notes)
     if "text_projection" in state and "positional_embedding" in state:
         state = convert_to_custom_text_state_dict(state)
         notes.append("laid out as open_clip's CustomTextCLIP (visual.*, text.*)")
+    if safe and len(notes) == 1:
+        raise UsageError(
+            f"{path}: is safetensors already, and its names are not all behind one of {', '.join(WRAPPERS)}"
+        )
     tensors = _on_their_own(state)
     write_safetensors(out, tensors, sync=True)
     return Converted(
@@ -81,8 +115,6 @@ def _weights_only(path: Path) -> Any:
         raise UsageError(
             f"convert: torch {torch.__version__} is too old to open foreign files; {SAFE_SINCE} or newer"
         )
-    if path.suffix == ".safetensors":
-        raise UsageError(f"{path}: is safetensors already")
     try:
         archive = zipfile.is_zipfile(path)
         if archive and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
@@ -90,19 +122,27 @@ def _weights_only(path: Path) -> Any:
                 f"{path}: is a TorchScript program, which holds code. Ask its publisher for a state dict, or name the "
                 "model as open_clip:NAME@TAG"
             )
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        with torch.serialization.safe_globals(INERT), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Detected pickle protocol"
+            )  # what it cannot read is refused below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
-        reason = next(
-            (line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0]
-        )
+        said = str(error).replace("WeightsUnpickler error: ", "").splitlines()
+        reason = next((line for line in said if "GLOBAL" in line or "nsupported" in line), said[-1])
+        reason = reason.partition(". Please use")[0]  # torch advises to trust it
         raise CheckpointError(
             f"{path}: is no file of plain weights, and nothing in it was run ({reason.strip()}). Ask its publisher "
-            "for a state dict or safetensors"
+            "for a state dict or safetensors. If you wrote it yourself, and only then, write the weights alone where "
+            "its classes are installed; this runs what is in it:\n"
+            f"  content = torch.load({str(path)!r}, weights_only=False)\n"
+            f"  torch.save(content['state_dict'], {path.stem + '-weights.pt'!r})  # or the key that holds the weights"
         ) from None
     except (
         RuntimeError,
+        MemoryError,
         EOFError,
         ValueError,
         KeyError,
@@ -117,29 +157,54 @@ def _weights_only(path: Path) -> Any:
         ) from None
 
 
-def _tensors(content: Any, path: Path, notes: list[str]) -> dict[str, Tensor]:
-    """The tensors by name, out of whatever a trainer saved around them; `notes` says what was done."""
-    where = "the file"
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        nest = next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)
+def _tensors(content: Any, path: Path, key: str | None, notes: list[str]) -> dict[str, Tensor]:
+    """The tensors by name, out of whatever a trainer saved around them; `notes` says what was done.
+
+    key: where they are; None: in the first of NESTS that holds some.
+    """
+    where, others = "the file", list[str]()
+    while isinstance(content, Mapping):
+        nests = [str(name) for name, value in content.items() if _holds_weights(value)]
+        nest = key if key is not None else next((name for name in NESTS if name in nests), None)
         if nest is None:
             break
-        where, content = f"{nest!r}", content[nest]
+        if nest not in nests:
+            raise CheckpointError(f"{path}: --key: nothing named {nest!r} holds weights{_to_choose(nests)}")
+        others += [name for name in nests if name != nest]
+        where, content, key = f"{nest!r}", content[nest], None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, no weights by name")
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not state:
         keys = ", ".join(map(str, list(content)[:8]))
-        raise CheckpointError(f"{path}: holds no tensors by name (its keys: {keys or 'none'})")
-    notes.append(f"weights taken from {where}")
-    left = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+        raise CheckpointError(
+            f"{path}: holds no tensors by name (its keys: {keys or 'none'}){_to_choose(nests)}"
+        )
+    notes.append(
+        f"weights taken from {where}" + (f"; others are there{_to_choose(others)}" if others else "")
+    )
+    left = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if left:
         notes.append(f"left out, no tensors: {', '.join(left[:8])}" + (" …" if len(left) > 8 else ""))
-    for wrapper in WRAPPERS:
-        if all(name.startswith(wrapper) for name in state):
-            state = {name.removeprefix(wrapper): value for name, value in state.items()}
-            notes.append(f"{wrapper!r} taken off every name")
+    if "n_averaged" in state and len(state) > 1:
+        del state["n_averaged"]
+        notes.append("left out: n_averaged, which counts the steps of an average of weights")
+    while wrapper := next((each for each in WRAPPERS if all(name.startswith(each) for name in state)), ""):
+        state = {name.removeprefix(wrapper): value for name, value in state.items()}
+        notes.append(f"{wrapper!r} taken off every name")
     return state
+
+
+def _holds_weights(value: Any) -> bool:
+    """Whether a trainer's entry is a state dict, or has one under a key of NESTS."""
+    if not isinstance(value, Mapping):
+        return False
+    tensors = any(isinstance(name, str) and isinstance(each, Tensor) for name, each in value.items())
+    return tensors or any(_holds_weights(value.get(name)) for name in NESTS)
+
+
+def _to_choose(nests: list[str]) -> str:
+    return f": {', '.join(nests[:8])}; name one with --key {nests[0]}" if nests else ""
 
 
 def _on_their_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

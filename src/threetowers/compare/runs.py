@@ -12,10 +12,11 @@ from typing import Any
 
 from threetowers.compare.claims import Key
 from threetowers.config import CompareConfig, RunConfig
-from threetowers.errors import UsageError
+from threetowers.errors import CheckpointError, UsageError
 from threetowers.evaluate.evaluation import check_evaluation, evaluate_run
 from threetowers.objective.pairs import METHODS, method_label, objective
 from threetowers.progress import duration
+from threetowers.run.finished import changed_parts, describe_parts, read_description
 from threetowers.run.setup import check_settings, describe_data, open_data
 from threetowers.run.thirds import captioned
 from threetowers.towers.frozen.load import load_frozen
@@ -173,6 +174,14 @@ class _Pace:
 def _run(job: Job, done: int, pace: _Pace) -> bool:
     """Trains and evaluates a job unless that is done; False when training was stopped on request."""
     evaluated = (job.folder / "evaluation.json").is_file()
+    if evaluated:
+        parts = describe_parts(*open_data(job.config))
+        changed = changed_parts(read_description(job.folder).get("data", {}), parts)
+        if changed:
+            raise CheckpointError(
+                f"{job.folder}: the data has changed since this run was trained: {', '.join(changed)}. Put it back, or "
+                "give another --out, so that all runs are compared on the same data"
+            )
     differing = differing_keys(job.folder / "config.toml", job.config, all_keys=True) if evaluated else []
     if evaluated and not any(key.startswith("classes:") for key in differing):
         return True

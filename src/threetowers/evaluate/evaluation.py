@@ -22,7 +22,8 @@ from threetowers.evaluate.result import Result
 from threetowers.evaluate.retrieval import retrieval
 from threetowers.evaluate.zero_shot import check_prompts, class_embeddings, zero_shot
 from threetowers.files import write_whole
-from threetowers.run.finished import read_description, restore_trained
+from threetowers.progress import warn
+from threetowers.run.finished import changed_parts, read_description, restore_trained
 from threetowers.run.setup import Setup, autocast, open_data, prepare, world
 from threetowers.towers.weights import write_safetensors
 
@@ -83,7 +84,7 @@ def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None =
     data: other images and captions to test on. classes: other labelled images. With either, no file is written.
     Raises CheckpointError for an unfinished run and DataError for data that cannot be used.
     """
-    read_description(folder)
+    described = read_description(folder)
     config = read_config(folder / "config.toml")
     if classes is not None:
         config = replace(config, classes=classes)
@@ -93,6 +94,12 @@ def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None =
     )  # fmt: skip
     setup = prepare(config, folder, saved_tokenizer=folder)
     restore_trained(setup.model, folder)
+    changed = changed_parts(described.get("data", {}), setup.parts())
+    if changed:
+        warn(
+            f"{folder}: the data has changed since this run was trained: {', '.join(changed)}. The figures are of the "
+            "data as it is, and not comparable with earlier ones"
+        )
     own = data is None and classes is None
     test = other or setup.test
     encoded = encode_all(setup, test, labelled)

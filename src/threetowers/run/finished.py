@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from threetowers.config import RunConfig
 from threetowers.data.decode import decode
+from threetowers.data.source import Source
 from threetowers.data.tokenize import Tokenizer, load_tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import BadSample, CheckpointError, DataError
@@ -33,6 +34,8 @@ from threetowers.towers.pair import build_image_tower, build_text_tower, encode_
 from threetowers.towers.weights import load_strictly, read_safetensors, write_safetensors
 
 SCHEMA = 1
+Parts = dict[str, dict[str, Any]]
+"""The number of images and the fingerprint of each part of the data, by its name."""
 ImageLike = str | Path | Image.Image
 
 
@@ -122,6 +125,7 @@ def save_run(
     architecture: Architecture,
     tokenizer: Tokenizer,
     thirds: Mapping[str, FrozenTower],
+    parts: Parts,
 ) -> None:
     """Writes what `load_run` needs; model.json last, since its presence says that the run is finished."""
     image, architecture = main_pair(model, architecture, thirds)
@@ -145,9 +149,32 @@ def save_run(
         ],
         "num_trainable": model.num_trainable(),
         "rows": [[row.a, row.b, row.weight, row.kind] for row in model.objective.rows],
+        "data": parts,
         "sha256": digest_file(weights),
     }  # fmt: skip
     write_whole(folder / "model.json", json.dumps(described, indent=2))
+
+
+def describe_parts(train: Source, val: Source, test: Source) -> Parts:
+    """The parts as model.json and checkpoints record them."""
+    named = {"train": train, "val": val, "test": test}
+    return {name: {"images": len(part), "fingerprint": part.fingerprint} for name, part in named.items()}
+
+
+def changed_parts(before: Parts, after: Parts) -> list[str]:
+    """What is different about each part that has changed; nothing about parts that were not recorded.
+
+    >>> changed_parts({"test": {"images": 5, "fingerprint": "a"}}, {"test": {"images": 6, "fingerprint": "b"}})
+    ['test (5 → 6 images)']
+    """
+    changed = []
+    for name, was in before.items():
+        now = after[name]
+        if was["images"] != now["images"]:
+            changed.append(f"{name} ({was['images']:,} → {now['images']:,} images)")
+        elif was["fingerprint"] != now["fingerprint"]:
+            changed.append(f"{name} (other files, captions or labels)")
+    return changed
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from threetowers.model import Architecture, ThreeTowers, build
 from threetowers.objective.pairs import METHODS, objective
 from threetowers.progress import Progress
 from threetowers.run.allocator import keep_freed_memory
+from threetowers.run.finished import Parts, describe_parts
 from threetowers.run.thirds import Thirds, load_thirds, stores_place
 from threetowers.towers.pair import checkpoint_activations, model_config
 from threetowers.world.write import write_world
@@ -42,6 +43,10 @@ class Setup:
     thirds: Thirds
     model: ThreeTowers
     architecture: Architecture
+
+    def parts(self) -> Parts:
+        """The three parts of the data, as the run records them."""
+        return describe_parts(self.train, self.val, self.test)
 
     def reader(self) -> BatchReader:
         """The reader that makes the batches of training; raises UsageError when there is less data than one batch."""

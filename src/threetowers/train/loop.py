@@ -64,7 +64,15 @@ def train(config: RunConfig, folder: Path, *, fresh: bool = False, max_minutes: 
             session.log.event(f"stopped on request at step {step}")
             return Trained(folder, False, step, stopped=True)
         take_best(session)
-        save_run(folder, config, setup.model, setup.architecture, setup.tokenizer, setup.thirds.towers)
+        save_run(
+            folder,
+            config,
+            setup.model,
+            setup.architecture,
+            setup.tokenizer,
+            setup.thirds.towers,
+            setup.parts(),
+        )
         session.log.event(f"finished in {duration(time.monotonic() - started)}")
         return Trained(folder, True, step, stopped=stop.requested)
 

@@ -42,8 +42,8 @@ def _matching(model: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """AdamW's groups, each with the names of its parameters.
 
-    Matrices decay; vectors, heads, what `no_decay` names and the scale do not. The scale and bias of the logits have
-    the learning rate times `scale_lr_multiplier`, as `lr_multiplier` says for every group.
+    Matrices and what has more dimensions decay; vectors, heads, what `no_decay` names and the scale do not. The scale
+    and bias of the logits have the learning rate times `scale_lr_multiplier`, as `lr_multiplier` says for every group.
     """
     spared = {id(p) for pattern in config.no_decay for p in _matching(model, pattern, "optim.no_decay")}
     groups: dict[str, dict[str, Any]] = {
@@ -58,13 +58,18 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             continue
         if name in LOGITS:
             group = groups["scale"]
-        elif parameter.ndim < 2 or name.startswith("heads.") or id(parameter) in spared:
+        elif not _is_matrix(parameter) or name.startswith("heads.") or id(parameter) in spared:
             group = groups["no_decay"]
         else:
             group = groups["decay"]
         group["params"].append(parameter)
         group["names"].append(name)
     return [group for group in groups.values() if group["params"]]
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is more than a vector: gains [C, 1, 1, 1], class tokens [1, 1, D] and scalars are not."""
+    return sum(size > 1 for size in parameter.shape) >= 2
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

@@ -13,6 +13,7 @@ from threetowers.data.loader import BatchReader
 from threetowers.errors import CheckpointError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import check_evaluation
 from threetowers.evaluate.retrieval import METRICS
+from threetowers.run.finished import changed_parts
 from threetowers.run.setup import Setup, prepare
 from threetowers.train import checkpoint
 from threetowers.train.guards import BadSamples, FiniteGuard, StopRequest
@@ -94,6 +95,7 @@ class Session:
             "in_row": self.guard.in_row,
             "bad": self.bad.state(),
             "data": self.setup.train.fingerprint,
+            "parts": self.setup.parts(),
         }
         self.saver.save(
             self.state.step, self.setup.model, self.take_step.optimizer, state,
@@ -108,6 +110,9 @@ class Session:
                 f"{self.folder}: the training data is not what it was when this run stopped (step {found.step}): "
                 "files, captions or the split differ. Put it back, or give --fresh to start this run again"
             )
+        changed = changed_parts(state.get("parts", {}), self.setup.parts())
+        if changed:
+            self.log.warn(f"data has changed since this run was stopped: {', '.join(changed)}")
         checkpoint.restore(found, self.setup.model, self.take_step.optimizer)
         _set_random_state(self.setup.device, state)
         self.bad.restore(state["bad"])
