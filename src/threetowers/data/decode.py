@@ -153,10 +153,7 @@ def _read(
             if pixels is not None:
                 upright = _UPRIGHT.get(_orientation(image))
                 return pixels if upright is None else Image.fromarray(pixels).transpose(upright)
-        image.load()
-        orientation = _orientation(image)
-        image = _to_rgb(image)
-        return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return upright_rgb(image)
     except (BadSample, UsageError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -165,6 +162,14 @@ def _read(
         raise _unidentified(data, id) from error
     except Exception as error:  # decoders raise nearly everything on damaged input, MemoryError included
         raise BadSample(id, "damaged image", f"{type(error).__name__}: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened image in mode RGB as `decode` returns it: upright, and laid on white where it is transparent."""
+    image.load()
+    orientation = _orientation(image)
+    image = _to_rgb(image)
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _repaired(data: bytes, id: str, max_pixels: int) -> Iterator[bytes]:
@@ -303,7 +308,7 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I;16"):
         return _wide_grey_to_rgb(image)
     if not image.has_transparency_data:
         return image.convert("RGB")

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from threetowers.config import RunConfig
-from threetowers.data.decode import decode
+from threetowers.data.decode import decode, upright_rgb
 from threetowers.data.tokenize import Tokenizer, load_tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import BadSample, CheckpointError, DataError
@@ -88,7 +88,7 @@ class FinishedRun:
 
 def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return upright_rgb(image)
     try:
         return decode(Path(image).read_bytes(), str(image))
     except OSError as error:

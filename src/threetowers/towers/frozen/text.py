@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -9,6 +10,7 @@ import torch
 from open_clip.model import _build_text_tower
 from torch import Tensor, nn
 
+from threetowers.data.tokenize import OPEN_CLIP_MARKS, marks_in_text, without_marks
 from threetowers.errors import UsageError
 from threetowers.towers.frozen.base import (
     Card,
@@ -43,10 +45,11 @@ class HuggingFaceTokens:
     def __init__(self, tokenizer: Any, limit: int) -> None:
         self._tokenizer, self.limit = tokenizer, limit
         self.pads_fully = "attention_mask" not in tokenizer.model_input_names
+        self.marks = _take_for_text(tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         rows = self._tokenizer(
-            list(texts),
+            [without_marks(str, self.marks, text) for text in texts],
             truncation=True,
             max_length=self.limit,
             padding="max_length" if self.pads_fully else False,
@@ -67,6 +70,16 @@ class HuggingFaceTokens:
         else:
             rules = {"vocab": self._tokenizer.get_vocab(), "options": repr(self._tokenizer.init_kwargs)}
         return {"kind": type(self._tokenizer).__name__, "limit": self.limit, "rules": digest_of(rules)}
+
+
+def _take_for_text(tokenizer: Any) -> tuple[str, ...]:
+    """Makes a transformers tokenizer read its special tokens as text in the midst of a text.
+
+    Returns those that it finds nevertheless.
+    """
+    tokenizer.split_special_tokens = True
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in tokenizer.all_special_tokens}
+    return marks_in_text(ids, lambda text: tokenizer(text)["input_ids"])
 
 
 class HuggingFaceText(nn.Module):
@@ -138,6 +151,9 @@ class OpenClipTokens:
 
     def __init__(self, tokenizer: Any, text: Any, described: dict[str, Any]) -> None:
         self._tokenizer, self._text, self._described = tokenizer, text, described
+        inner = getattr(tokenizer, "tokenizer", None)
+        marks = OPEN_CLIP_MARKS if inner is None else _take_for_text(inner)
+        tokenizer.clean_fn = partial(without_marks, tokenizer.clean_fn, marks)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return self._tokenizer(list(texts)).long()  # type: ignore[no-any-return]
