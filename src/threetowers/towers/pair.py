@@ -10,7 +10,7 @@ from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 
 from threetowers.config import PairConfig, did_you_mean
-from threetowers.data.transforms import ImageSpec
+from threetowers.data.transforms import ImageSpec, per_channel
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.heads import initialised
 from threetowers.towers.weights import _first, load_strictly, read_safetensors
@@ -52,9 +52,14 @@ def _near(name: str) -> str:
 def image_spec(config: dict[str, Any], pair: PairConfig) -> ImageSpec:
     """What the main image tower is fed with: its own size, the pair's mean and std, bicubic, centre crop."""
     size = config["vision_cfg"].get("image_size", 224)
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        size = size[0]
     if not isinstance(size, int):
         raise UsageError(f"pair.vision.image_size: only square inputs are supported, got {size!r}")
-    return ImageSpec(size=size, mean=pair.mean, std=pair.std)
+    try:
+        return ImageSpec(size=size, **per_channel(pair.mean, pair.std, 3))
+    except ValueError as error:
+        raise UsageError(f"pair.mean and pair.std of the image tower: {error}") from None
 
 
 def build_image_tower(config: dict[str, Any], seed: int) -> nn.Module:

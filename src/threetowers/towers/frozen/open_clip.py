@@ -12,7 +12,15 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from threetowers.config import did_you_mean
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.towers.frozen.base import Card, Kind, Loaded, foreign, num_parameters, pooled_only
+from threetowers.towers.frozen.base import (
+    Card,
+    Kind,
+    Loaded,
+    channels_of,
+    foreign,
+    num_parameters,
+    pooled_only,
+)
 from threetowers.towers.weights import refuse_pickle
 
 
@@ -26,7 +34,7 @@ def load_open_clip(name: str, features: str) -> Loaded:
     model, config = load_pair(name, source)
     # open_clip keeps QuickGELU as a key of the whole model, which a pair with another text tower cannot take over
     vision_cfg = None if config.get("quick_gelu") else dict(config["vision_cfg"])
-    image = image_spec(open_clip.get_model_preprocess_cfg(model))
+    image = image_spec(open_clip.get_model_preprocess_cfg(model), source)
     return Loaded(model.visual, config["embed_dim"], image, vision_cfg)
 
 
@@ -78,14 +86,22 @@ def known_config(model_name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def image_spec(settings: dict[str, Any]) -> ImageSpec:
-    """open_clip's preprocess_cfg as ImageSpec."""
+def image_spec(settings: dict[str, Any], source: str) -> ImageSpec:
+    """open_clip's preprocess_cfg as ImageSpec; raises UsageError for what it cannot say."""
+    size, resize = settings["size"], settings["resize_mode"]
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) > 1 or resize not in ("shortest", "squash"):
+        raise UsageError(
+            f"third: {source} wants {size} pixels with resize_mode {resize!r}; only square inputs with resize_mode "
+            "shortest or squash are supported"
+        )
     return ImageSpec(
-        size=settings["size"] if isinstance(settings["size"], int) else settings["size"][0],
-        mean=tuple(settings["mean"]),
-        std=tuple(settings["std"]),
-        interpolation=settings["interpolation"],
-        resize="squash" if settings["resize_mode"] == "squash" else "shortest",
+        size=sides.pop(),
+        **channels_of(source, settings["mean"], settings["std"], 3),
+        interpolation="bilinear"
+        if settings["interpolation"] == "bilinear"
+        else "bicubic",  # as open_clip takes it
+        resize=resize,
     )
 
 
@@ -100,7 +116,7 @@ def open_clip_card(spec: str, name: str) -> Card:
         )
     settings = merge_preprocess_dict(PreprocessCfg(), open_clip.get_pretrained_cfg(model, tag))
     settings["size"] = visual.image_size
-    return Card(spec, num_parameters(visual), config["embed_dim"], image_spec(settings))
+    return Card(spec, num_parameters(visual), config["embed_dim"], image_spec(settings, spec))
 
 
 OPEN_CLIP = Kind(
