@@ -192,7 +192,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
         Guard("formats-listed", "every decoder that Pillow has is open to foreign bytes", "decode._read",
               argument("Image.open", "formats", None), REASONS),
         Guard("pixels-first", "pixels are counted after they have been decoded", "decode._read",
-              before("_check_shape", "{load}"), REASONS),
+              before("_check_shape", "{upright_rgb}"), REASONS),
         Guard("pixels-capped", "an image may take as much memory as Pillow allows", "_check_shape",
               never(raises="too many pixels"), REASONS),
         Guard("shape-capped", "scaling an image of 60,000 × 1 pixels takes gigabytes", "_check_shape",

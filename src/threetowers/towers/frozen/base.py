@@ -229,8 +229,9 @@ def token_mean(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type when it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's text, with the next one if it announces it, or its type when it has none."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip()[:300] for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def channels_of(source: str, mean: Any, std: Any, channels: int) -> Colours:

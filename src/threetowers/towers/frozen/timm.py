@@ -20,7 +20,9 @@ from threetowers.towers.frozen.base import (
     num_parameters,
     token_mean,
 )
-from threetowers.towers.weights import load_strictly, read_safetensors
+from threetowers.towers.weights import load_strictly, read_safetensors, say_unwrapped, unwrapped
+
+OTHER_SIZE = "give the timm name of that size, or timm:local-dir:DIR whose model_args have that img_size"
 
 
 class TimmTrunk(nn.Module):
@@ -71,8 +73,10 @@ def load_timm(name: str, features: str) -> Loaded:
     if file:
         names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
         drop = tuple(f"{prefix}." for prefix in names)
-        state = {key: value for key, value in read_safetensors(file).items() if not key.startswith(drop)}
-        load_strictly(trunk, state, file)
+        whole, prefix = unwrapped(read_safetensors(file), trunk.state_dict())
+        say_unwrapped(prefix, file)
+        state = {key: value for key, value in whole.items() if not key.startswith(drop)}
+        load_strictly(trunk, state, file, other_size=OTHER_SIZE)
     spec = timm_image_spec(trunk, name)
     width = pooled_width(trunk)
     if features != "pooled":
