@@ -166,8 +166,9 @@ def _encode(setup: Setup, source: Source) -> Encoded:
 
 def _labelled(setup: Setup, source: Source) -> Labelled:
     encoded = _encode(setup, source)
+    precision = autocast(setup.config, setup.device)
     classes = class_embeddings(
-        lambda texts: encode_texts(setup.model, texts, setup.tokenizer, setup.device),
+        lambda texts: encode_texts(setup.model, texts, setup.tokenizer, setup.device, autocast=precision),
         source.class_names,
         source.templates or DEFAULT_TEMPLATES,
     )
