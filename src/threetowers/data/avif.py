@@ -35,7 +35,7 @@ def _items(avif: bytes) -> Iterator[bytes]:
     """The content of every item, in the file or in the box `idat`."""
     boxes = dict(_boxes(next((content[4:] for kind, content in _boxes(avif) if kind == b"meta"), b"")))
     table = boxes.get(b"iloc", b"")
-    place = 0
+    place = taken = 0
 
     def number(size: int) -> int:
         nonlocal place
@@ -62,6 +62,9 @@ def _items(avif: bytes) -> Iterator[bytes]:
         for _ in range(min(number(2), len(table))):
             number(index_size if version else 0)
             start, length = base + number(offset_size), number(length_size)
+            taken += min(length or len(avif), len(avif))
+            if taken > 2 * len(avif):
+                raise ValueError("items of AVIF that share their bytes")
             parts.append(
                 (boxes.get(b"idat", b"") if method else avif)[start : start + length if length else None]
             )

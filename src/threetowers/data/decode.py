@@ -18,7 +18,7 @@ import numpy as np
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from threetowers.data.avif import as_still, coded_sizes
-from threetowers.data.metadata import has_one_scan, without_metadata
+from threetowers.data.metadata import has_all_scans, without_metadata
 from threetowers.errors import BadSample, UsageError
 
 Reason = Literal[
@@ -62,9 +62,9 @@ _FOREIGN_SIGNATURES = {
     **{b"P%d%c" % (kind, end): "PNM" for kind in range(1, 8) for end in b"\n\r \t"},
 }  # fmt: skip
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-# Behind a whole scan of a JPEG these bits are skipped. In one that is cut, libjpeg makes other pixels of them than of
-# the zeros that it fills in.
-_FILLER, _JPEG_END = b"\xaa" * 200, b"\xff\xd9"
+# Behind a whole scan of a JPEG these bits are skipped. In one that is cut, libjpeg makes other pixels of some of them
+# than of the zeros that it fills in.
+_FILLERS, _JPEG_END = (b"", b"\xaa" * 200, b"\xd6" * 200, b"\x6b" * 200), b"\xff\xd9"
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -175,13 +175,13 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def _repaired(data: bytes, id: str, max_pixels: int) -> Iterator[bytes]:
     """Files with the pixels of a file that cannot be read, in case that only what surrounds them is damaged."""
     yield from without_metadata(data)
-    if has_one_scan(data):
+    if has_all_scans(data):
         # libjpeg fills up a scan that is cut, and does not say so
         scan = data.rstrip(b"\xff")  # half of an end mark
-        ends = [scan + _JPEG_END, scan + _FILLER + _JPEG_END]
+        ends = [scan + filler + _JPEG_END for filler in _FILLERS]
         with contextlib.suppress(BadSample):
-            first, second = (np.asarray(_read(end, id, max_pixels, "pillow", None)) for end in ends)
-            if np.array_equal(first, second):
+            first, *others = (np.asarray(_read(end, id, max_pixels, "pillow", None)) for end in ends)
+            if all(np.array_equal(first, other) for other in others):
                 yield ends[0]
 
 

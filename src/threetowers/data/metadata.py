@@ -11,6 +11,11 @@ from collections.abc import Iterator
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ANMF")
 _WEBP_ALPHA_AND_ANIMATION, _WEBP_EXIF = 0x12, 0x08  # flags of VP8X
+_FILL, _MARKER, _RESTART = (
+    re.compile(rb"\xff+"),
+    re.compile(rb"\xff[^\x00\xff\xd0-\xd7]"),
+    re.compile(rb"\xff[\xd0-\xd7]"),
+)
 _AVIF_ITEM = re.compile(rb"(infe\x02.{7})(?:Exif|mime)", re.DOTALL)
 
 
@@ -35,17 +40,40 @@ def without_metadata(data: bytes) -> Iterator[bytes]:
             yield found
 
 
-def has_one_scan(jpeg: bytes) -> bool:
-    """Whether all pixels of a JPEG are in one sequential scan without restarts."""
-    components = 0
-    for marker, start, _ in _segments(jpeg) if jpeg.startswith(b"\xff\xd8") else ():
-        if marker == 0xDD:  # a restart interval, at whose markers a scan can be cut
-            return False
-        if marker in (0xC0, 0xC1):
-            components = int.from_bytes(jpeg[start + 9 : start + 10])
-        if marker == 0xDA:
-            return components == int.from_bytes(jpeg[start + 4 : start + 5]) > 0
-    return False
+def has_all_scans(jpeg: bytes) -> bool:
+    """Whether a JPEG has all scans and restart markers that its pixels need; its last interval may be cut.
+
+    A progressive one has several scans for each component, until every coefficient is there to its last bit.
+    """
+    missing: dict[int, list[int]] = {}  # by component: of every coefficient the bits that no scan has brought
+    sampling: dict[int, tuple[int, int]] = {}
+    width = height = interval = markers = needed = 0
+    try:
+        for marker, start, end in _segments(jpeg) if jpeg.startswith(b"\xff\xd8") else ():
+            if marker in (0xC0, 0xC1, 0xC2):
+                height, width, count = struct.unpack(">HHB", jpeg[start + 5 : start + 10])
+                for place in range(start + 10, start + 10 + 3 * count, 3):
+                    sampling[jpeg[place]] = divmod(jpeg[place + 1], 16)
+                    missing[jpeg[place]] = [16] * 64
+            elif marker == 0xDD:
+                interval = int.from_bytes(jpeg[start + 4 : start + 6])
+            elif marker == 0xDA:
+                count = jpeg[start + 4]
+                components = list(jpeg[start + 5 : start + 5 + 2 * count : 2])
+                first, last, bits = jpeg[start + 5 + 2 * count : start + 8 + 2 * count]
+                for component in components:
+                    missing[component][first : last + 1] = [bits & 15] * (last + 1 - first)
+                across, down = (max(sides) for sides in zip(*sampling.values(), strict=True))
+                if len(components) == 1:  # blocks of its own, instead of units of all components
+                    own = sampling[components[0]]
+                    blocks = -(-width * own[0] // (8 * across)) * -(-height * own[1] // (8 * down))
+                else:
+                    blocks = -(-width // (8 * across)) * -(-height // (8 * down))
+                needed = (blocks - 1) // interval if interval else 0
+                markers = len(_RESTART.findall(jpeg, start, end))
+    except (IndexError, KeyError, ValueError, struct.error, ZeroDivisionError):
+        return False
+    return bool(missing) and not any(map(any, missing.values())) and markers >= needed
 
 
 def _png(data: bytes, exif: bool) -> bytes:
@@ -53,9 +81,10 @@ def _png(data: bytes, exif: bool) -> bytes:
     while start + 8 <= len(data):
         kind = data[start + 4 : start + 8]
         end = start + 12 + int.from_bytes(data[start : start + 4])
-        sound = zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
         has_exif = kind == b"eXIf" or data[start + 8 : start + 29] == b"Raw profile type exif"
-        if kind in _PNG_PIXELS or (exif and has_exif and sound):
+        if exif and has_exif:  # another one may be sound
+            has_exif = zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
+        if kind in _PNG_PIXELS or (exif and has_exif):
             kept.append(data[start:end])
         if kind == b"IEND":
             break
@@ -64,22 +93,30 @@ def _png(data: bytes, exif: bool) -> bytes:
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of every segment up to the first scan, whose end is the file's."""
+    """Marker, start and end of every segment; that of a scan ends behind its pixels."""
     start = 2
     while jpeg[start : start + 1] == b"\xff" and start + 4 <= len(jpeg):
         marker = jpeg[start + 1]
-        if marker in (0x01, 0xFF, *range(0xD0, 0xD9)):  # fill bytes, and markers without content
-            start += 1 if marker == 0xFF else 2
+        if marker == 0xFF:  # fill bytes
+            start = _FILL.match(jpeg, start).end() - 1  # type: ignore[union-attr]
             continue
-        end = len(jpeg) if marker == 0xDA else start + 2 + int.from_bytes(jpeg[start + 2 : start + 4])
+        if marker in (0x01, *range(0xD0, 0xD9)):  # without content
+            start += 2
+            continue
+        end = max(start + 2 + int.from_bytes(jpeg[start + 2 : start + 4]), start + 4)
+        if marker == 0xDA:
+            after = _MARKER.search(jpeg, end)
+            end = after.start() if after else len(jpeg)
         yield marker, start, end
-        start = max(end, start + 2)
+        start = end
 
 
 def _jpeg(data: bytes, exif: bool) -> bytes:
     """Of the segments for applications those stay that say which colours the pixels are in."""
     kept = [data[:2]]
     for marker, start, end in _segments(data):
+        if marker == 0xDA:
+            return b"".join([*kept, data[start:]])
         head = data[start + 4 : start + 10]
         colours = (marker == 0xE0 and head[:5] == b"JFIF\0" and end - start >= 16) or (
             marker == 0xEE and head[:5] == b"Adobe" and end - start >= 16
@@ -90,7 +127,7 @@ def _jpeg(data: bytes, exif: bool) -> bytes:
             or not (0xE0 <= marker <= 0xEF or marker == 0xFE)
         ):
             kept.append(data[start:end])
-    return b"".join(kept)
+    return b""
 
 
 def _webp(data: bytes, exif: bool) -> bytes:
