@@ -39,6 +39,7 @@ DAMAGES = "test_recovery.py::test_a_thousand_damages_of_checkpoint_files_are_all
 DEATHS = f"{AWKWARD}::test_a_worker_that_dies_or_hangs_is_started_again_where_it_was"
 FULL = "test_recovery.py::test_a_disk_without_room_ends_the_run_before_it_begins_and_several_failed_saves_end_it_later"
 INTACT = "test_train.py::test_a_damaged_checkpoint_is_passed_over_by_name_and_never_silently_replaced_by_a_fresh_start"
+HIDDEN = "test_awkward_pictures.py::test_a_header_never_hides_the_size_of_what_is_decoded"
 LIMIT = "test_recovery.py::test_a_time_limit_saves_and_the_next_call_continues"
 POISONED = "test_recovery.py::test_poisoned_batches"
 RANDOM = "test_kill.py::test_resume_matrix[4-0-False-0-bf16-autocast]"
@@ -208,15 +209,25 @@ GUARDS: dict[str, Sequence[Guard]] = {
               f"{AWKWARD}::test_workers_that_cannot_be_started_are_done_without"),
     ),
     "Images": (
-        Guard("formats-listed", "every decoder that Pillow has is open to foreign bytes", "decode._decode",
+        Guard("formats-listed", "every decoder that Pillow has is open to foreign bytes", "decode._read",
               argument("Image.open", "formats", None), REASONS),
-        Guard("pixels-first", "pixels are counted after they have been decoded", "decode._decode",
-              before("_check_shape", "{load}"), REASONS),
+        Guard("pixels-first", "pixels are counted after they have been decoded", "decode._read",
+              before("_check_shape", "{upright_rgb}"), REASONS),
         Guard("pixels-capped", "an image may take as much memory as Pillow allows", "_check_shape",
               never(raises="too many pixels"), REASONS),
         Guard("shape-capped", "scaling an image of 60,000 × 1 pixels takes gigabytes", "_check_shape",
               never(raises="extreme shape"), REASONS),
-        Guard("any-failure-named", "what a decoder raises on damaged bytes ends the run", "decode._decode",
+        Guard("frames-measured", "an AVIF whose header states a small size takes gigabytes", "decode._read",
+              never("AVIF"), HIDDEN),
+        Guard("tiles-capped", "a TIFF of a few pixels takes gigabytes for its tiles", "_check_tiff",
+              never(raises="too many pixels"), HIDDEN),
+        Guard("tiff-compressions", "every decoder that libtiff has is open to foreign bytes", "_check_tiff",
+              never(raises="unsupported format"),
+              "test_awkward_pictures.py::test_formats_that_are_not_read_are_named_with_what_to_do"),
+        Guard("cut-scan", "a JPEG that is cut counts as whole, its lower part grey", "_repaired",
+              always("array_equal"),
+              "test_awkward_pictures.py::test_a_jpeg_without_its_end_mark_is_whole_and_one_with_a_missing_byte_is_not"),
+        Guard("any-failure-named", "what a decoder raises on damaged bytes ends the run", "decode._read",
               catch("Exception", "ValueError"), REASONS),
     ),
     "Shards and saved datasets": (

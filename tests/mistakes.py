@@ -40,6 +40,7 @@ from kit.mistakes import (
     without,
     write,
 )
+from kit.weights import among_others, causal_reader, of_four_channels, of_larger_images, without_vocabulary
 
 COLUMNS, ROWS = 120, 24  # one screen
 PROGRESS = re.compile(r"^.*: [\d,]+/[\d,]+ \w+, .*\n", re.MULTILINE)
@@ -184,6 +185,18 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
         Mistake("weights of another architecture",
                 f"{TRAIN} --third timm:test_vit@tower/model.safetensors --out new", 3,
                 ("tower/model.safetensors", "do not fit")),
+        Mistake("a tower's weights among those of a whole model",
+                f"{TRAIN} --third timm:test_resnet@pair.safetensors --out new", 3,
+                ("pair.safetensors", "stand behind 'visual.trunk.'", "write them alone"), (among_others,)),
+        Mistake("weights for images of another size", f"{TRAIN} --third timm:test_vit@vit.safetensors --out new", 3,
+                ("vit.safetensors", "pos_embed", "another size", "timm name of that size"), (of_larger_images,)),
+        Mistake("a tower for images of four channels", f"{TRAIN} --third timm:local-dir:four --out new", 2,
+                ("timm:local-dir:four", "4 channels", "3 channels or 1"), (of_four_channels,)),
+        Mistake("the first token of a causal text model",
+                f"{TRAIN} --third hf-text:gpt --third-features cls --out new", 2,
+                ("hf-text:gpt", "sees nothing of the text", "take mean"), (causal_reader,)),
+        Mistake("a text model without its vocabulary", f"{TRAIN} --third hf-text:reader --out new", 3,
+                ("hf-text:reader", "no vocabulary", "tokenizer.json"), (without_vocabulary,)),
         Mistake("LiT with a tower that reads texts", f"{TRAIN} --method lit --third hf-text:reader --out new", 2,
                 ("hf-text:reader", "lit", "3t")),
         Mistake("a store of another tower", f"{TRAIN} --third timm:local-dir:other --embeddings store --out new", 2,

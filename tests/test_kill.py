@@ -205,7 +205,9 @@ def test_a_lock_keeps_a_second_trainer_out(tiny_config: Config, tmp_path: Path) 
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             assert process.is_alive()
             time.sleep(0.01)
-        with pytest.raises(CheckpointError, match=rf"process {process.pid} on \S+ is training in this folder"):
+        with pytest.raises(
+            CheckpointError, match=rf"process {process.pid} on \S+ is training in this folder"
+        ):
             train(config, tmp_path / "run", fresh=True)
     finally:
         process.kill()

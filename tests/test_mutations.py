@@ -49,6 +49,12 @@ def originals() -> list[bytes]:
         encoded(image, "GIF"),
         encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         encoded(image, "BMP"),
+        encoded(alpha, "AVIF", exif=exif),
+        encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:]),
+        encoded(image, "TIFF", exif=exif),
+        encoded(alpha, "TIFF", compression="tiff_adobe_deflate"),
+        encoded(image, "TIFF", compression="jpeg"),
+        encoded(image.quantize(9), "TIFF", compression="tiff_lzw"),
     ]
 
 

@@ -213,7 +213,7 @@ def test_webdataset_grouping(tmp_path: Path) -> None:
         ("blank.png", image),
         ("alone.png", image),
         ("noimage.txt", b"words"),
-        ("noimage.tiff", image),
+        ("noimage.jp2", image),
         ("void.png", b""),
         ("void.txt", b"words"),
         ("two.png", image),

@@ -74,7 +74,7 @@ class InputConfig:
     """0: one fixed view is stored; K: K random views, of which each visit draws one and the main tower sees the same
     region. LiT and evaluation take the fixed view."""
     mask_duplicates: bool = False
-    """Do not count samples of the same image or the same caption as each other's negatives."""
+    """Do not count samples of the same image, or of captions with the same token ids, as each other's negatives."""
     max_bad_share: float = 0.01
     """Share of unusable samples above which training refuses to start or stops."""
     decoder: Literal["pillow", "simplejpeg"] = "pillow"

@@ -74,7 +74,7 @@ class Batch:
     image_ids: Tensor
     """int64 [B], equal for equal images."""
     caption_ids: Tensor
-    """int64 [B], equal for equal captions."""
+    """int64 [B], equal for captions that are equal to the main text tower, as their token ids are."""
     bad: list[BadSample] = field(default_factory=list)
     """Samples that could not be used and were replaced in this batch."""
 
@@ -153,7 +153,7 @@ class BatchReader:
             },
             third_pixels=pixels,
             image_ids=_as_ids([sample.image_id for sample in samples]),
-            caption_ids=_as_ids(texts),
+            caption_ids=_as_ids([row.tobytes().decode("latin-1") for row in tokens.numpy()]),
             bad=bad,
         )
 

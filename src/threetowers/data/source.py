@@ -265,7 +265,9 @@ def list_examples(problems: Sequence[BadSample]) -> str:
     return "".join(f"\n  {problem}" for problem in problems[:10])
 
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+IMAGE_ENDINGS = (
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "jfif", "jpe", "tif", "tiff", "avif", "heic", "heif",
+)  # fmt: skip
 """File name endings of images: lower case, without the dot."""
 
 

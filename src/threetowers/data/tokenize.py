@@ -1,7 +1,9 @@
 """Turns captions into token ids, with open_clip's vocabulary, a tokenizer.json, or one learned from the captions."""
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from threetowers.errors import UsageError
 
 PAD, START, END = "<pad>", "<start>", "<end>"
+OPEN_CLIP_MARKS = ("<start_of_text>", "<end_of_text>")
 _open_clip_clean = get_clean_fn("whitespace")
 
 
@@ -27,6 +30,22 @@ def clean(text: str) -> str:
     if text.isascii() and text.isprintable() and "&" not in text:
         return " ".join(text.split())
     return _open_clip_clean(text)  # type: ignore[no-any-return]
+
+
+def without_marks(clean: Callable[[str], str], marks: Sequence[str], text: str) -> str:
+    """The cleaned text, in which a space keeps apart what a tokenizer would take for one of its special tokens."""
+    text = clean(text)
+    for mark in marks:
+        text = re.sub(
+            re.escape(mark), lambda found: f"{found[0][0]} {found[0][1:]}", text, flags=re.IGNORECASE
+        )
+    return text
+
+
+def marks_in_text(specials: Mapping[str, int], encode: Callable[[str], Sequence[int]]) -> tuple[str, ...]:
+    """The special tokens, given with their ids, that a tokenizer still finds in the midst of a text."""
+    own = encode("a b").count  # of those that it sets around every text
+    return tuple(mark for mark, id in specials.items() if encode(f"a {mark} b").count(id) > own(id))
 
 
 class Tokenizer(Protocol):
@@ -56,12 +75,17 @@ class Tokenizer(Protocol):
         """Writes the files from which `load_tokenizer` and open_clip's local-dir make the same ids."""
         ...
 
+    def differences(self) -> Sequence[str]:
+        """In which texts open_clip makes other ids out of the saved files, a line for each kind of them."""
+        ...
+
 
 class OpenClipTokenizer:
     """CLIP's byte-pair vocabulary of 49,408 tokens, as open_clip ships it."""
 
     def __init__(self, context_length: int) -> None:
         self._tokenize = SimpleTokenizer(context_length=context_length)
+        self._tokenize.clean_fn = partial(without_marks, self._tokenize.clean_fn, OPEN_CLIP_MARKS)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return self._tokenize(list(texts)).long()  # type: ignore[no-any-return]
@@ -81,6 +105,9 @@ class OpenClipTokenizer:
 
     def save(self, folder: Path) -> None:
         pass  # open_clip has this vocabulary built in
+
+    def differences(self) -> Sequence[str]:
+        return (_other_ids(OPEN_CLIP_MARKS),)
 
 
 class FileTokenizer:
@@ -102,16 +129,26 @@ class FileTokenizer:
             length=context_length, pad_id=self.pad_id, pad_token=tokenizer.id_to_token(self.pad_id)
         )
         self._tokenizer = tokenizer
+        self._marks: tuple[str, ...] = ()
+        specials = {t.content: id for id, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        specials[str(tokenizer.id_to_token(self.end_id))] = (
+            self.end_id
+        )  # which need not be declared as special
+        self._marks = marks_in_text(specials, lambda text: self._encode([text])[0].ids)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        encoded = self._tokenizer.encode_batch([clean(text) for text in texts])
-        return torch.from_numpy(np.array([entry.ids for entry in encoded], dtype=np.int64))
+        return torch.from_numpy(np.array([entry.ids for entry in self._encode(texts)], dtype=np.int64))
+
+    def _encode(self, texts: Sequence[str]) -> Sequence[Any]:
+        """A text that looks like a special token is text."""
+        self._tokenizer.encode_special_tokens = True  # a copy in a loader process does not inherit it
+        return self._tokenizer.encode_batch([without_marks(clean, self._marks, text) for text in texts])  # type: ignore[no-any-return]
 
     def lengths(self, tokens: Tensor) -> Tensor:
         return (tokens == self.end_id).int().argmax(dim=1) + 1
 
     def is_cut(self, texts: Sequence[str]) -> list[bool]:
-        return [bool(e.overflowing) for e in self._tokenizer.encode_batch([clean(text) for text in texts])]
+        return [bool(entry.overflowing) for entry in self._encode(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -132,8 +169,19 @@ class FileTokenizer:
             "model_max_length": self.context_length,
             "pad_token": self._tokenizer.id_to_token(self.pad_id),
             "eos_token": self._tokenizer.id_to_token(self.end_id),
+            "split_special_tokens": True,  # in the midst of a text they are text
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    def differences(self) -> Sequence[str]:
+        return (_other_ids(self._marks),) if self._marks else ()
+
+
+def _other_ids(marks: Sequence[str]) -> str:
+    return (
+        f"in the midst of a text open_clip takes {' and '.join(marks)} for special tokens, and loses what follows; "
+        "training took them for text"
+    )
 
 
 def _pad_id(tokenizer: FastTokenizer) -> int:

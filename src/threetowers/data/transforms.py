@@ -7,7 +7,7 @@ Pillow by a grey level or two. Pixels are uint8 until they are normalised on the
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ class ImageSpec:
 
     size: side of the square input in pixels. resize: `shortest` scales the shorter side to resize_size and takes the
     centre, `squash` scales both sides to it; resize_size 0 means size. centre: how half of an odd margin is rounded,
-    `round` as in torchvision, `floor` as in transformers. mean, std: per channel, for pixels in [0, 1].
+    `round` as in torchvision, `floor` as in transformers. mean, std: per channel, for pixels in [0, 1]; one value each
+    means that the tower takes grey images.
     """
 
     size: int
@@ -43,7 +44,40 @@ class ImageSpec:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "ImageSpec":
-        return ImageSpec(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        """What `as_dict` made of the preprocessing of a main tower, which takes RGB images."""
+        return ImageSpec(**{**values, **per_channel(values["mean"], values["std"], 3)})
+
+
+class Colours(TypedDict):
+    """The two fields of ImageSpec that depend on the number of channels."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def per_channel(mean: Any, std: Any, channels: int) -> Colours:
+    """The mean and std of a network that takes images of so many channels, as ImageSpec wants them.
+
+    One value, or equal values, hold for all channels. Raises ValueError for channels that cannot be made of an image,
+    and for values that do not belong to them.
+    """
+    if channels not in (1, 3):
+        raise ValueError(
+            f"it takes images of {channels} channels, and here are RGB images, of which grey ones can be made. "
+            "Give a network of 3 channels or 1"
+        )
+
+    def values_of(name: str, given: Any) -> tuple[float, ...]:
+        values = tuple(float(v) for v in (given if isinstance(given, list | tuple) else [given]))
+        if len(set(values)) == 1:
+            values = values[:1] * channels
+        if len(values) != channels or (name == "std" and 0 in values):
+            raise ValueError(
+                f"its {name} {given!r} does not fit images of {channels} channels; correct its config file"
+            )
+        return values
+
+    return Colours(mean=values_of("mean", mean), std=values_of("std", std))
 
 
 def _filter(image_spec: ImageSpec) -> Image.Resampling:
@@ -130,10 +164,14 @@ def cropped_view(image: np.ndarray, crop: Crop, image_spec: ImageSpec) -> np.nda
 
 
 def normalise(pixels: Tensor, image_spec: ImageSpec) -> Tensor:
-    """Pixels uint8 [B, 3, H, W] as float32, scaled to [0, 1] and standardised per channel, on their device.
+    """Pixels uint8 [B, 3, H, W] as float32 [B, C, H, W], scaled to [0, 1] and standardised, on their device.
 
+    C is 3, or 1 for a tower of grey images: luma by ITU-R 601, rounded as in Pillow's mode L.
     The memory format is channels last, in which convolutions are faster on CPUs and GPUs.
     """
+    if len(image_spec.mean) == 1:
+        red, green, blue = pixels.int().unbind(dim=1)
+        pixels = (red * 19595 + green * 38470 + blue * 7471 + 0x8000 >> 16).unsqueeze(1)
     mean = torch.tensor(image_spec.mean, device=pixels.device).view(1, -1, 1, 1)
     std = torch.tensor(image_spec.std, device=pixels.device).view(1, -1, 1, 1)
     return ((pixels.float() / 255.0 - mean) / std).contiguous(memory_format=torch.channels_last)

@@ -224,11 +224,20 @@ def _encode_texts(
 
 @torch.no_grad()
 def encode_texts(
-    model: ThreeTowers, texts: list[str], tokenizer: Tokenizer, device: torch.device, view: str = "txt"
+    model: ThreeTowers,
+    texts: list[str],
+    tokenizer: Tokenizer,
+    device: torch.device,
+    view: str = "txt",
+    *,
+    autocast: AbstractContextManager[Any] | None = None,
 ) -> Tensor:
-    """Encodes texts in a text-side view, in eval mode: unit vectors fp32 [len(texts), D]."""
+    """Encodes texts in a text-side view, in eval mode: unit vectors fp32 [len(texts), D].
+
+    autocast: that of the images which the texts are compared with.
+    """
     training = model.training
     model.eval()
-    feats = _encode_texts(model, texts, tokenizer, device, batch_size=256, autocast=None)
+    feats = _encode_texts(model, texts, tokenizer, device, batch_size=256, autocast=autocast)
     model.train(training)
     return unit(model.raw_view(view, feats)).cpu()

@@ -240,8 +240,9 @@ def _encode(setup: Setup, source: Source, *, merge: bool = True) -> Encoded:
 
 def _labelled(setup: Setup, source: Source) -> Labelled:
     encoded = _encode(setup, source, merge=False)  # accuracy is over the published number of images
+    precision = autocast(setup.config, setup.device)
     classes = class_embeddings(
-        lambda texts: encode_texts(setup.model, texts, setup.tokenizer, setup.device),
+        lambda texts: encode_texts(setup.model, texts, setup.tokenizer, setup.device, autocast=precision),
         source.class_names,
         source.templates or DEFAULT_TEMPLATES,
     )

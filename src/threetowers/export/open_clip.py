@@ -6,6 +6,7 @@ export_open_clip("runs/mine", "exported")
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,51 @@ from threetowers.run.finished import load_run
 from threetowers.towers.pair import assemble
 from threetowers.towers.weights import write_safetensors
 
+INTERPOLATIONS = ("bicubic", "bilinear")
+"""What open_clip's own transform resizes with."""
+IMAGES = (
+    "open_clip's transform drops transparency, ignores EXIF rotation and converts to RGB after it has resized. Give it "
+    "to_rgb(image). Otherwise it sees other pixels than training did of images with transparency, rotation, a palette, "
+    "16 bits or CMYK"
+)
+CARD = """# A model trained with threetowers, for open_clip
+
+```python
+import numpy as np
+import open_clip
+from PIL import Image, ImageOps
+
+model, _, transform = open_clip.create_model_and_transforms("local-dir:{folder}")
+tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
+model.eval()
+
+
+def to_rgb(image):
+    \"\"\"A PIL image as in training: upright, transparency on white, 16-bit grey by its high byte.\"\"\"
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+pixels = transform(to_rgb(Image.open("photo.png")))
+image = model.encode_image(pixels[None], normalize=True)
+text = model.encode_text(tokenizer(["a photo"]), normalize=True)
+```
+
+What open_clip does otherwise than training:
+
+{differences}
+"""
+
 
 def export_open_clip(run: str | Path, out: str | Path) -> Path:
-    """Writes open_clip_config.json, open_clip_model.safetensors and the tokenizer; returns the directory.
+    """Writes open_clip_config.json, open_clip_model.safetensors, the tokenizer and README.md; returns the directory.
 
     The export holds the two main towers and the scale, no third tower and no head. Raises CheckpointError for an
     unfinished run.
@@ -31,16 +74,30 @@ def export_open_clip(run: str | Path, out: str | Path) -> Path:
     weights = folder / "open_clip_model.safetensors"
     write_safetensors(weights, state)
     spec = architecture.image
-    if spec.resize_size not in (0, spec.size):
-        print(
-            f"note: this image tower takes the central {spec.size} pixels of an image scaled to {spec.resize_size}; "
-            f"open_clip's format cannot describe that, and open_clip will scale to {spec.size}",
-            file=sys.stderr,
-        )
     config = {"model_cfg": architecture.model_cfg, "preprocess_cfg": _preprocess_cfg(spec)}
     finished.tokenizer.save(folder)
     write_whole(folder / "open_clip_config.json", json.dumps(config, indent=2))
+    differences = [*_differences(spec), IMAGES, *finished.tokenizer.differences()]
+    card = folder / "README.md"
+    text = CARD.format(folder=folder.name, differences="\n".join(f"- {line}" for line in differences))
+    if card.exists() and not card.read_text(encoding="utf-8", errors="replace").startswith(text[:40]):
+        card = folder / "README-threetowers.md"  # the other one is somebody else's
+    write_whole(card, text)
+    for line in differences:
+        print(f"note: {line}", file=sys.stderr)
+    print(f"note: {card} says how to load the model and has to_rgb", file=sys.stderr)
     return folder
+
+
+def _differences(spec: ImageSpec) -> Iterator[str]:
+    """What open_clip's format cannot describe of the preprocessing."""
+    if spec.resize_size not in (0, spec.size):
+        yield (
+            f"this image tower takes the central {spec.size} pixels of an image scaled to {spec.resize_size}; "
+            f"open_clip's format cannot describe that, and open_clip will scale to {spec.size}"
+        )
+    if spec.interpolation not in INTERPOLATIONS:
+        yield f"images were resized with {spec.interpolation}; open_clip has no such filter, and will take bicubic"
 
 
 def _preprocess_cfg(spec: ImageSpec) -> dict[str, Any]:
@@ -49,7 +106,7 @@ def _preprocess_cfg(spec: ImageSpec) -> dict[str, Any]:
         "mode": "RGB",
         "mean": list(spec.mean),
         "std": list(spec.std),
-        "interpolation": spec.interpolation,
+        "interpolation": spec.interpolation if spec.interpolation in INTERPOLATIONS else "bicubic",
         "resize_mode": spec.resize,
         "fill_color": 0,
     }

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from threetowers.config import RunConfig
-from threetowers.data.decode import decode
+from threetowers.data.decode import decode, upright_rgb
 from threetowers.data.source import Source
 from threetowers.data.tokenize import Tokenizer, load_tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
@@ -91,7 +91,7 @@ class FinishedRun:
 
 def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return upright_rgb(image)
     try:
         return decode(Path(image).read_bytes(), str(image))
     except OSError as error:

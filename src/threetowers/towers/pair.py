@@ -5,15 +5,22 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, _build_text_tower, _build_vision_tower
+from open_clip.model import (
+    CLIPTextCfg,
+    CLIPVisionCfg,
+    CustomTextCLIP,
+    _build_text_tower,
+    _build_vision_tower,
+    convert_to_custom_text_state_dict,
+)
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 
 from threetowers.config import PairConfig, did_you_mean
-from threetowers.data.transforms import ImageSpec
+from threetowers.data.transforms import ImageSpec, per_channel
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.heads import initialised
-from threetowers.towers.weights import _first, load_strictly, read_safetensors
+from threetowers.towers.weights import _first, load_strictly, read_safetensors, say_unwrapped, unwrapped
 
 
 def model_config(pair: PairConfig) -> dict[str, Any]:
@@ -52,9 +59,14 @@ def _near(name: str) -> str:
 def image_spec(config: dict[str, Any], pair: PairConfig) -> ImageSpec:
     """What the main image tower is fed with: its own size, the pair's mean and std, bicubic, centre crop."""
     size = config["vision_cfg"].get("image_size", 224)
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        size = size[0]
     if not isinstance(size, int):
         raise UsageError(f"pair.vision.image_size: only square inputs are supported, got {size!r}")
-    return ImageSpec(size=size, mean=pair.mean, std=pair.std)
+    try:
+        return ImageSpec(size=size, **per_channel(pair.mean, pair.std, 3))
+    except ValueError as error:
+        raise UsageError(f"pair.mean and pair.std of the image tower: {error}") from None
 
 
 def build_image_tower(config: dict[str, Any], seed: int) -> nn.Module:
@@ -152,13 +164,20 @@ def takes_short_text(text: nn.Module) -> bool:
     )
 
 
+OTHER_SIZE = "set pair.vision.image_size or pair.text.context_length to what the weights were trained with"
+
+
 def load_pair_weights(image: nn.Module, text: nn.Module, path: str) -> None:
-    """Starts both towers from a safetensors file in open_clip's CustomTextCLIP layout, strictly."""
-    state = read_safetensors(path)
+    """Starts both towers from a safetensors file in open_clip's layouts, strictly."""
     towers = {f"{prefix}.": tower for prefix, tower in (("visual", image), ("text", text))}
+    names = [prefix + name for prefix, tower in towers.items() for name in tower.state_dict()]
+    state, wrapper = unwrapped(read_safetensors(path), names)
+    say_unwrapped(wrapper, path)
+    if "text_projection" in state and "positional_embedding" in state:
+        state = convert_to_custom_text_state_dict(state)
     for prefix, tower in towers.items():
         part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        load_strictly(tower, part, f"{path} ({prefix}*)")
+        load_strictly(tower, part, f"{path} ({prefix}*)", other_size=OTHER_SIZE)
     rest = [k for k in state if not k.startswith(tuple(towers)) and k not in ("logit_scale", "logit_bias")]
     if rest:
         raise CheckpointError(f"{path}: unexpected keys: {_first(sorted(rest))}")

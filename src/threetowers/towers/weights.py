@@ -1,6 +1,7 @@
 """Weights from files: safetensors alone, loaded strictly."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,10 +14,41 @@ from threetowers.files import disk_errors, writing_aside
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def load_strictly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+POSITIONS = ("pos_embed", "positional_embedding", "position_embedding.weight", "position_embeddings.weight")
+
+
+def unwrapped(state: Mapping[str, Tensor], expected: Iterable[str]) -> tuple[dict[str, Tensor], str]:
+    """The weights without the prefix before every name that keeps them from fitting, and that prefix.
+
+    expected: the names that the model has. A prefix ends in a dot, such as `module.`, `_orig_mod.` or `visual.trunk.`.
+    It is taken off when more names fit without it than with it and with any other; else the weights come back as they
+    are, with an empty prefix.
+    """
+    names = set(expected)
+    first, last = min(state, default=""), max(state, default="")
+    dotted = [first[: place + 1] for place, letter in enumerate(first) if letter == "."]
+    prefixes = [
+        prefix for prefix in dotted if last.startswith(prefix)
+    ]  # in sorted order all between them have it too
+    fits = {prefix: sum(key.removeprefix(prefix) in names for key in state) for prefix in ["", *prefixes]}
+    best = max(fits, key=lambda prefix: fits[prefix])
+    if not best or list(fits.values()).count(fits[best]) > 1:
+        return dict(state), ""
+    return {key.removeprefix(best): value for key, value in state.items()}, best
+
+
+def say_unwrapped(prefix: str, source: str | Path) -> None:
+    """Says on standard error which prefix was taken off every name, if any was."""
+    if prefix:
+        print(f"note: {source}: {prefix!r} stands before every name and was taken off", file=sys.stderr)
+
+
+def load_strictly(
+    module: nn.Module, state: Mapping[str, Tensor], source: str | Path, *, other_size: str = ""
+) -> None:
     """Loads the weights; every missing, unexpected or misshapen key is an error that lists them.
 
-    Raises CheckpointError.
+    other_size: what to do when the weights are for images or texts of another size. Raises CheckpointError.
     """
     own = module.state_dict()
     missing = sorted(own.keys() - state.keys())
@@ -29,8 +61,25 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: str | Pat
     if missing or unexpected or misshapen:
         parts = (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
         listing = "; ".join(f"{word}: {_first(keys)}" for word, keys in parts if keys)
-        raise CheckpointError(f"{source}: these weights do not fit the model ({listing})")
-    module.load_state_dict(state)
+        remedy = _inner_part(state, own.keys())
+        if not remedy and not missing and any(key.split(" ")[0].endswith(POSITIONS) for key in misshapen):
+            remedy = ". The position embedding is that of another size of image or length of text"
+            remedy += f": {other_size}" if other_size else ""
+        raise CheckpointError(f"{source}: these weights do not fit the model ({listing}){remedy}")
+    module.load_state_dict(dict(state))
+
+
+def _inner_part(state: Mapping[str, Tensor], expected: Iterable[str]) -> str:
+    """A sentence about the prefix behind which all the names of a model stand, among others; empty without one."""
+    names = sorted(expected, key=len)
+    ends = f".{names[-1]}" if names else "."
+    prefixes = [key.removesuffix(ends[1:]) for key in state if key.endswith(ends)]
+    whole = [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
+    if not whole:
+        return ""
+    others = sum(not key.startswith(whole[0]) for key in state)
+    found = " and ".join(repr(prefix) for prefix in whole)
+    return f". The model's weights stand behind {found}, beside {others} others: write them alone to a file"
 
 
 def _first(keys: list[str], most: int = 8) -> str:

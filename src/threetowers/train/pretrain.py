@@ -19,7 +19,7 @@ from threetowers.data.loader import augmented_views, usable_sample
 from threetowers.data.open import splits
 from threetowers.data.order import Order, hash64
 from threetowers.data.source import Source
-from threetowers.data.transforms import ImageSpec, fixed_view, normalise
+from threetowers.data.transforms import ImageSpec, fixed_view, normalise, per_channel
 from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError, UsageError
 from threetowers.files import disk_errors, write_whole, writing_aside
@@ -34,7 +34,11 @@ from threetowers.train.optim import adamw, learning_rate, set_learning_rate
 
 def image_spec(config: PretrainConfig) -> ImageSpec:
     """What the classifier is fed with."""
-    return ImageSpec(size=config.size, mean=config.mean, std=config.std, resize_size=config.size)
+    try:
+        colours = per_channel(config.mean, config.std, 3)
+    except ValueError as error:
+        raise UsageError(f"mean and std of the classifier: {error}") from None
+    return ImageSpec(size=config.size, **colours, resize_size=config.size)
 
 
 def pretrain(config: PretrainConfig, folder: Path) -> float:

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from threetowers.data.transforms import ImageSpec, normalise
+from threetowers.data.transforms import Colours, ImageSpec, normalise, per_channel
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.attention import own_attention
 
@@ -159,7 +159,8 @@ class Card:
             how = "both sides" if image.resize == "squash" else "the shorter side"
             whole = image.size == target and image.resize == "squash"
             lines += [
-                f"  input          {image.size} × {image.size} pixels",
+                f"  input          {image.size} × {image.size} pixels"
+                + (", grey" if len(image.mean) == 1 else ""),
                 f"  resize         {how} to {target}, {image.interpolation}, "
                 + ("no crop" if whole else f"centre crop {image.size}"),
                 f"  mean           {', '.join(f'{v:g}' for v in image.mean)}",
@@ -228,8 +229,17 @@ def token_mean(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type when it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's text, with the next one if it announces it, or its type when it has none."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip()[:300] for line in lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def channels_of(source: str, mean: Any, std: Any, channels: int) -> Colours:
+    """`per_channel`, whose reasons become a UsageError that names the tower."""
+    try:
+        return per_channel(mean, std, channels)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"third: {source}: {error}") from None
 
 
 @contextlib.contextmanager

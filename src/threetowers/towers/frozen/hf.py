@@ -5,7 +5,7 @@ Legend: B images, N tokens, P the tower's width.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,20 @@ from torch import Tensor, nn
 
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.towers.frozen.base import Card, Kind, Loaded, first_line, foreign, num_parameters, token_mean
+from threetowers.towers.frozen.base import (
+    Card,
+    Kind,
+    Loaded,
+    channels_of,
+    first_line,
+    foreign,
+    num_parameters,
+    token_mean,
+)
 
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""Where transformers looks for the settings of an image processor: nested in the first, or in a file of its own."""
+OTHER_FEATURES = ("cls", "mean")
 REMEDY = "Offline, give a folder that save_pretrained wrote"
 # heads that a checkpoint may bring and a tower does not have; leaving them out loses nothing
 HEADS = ("classifier.", "cls.", "lm_head.", "decoder.", "qa_outputs.")
@@ -51,26 +63,54 @@ def load_hf(name: str, features: str) -> Loaded:
     files that are missing or weights that do not fit.
     """
     source = f"hf:{name}"
-    folder = local_folder(name, source, needs="preprocessor_config.json")
-    model, no_pooler = load_model(folder, source, features)
+    folder = local_folder(name, source, PROCESSORS)
+    model, no_pooler = load_model(folder, source)
     model = getattr(model, "vision_model", model)  # of an image-text model the image side is meant
+    spec = image_spec(processor_settings(folder, source), source, num_channels(model))
     if no_pooler:
         model.pooler = None
-    spec = image_spec(processor_settings(folder, source), source)
-    width, num_prefix = probe(model, features, spec.size, source)
+    if no_pooler and features == "pooled":
+        raise no_pooler_error(source, [other for other in OTHER_FEATURES if _has(model, other, spec, source)])
+    width, num_prefix = probe(model, features, spec, source)
     return Loaded(HuggingFaceVision(model, features, num_prefix), width, spec)
 
 
-def local_folder(name: str, source: str, needs: str) -> str:
-    """The name, checked when it is a folder; raises CheckpointError for what is missing in it."""
+def num_channels(model: Any) -> int:
+    """How many channels the images of a transformers model have."""
+    return int(getattr(model.config, "num_channels", 3))
+
+
+def _has(model: Any, features: str, spec: ImageSpec, source: str) -> bool:
+    try:
+        probe(model, features, spec, source)
+    except UsageError:
+        return False
+    return True
+
+
+def no_pooler_error(source: str, others: Sequence[str]) -> CheckpointError:
+    """For pooled features of a model that was saved without its pooler. others: the features that it has."""
+    return CheckpointError(
+        f"{source}: this model was saved without its pooler, and a random one would mean nothing; take "
+        f"third_features = {' or '.join(others) or 'pooled of another model'}"
+    )
+
+
+def local_folder(name: str, source: str, needs: Sequence[str] = ()) -> str:
+    """The name, checked when it is a folder; raises CheckpointError for what is missing in it.
+
+    needs: patterns of file names, of which one is enough.
+    """
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
             raise CheckpointError(f"{source}: no such folder")
         return name
-    for file in ("config.json", needs):
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{source}: no {file} in the folder; save_pretrained writes it")
+    for files in (("config.json",), needs):
+        if files and not any(path.is_file() for file in files for path in folder.glob(file)):
+            raise CheckpointError(
+                f"{source}: no {' or '.join(files)} in the folder; save_pretrained writes it"
+            )
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{source}: no safetensors weights in the folder; write them with save_pretrained"
@@ -78,7 +118,7 @@ def local_folder(name: str, source: str, needs: str) -> str:
     return name
 
 
-def load_model(name: str, source: str, features: str) -> tuple[Any, bool]:
+def load_model(name: str, source: str) -> tuple[Any, bool]:
     """transformers' model of that name, every weight accounted for, and whether it came without its pooler.
 
     Raises CheckpointError that lists the missing, unexpected and misshapen keys.
@@ -94,12 +134,7 @@ def load_model(name: str, source: str, features: str) -> tuple[Any, bool]:
             dtype=torch.float32,
         )
     missing = sorted(info["missing_keys"])
-    pooler = [key for key in missing if key.startswith("pooler.")]
-    if pooler and features == "pooled":
-        raise CheckpointError(
-            f"{source}: this model was saved without its pooler ({', '.join(pooler)}), and a random one would mean "
-            "nothing; take third_features = cls or mean"
-        )
+    pooler = [key for key in missing if "pooler" in key.split(".")]
     missing = [key for key in missing if key not in pooler]
     unexpected = [key for key in sorted(info["unexpected_keys"]) if not _is_dropped(key)]
     parts = (
@@ -157,7 +192,7 @@ def processor_settings(name: str, source: str) -> dict[str, Any]:
         return dict(processor.to_dict())
 
 
-def image_spec(settings: dict[str, Any], source: str) -> ImageSpec:
+def image_spec(settings: dict[str, Any], source: str, channels: int = 3) -> ImageSpec:
     """An image processor's settings as ImageSpec; raises UsageError for what it cannot say."""
 
     def refuse(what: str) -> UsageError:
@@ -176,7 +211,7 @@ def image_spec(settings: dict[str, Any], source: str) -> ImageSpec:
     factor = settings.get("rescale_factor") if settings.get("do_rescale") else None
     if factor is None or abs(factor * 255 - 1) > 1e-6 or settings.get("offset"):
         raise refuse(f"does not scale pixels to [0, 1] (rescale_factor {factor!r})")
-    size = {key: value for key, value in dict(settings["size"]).items() if value is not None}
+    size = {key: value for key, value in dict(settings.get("size") or {}).items() if value is not None}
     if set(size) == {"shortest_edge"}:
         resize, resized = "shortest", size["shortest_edge"]
         if not settings.get("do_center_crop"):
@@ -187,16 +222,19 @@ def image_spec(settings: dict[str, Any], source: str) -> ImageSpec:
         raise refuse(f"resizes to {size!r}")
     side = resized
     if settings.get("do_center_crop"):
-        crop = {key: value for key, value in dict(settings["crop_size"]).items() if value is not None}
+        crop = {
+            key: value for key, value in dict(settings.get("crop_size") or {}).items() if value is not None
+        }
         if set(crop) != {"height", "width"} or crop["height"] != crop["width"] or crop["height"] > resized:
             raise refuse(f"crops {crop!r} out of {size!r}")
         side = crop["height"]
     normalises = settings.get("do_normalize")
-    mean, std = (_three(settings[key]) if normalises else None for key in ("image_mean", "image_std"))
+    mean, std = (settings.get("image_mean"), settings.get("image_std")) if normalises else (0.0, 1.0)
+    if settings.get("resample") not in list(Image.Resampling):
+        raise refuse(f"has resample = {settings.get('resample')!r}")
     return ImageSpec(
         size=side,
-        mean=mean or (0.0, 0.0, 0.0),
-        std=std or (1.0, 1.0, 1.0),
+        **channels_of(source, mean, std, channels),
         interpolation=Image.Resampling(settings["resample"]).name.lower(),  # type: ignore[arg-type]
         resize=resize,  # type: ignore[arg-type]
         resize_size=resized,
@@ -204,15 +242,12 @@ def image_spec(settings: dict[str, Any], source: str) -> ImageSpec:
     )
 
 
-def _three(value: Any) -> tuple[float, ...]:
-    return tuple(float(v) for v in value) if isinstance(value, list | tuple) else (float(value),) * 3
-
-
 @torch.no_grad()
-def probe(model: Any, features: str, size: int, source: str) -> tuple[int, int]:
+def probe(model: Any, features: str, image: ImageSpec, source: str) -> tuple[int, int]:
     """Width P and number of prefix tokens, from one empty image; raises UsageError for features it has not."""
+    size = image.size
     try:
-        found = model(pixel_values=torch.zeros(1, 3, size, size, device=model.device))
+        found = model(pixel_values=torch.zeros(1, len(image.mean), size, size, device=model.device))
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             f"third: {source}: not a model of images at {size} pixels ({first_line(error)})"
@@ -245,7 +280,7 @@ def probe(model: Any, features: str, size: int, source: str) -> tuple[int, int]:
 def skeleton(spec: str, name: str) -> Any:
     """transformers' model of a configuration, without memory and without weights; raises CheckpointError."""
     transformers = import_transformers(spec)
-    folder = local_folder(name, spec, needs="config.json")
+    folder = local_folder(name, spec)
     with quiet(transformers), foreign(spec, "the configuration", REMEDY):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
@@ -256,8 +291,8 @@ def hf_card(spec: str, name: str) -> Card:
     """The card of a vision model; raises as `load_hf` does."""
     whole = skeleton(spec, name)
     model = getattr(whole, "vision_model", whole)
-    image = image_spec(processor_settings(name, spec), spec)
-    width, _ = probe(model, "pooled", image.size, spec)
+    image = image_spec(processor_settings(name, spec), spec, num_channels(model))
+    width, _ = probe(model, "pooled", image, spec)
     return Card(spec, num_parameters(model), width, image)
 
 

@@ -1,19 +1,35 @@
 """Third towers out of open_clip: open_clip:NAME@TAG|FILE, open_clip:local-dir:DIR."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import _build_vision_tower
+from open_clip.convert import convert_state_dict
+from open_clip.model import _build_vision_tower, convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from threetowers.config import did_you_mean
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.towers.frozen.base import Card, Kind, Loaded, foreign, num_parameters, pooled_only
-from threetowers.towers.weights import refuse_pickle
+from threetowers.towers.frozen.base import (
+    Card,
+    Kind,
+    Loaded,
+    channels_of,
+    foreign,
+    num_parameters,
+    pooled_only,
+)
+from threetowers.towers.weights import (
+    load_strictly,
+    read_safetensors,
+    refuse_pickle,
+    say_unwrapped,
+    unwrapped,
+)
 
 
 def load_open_clip(name: str, features: str) -> Loaded:
@@ -23,10 +39,12 @@ def load_open_clip(name: str, features: str) -> Loaded:
     """
     source = f"open_clip:{name}"
     pooled_only(source, features)
-    model, config = load_pair(name, source)
+    model, config = load_pair(
+        name, source, force_custom_text=True
+    )  # into which weights of both layouts are read
     # open_clip keeps QuickGELU as a key of the whole model, which a pair with another text tower cannot take over
     vision_cfg = None if config.get("quick_gelu") else dict(config["vision_cfg"])
-    image = image_spec(open_clip.get_model_preprocess_cfg(model))
+    image = image_spec(open_clip.get_model_preprocess_cfg(model), source)
     return Loaded(model.visual, config["embed_dim"], image, vision_cfg)
 
 
@@ -48,11 +66,33 @@ def load_pair(name: str, source: str, **options: bool) -> tuple[Any, dict[str, A
         config = known_config(model_name)
         refuse_pickle(tag)
         known_tag(model_name, tag, source.partition(":")[0])
+    wrapped = _wrapped(model_name, tag, **options) if tag.endswith(".safetensors") else None
+    if wrapped is not None:
+        return wrapped, config
     with foreign(source, "the weights"):
         model = open_clip.create_model(
             model_name, pretrained=tag or None, require_pretrained=not local, **options
         )
     return model, config
+
+
+def _wrapped(model_name: str, file: str, **options: bool) -> Any:
+    """The model with the weights of a file in which a prefix stands before every name; None for any other file."""
+    whole = read_safetensors(file)
+    if "logit_scale" in whole or not any(name.endswith(".logit_scale") for name in whole):
+        return None
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # that the weights are random
+    model = open_clip.create_model(model_name, **options)
+    logging.disable(disabled)
+    state, prefix = unwrapped(whole, model.state_dict())
+    say_unwrapped(prefix, file)
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    load_strictly(
+        model, convert_state_dict(model, state), file, other_size="give the open_clip model of that size"
+    )
+    return model
 
 
 def known_tag(model_name: str, tag: str, prefix: str) -> None:
@@ -78,14 +118,22 @@ def known_config(model_name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def image_spec(settings: dict[str, Any]) -> ImageSpec:
-    """open_clip's preprocess_cfg as ImageSpec."""
+def image_spec(settings: dict[str, Any], source: str) -> ImageSpec:
+    """open_clip's preprocess_cfg as ImageSpec; raises UsageError for what it cannot say."""
+    size, resize = settings["size"], settings["resize_mode"]
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) > 1 or resize not in ("shortest", "squash"):
+        raise UsageError(
+            f"third: {source} wants {size} pixels with resize_mode {resize!r}; only square inputs with resize_mode "
+            "shortest or squash are supported"
+        )
     return ImageSpec(
-        size=settings["size"] if isinstance(settings["size"], int) else settings["size"][0],
-        mean=tuple(settings["mean"]),
-        std=tuple(settings["std"]),
-        interpolation=settings["interpolation"],
-        resize="squash" if settings["resize_mode"] == "squash" else "shortest",
+        size=sides.pop(),
+        **channels_of(source, settings["mean"], settings["std"], 3),
+        interpolation="bilinear"
+        if settings["interpolation"] == "bilinear"
+        else "bicubic",  # as open_clip takes it
+        resize=resize,
     )
 
 
@@ -100,7 +148,7 @@ def open_clip_card(spec: str, name: str) -> Card:
         )
     settings = merge_preprocess_dict(PreprocessCfg(), open_clip.get_pretrained_cfg(model, tag))
     settings["size"] = visual.image_size
-    return Card(spec, num_parameters(visual), config["embed_dim"], image_spec(settings))
+    return Card(spec, num_parameters(visual), config["embed_dim"], image_spec(settings, spec))
 
 
 OPEN_CLIP = Kind(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -9,7 +10,8 @@ import torch
 from open_clip.model import _build_text_tower
 from torch import Tensor, nn
 
-from threetowers.errors import UsageError
+from threetowers.data.tokenize import OPEN_CLIP_MARKS, marks_in_text, without_marks
+from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.frozen.base import (
     Card,
     Kind,
@@ -26,11 +28,16 @@ from threetowers.towers.frozen.hf import (
     import_transformers,
     load_model,
     local_folder,
+    no_pooler_error,
     quiet,
     skeleton,
 )
 from threetowers.towers.frozen.open_clip import known_config, known_tag, load_pair
 from threetowers.towers.pair import encode_text, takes_short_text
+
+VOCABULARIES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken")
+"""Where transformers looks for a tokenizer; of these files any is enough."""
+FEATURES = ("pooled", "cls", "mean")
 
 
 class HuggingFaceTokens:
@@ -43,10 +50,11 @@ class HuggingFaceTokens:
     def __init__(self, tokenizer: Any, limit: int) -> None:
         self._tokenizer, self.limit = tokenizer, limit
         self.pads_fully = "attention_mask" not in tokenizer.model_input_names
+        self.marks = _take_for_text(tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         rows = self._tokenizer(
-            list(texts),
+            [without_marks(str, self.marks, text) for text in texts],
             truncation=True,
             max_length=self.limit,
             padding="max_length" if self.pads_fully else False,
@@ -56,6 +64,11 @@ class HuggingFaceTokens:
             # an empty text without special tokens still needs one token to be the mean of
             tokens[index, : max(len(row), 1)] = torch.tensor(row or [pad_id(self._tokenizer)])
         return tokens
+
+    def ordinary_ids(self) -> list[int]:
+        """Two ids that are no special tokens; fewer where the vocabulary has no more."""
+        special = set(self._tokenizer.all_special_ids)
+        return [id for id in sorted(self._tokenizer.get_vocab().values()) if id not in special][:2]
 
     def lengths(self, tokens: Tensor) -> Tensor:
         return (tokens >= 0).sum(dim=1)
@@ -67,6 +80,16 @@ class HuggingFaceTokens:
         else:
             rules = {"vocab": self._tokenizer.get_vocab(), "options": repr(self._tokenizer.init_kwargs)}
         return {"kind": type(self._tokenizer).__name__, "limit": self.limit, "rules": digest_of(rules)}
+
+
+def _take_for_text(tokenizer: Any) -> tuple[str, ...]:
+    """Makes a transformers tokenizer read its special tokens as text in the midst of a text.
+
+    Returns those that it finds nevertheless.
+    """
+    tokenizer.split_special_tokens = True
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in tokenizer.all_special_tokens}
+    return marks_in_text(ids, lambda text: tokenizer(text)["input_ids"])
 
 
 class HuggingFaceText(nn.Module):
@@ -96,33 +119,64 @@ def load_hf_text(name: str, features: str) -> Loaded:
     Raises UsageError for features it has not, CheckpointError for files that are missing or weights that do not fit.
     """
     source = f"hf-text:{name}"
-    folder = local_folder(name, source, needs="tokenizer_config.json")
-    model, no_pooler = load_model(folder, source, features)
+    folder = local_folder(name, source, VOCABULARIES)
+    model, no_pooler = load_model(folder, source)
     model = getattr(model, "text_model", model)  # of an image-text model the text side is meant
     if no_pooler:
         model.pooler = None
     tokenizer = load_hf_tokenizer(folder, source)
     tokens = HuggingFaceTokens(tokenizer, token_limit(tokenizer, model.config))
     module = HuggingFaceText(model, features, pad_id(tokenizer))
+    width = _width(module, tokens, source)
+    if width == 0:
+        others = [
+            other
+            for other in FEATURES
+            if other != features and _width(HuggingFaceText(model, other, module.pad_id), tokens, source)
+        ]
+        if no_pooler and features == "pooled":
+            raise no_pooler_error(source, others)
+        why = f"the first token of {source} sees nothing of the text behind it, which cls would be"
+        if features != "cls":
+            why = f"{source} has no {features} features"
+        raise UsageError(f"third_features: {why}; take {' or '.join(others)}")
+    return Loaded(module, width, tokens)
+
+
+@torch.no_grad()
+def _width(module: HuggingFaceText, tokens: HuggingFaceTokens, source: str) -> int:
+    """P; 0 when the model has no such features, or such that do not depend on what stands in a text.
+
+    Raises UsageError for a model that does not read texts alone.
+    """
+    ids = tokens(["a b c d e"]).repeat(2, 1)
+    ordinary = tokens.ordinary_ids()
+    inside = slice(1, max(int((ids[0] >= 0).sum()) - 1, 2))
+    for row, id in zip(ids, ordinary, strict=False):
+        row[inside] = row[inside].where(row[inside] < 0, id)
     try:
-        with torch.no_grad():
-            found = module(tokens(["a", "a b c"]))
+        found = module(ids)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise UsageError(
             f"third: {source}: not a model of texts that reads on its own ({first_line(error)})"
         ) from error
     except AttributeError:
         found = None
-    if found is None:
-        raise UsageError(f"third_features: {source} has no {features} features; take cls or mean")
-    return Loaded(module, found.shape[1], tokens)
+    if found is None or (module.features == "cls" and torch.equal(found[0], found[1])):
+        return 0
+    return int(found.shape[1])
 
 
 def load_hf_tokenizer(name: str, source: str) -> Any:
     """transformers' tokenizer of that name; raises CheckpointError."""
     transformers = import_transformers(source)
     with quiet(transformers), foreign(source, "the tokenizer", REMEDY):
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        raise CheckpointError(  # the library makes such a one when it finds no vocabulary
+            f"{source}: the tokenizer has no vocabulary; tokenizer.json or the vocabulary's own file is missing"
+        )
+    return tokenizer
 
 
 def token_limit(tokenizer: Any, config: Any) -> int:
@@ -138,6 +192,9 @@ class OpenClipTokens:
 
     def __init__(self, tokenizer: Any, text: Any, described: dict[str, Any]) -> None:
         self._tokenizer, self._text, self._described = tokenizer, text, described
+        inner = getattr(tokenizer, "tokenizer", None)
+        marks = OPEN_CLIP_MARKS if inner is None else _take_for_text(inner)
+        tokenizer.clean_fn = partial(without_marks, tokenizer.clean_fn, marks)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return self._tokenizer(list(texts)).long()  # type: ignore[no-any-return]

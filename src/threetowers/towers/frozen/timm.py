@@ -11,8 +11,18 @@ from torch import Tensor, nn
 from threetowers.config import did_you_mean
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.towers.frozen.base import Card, Kind, Loaded, foreign, num_parameters, token_mean
-from threetowers.towers.weights import load_strictly, read_safetensors
+from threetowers.towers.frozen.base import (
+    Card,
+    Kind,
+    Loaded,
+    channels_of,
+    foreign,
+    num_parameters,
+    token_mean,
+)
+from threetowers.towers.weights import load_strictly, read_safetensors, say_unwrapped, unwrapped
+
+OTHER_SIZE = "give the timm name of that size, or timm:local-dir:DIR whose model_args have that img_size"
 
 
 class TimmTrunk(nn.Module):
@@ -63,16 +73,18 @@ def load_timm(name: str, features: str) -> Loaded:
     if file:
         names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
         drop = tuple(f"{prefix}." for prefix in names)
-        state = {key: value for key, value in read_safetensors(file).items() if not key.startswith(drop)}
-        load_strictly(trunk, state, file)
+        whole, prefix = unwrapped(read_safetensors(file), trunk.state_dict())
+        say_unwrapped(prefix, file)
+        state = {key: value for key, value in whole.items() if not key.startswith(drop)}
+        load_strictly(trunk, state, file, other_size=OTHER_SIZE)
     spec = timm_image_spec(trunk, name)
     width = pooled_width(trunk)
     if features != "pooled":
-        width = _unpooled_width(trunk, name, features, spec.size)
+        width = _unpooled_width(trunk, name, features, spec)
         return Loaded(TimmTrunk(trunk, features), width, spec)
     vision_cfg = None
-    if width == trunk.num_features and (
-        not local or _as_timm_builds_it(trunk)
+    if (
+        width == trunk.num_features and len(spec.mean) == 3 and (not local or _as_timm_builds_it(trunk))
     ):  # open_clip counts on num_features
         vision_cfg = {
             "timm_model_name": trunk.pretrained_cfg["architecture"],
@@ -94,18 +106,19 @@ def pooled_width(trunk: Any) -> int:
 
 
 @torch.no_grad()
-def _unpooled_width(trunk: Any, name: str, features: str, size: int) -> int:
+def _unpooled_width(trunk: Any, name: str, features: str, image: ImageSpec) -> int:
     """P of the class token or of the mean, which some families keep narrower than what they pool."""
     if features == "cls" and (
         getattr(trunk, "cls_token", None) is None or getattr(trunk, "num_prefix_tokens", 0) < 1
     ):
         raise UsageError(f"third_features: timm:{name} has no class token; take pooled or mean")
-    found = trunk.eval().forward_features(torch.zeros(1, 3, size, size))
+    pixels = torch.zeros(1, len(image.mean), image.size, image.size)
+    found = trunk.eval().forward_features(pixels)
     if not isinstance(found, Tensor) or found.ndim not in (3, 4):
         raise UsageError(
             f"third_features: timm:{name} gives no map of features to take {features!r} from; take pooled"
         )
-    width: int = TimmTrunk(trunk, features)(torch.zeros(1, 3, size, size)).shape[1]
+    width: int = TimmTrunk(trunk, features)(pixels).shape[1]
     return width
 
 
@@ -135,7 +148,10 @@ def pool_name(trunk: Any) -> str:
 def timm_image_spec(trunk: nn.Module, name: str) -> ImageSpec:
     """The preprocessing that timm gives a network; raises UsageError for one that is not square."""
     config = timm.data.resolve_model_data_config(trunk)
-    _, height, width = config["input_size"]
+    channels, height, width = config["input_size"]
+    first = trunk.pretrained_cfg.get("first_conv")  # type: ignore[union-attr, operator]
+    if isinstance(first, str) and first in dict(trunk.named_modules()):
+        channels = getattr(trunk.get_submodule(first), "in_channels", channels)
     if height != width or config["crop_mode"] not in ("center", "squash"):
         raise UsageError(
             f"third: timm:{name} wants {height}×{width} pixels with crop mode {config['crop_mode']!r}; "
@@ -143,8 +159,7 @@ def timm_image_spec(trunk: nn.Module, name: str) -> ImageSpec:
         )
     return ImageSpec(
         size=height,
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
+        **channels_of(f"timm:{name}", config["mean"], config["std"], channels),
         interpolation=config["interpolation"],
         resize="squash" if config["crop_mode"] == "squash" else "shortest",
         resize_size=math.floor(height / config["crop_pct"]),
