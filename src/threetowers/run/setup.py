@@ -107,7 +107,12 @@ def open_data(config: RunConfig) -> tuple[Source, Source, Source]:
     path = str(world()) if config.data == "shapes" else config.data
     inputs = config.inputs
     parts = _open_splits(
-        path, inputs.image_column, inputs.caption_columns, inputs.val_fraction, inputs.test_fraction
+        path,
+        inputs.image_column,
+        inputs.caption_columns,
+        inputs.split_column,
+        inputs.val_fraction,
+        inputs.test_fraction,
     )
     for source in parts:
         check_problems(source, limit=inputs.max_bad_share)
@@ -119,6 +124,7 @@ def _open_splits(
     path: str,
     image_column: str | None,
     caption_columns: tuple[str, ...],
+    split_column: str | None,
     val_fraction: float,
     test_fraction: float,
 ) -> tuple[Source, Source, Source]:
@@ -126,6 +132,7 @@ def _open_splits(
         path,
         image_column=image_column,
         caption_columns=caption_columns,
+        split_column=split_column,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
     )

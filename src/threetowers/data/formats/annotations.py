@@ -9,20 +9,18 @@ The folder of the images is looked for beside the file and one level up.
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from threetowers.data.formats.columns import Found
 from threetowers.data.formats.files import FileSource
+from threetowers.data.formats.merge import Merged
 from threetowers.data.formats.places import image_folder, image_folders
 from threetowers.data.formats.rows import Row
-from threetowers.data.formats.tables import merge_rows
+from threetowers.data.parts import KNOWN_PARTS, part_of
 from threetowers.data.source import Format, check_parts, decode_text
 from threetowers.errors import BadSample, DataError
-
-PARTS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
-"""The part that each of Karpathy's split names belongs to."""
 
 _TOKEN_LINE = re.compile(rb"(?:\xef\xbb\xbf)?[^\t\n]+#\d+\t")
 
@@ -93,8 +91,9 @@ def _source(file: Path, annotations: _Annotations, part: str) -> FileSource:
         for line, row in annotations.rows
         if not part or annotations.parts[row["image"]] == part
     )
-    merged = merge_rows(source, file.name, rows, "image", ("captions",))
-    return source.fill((path, size, captions, -1) for path, (size, captions) in merged.items() if captions)
+    merged = Merged(source)
+    merged.add(file.name, rows, Found("image", ("captions",), None, ""))
+    return merged.fill()
 
 
 def _read(file: Path) -> _Annotations:
@@ -177,24 +176,23 @@ def _read_karpathy(file: Path, images: list[Any]) -> _Annotations:
             annotations.problems.append(BadSample(path, "id given twice", f"{file.name}:{line}"))
             continue
         annotations.flat[path] = name
-        split = image.get("split")
-        if split not in PARTS:
-            unknown.append(f"{path}: {split!r}")
-        annotations.parts[path] = PARTS.get(str(split), "train")
-        annotations.rows.append((line, {"image": path, "captions": list(_sentences(image.get("sentences")))}))
+        part = part_of(image.get("split"))
+        if part is None:
+            unknown.append(f"{path}: {image.get('split')!r}")
+        annotations.parts[path] = part or "train"
+        sentences = image.get("sentences")
+        texts = (
+            [each for each in sentences if isinstance(each, str | dict)]
+            if isinstance(sentences, list)
+            else []
+        )
+        annotations.rows.append((line, {"image": path, "captions": texts}))
     if unknown:
         raise DataError(
-            f"{file}: {len(unknown)} images have a `split` that is none of {', '.join(PARTS)}, "
+            f"{file}: {len(unknown)} images have a `split` that is none of {KNOWN_PARTS}, "
             f"for example {unknown[0]}"
         )
     return annotations
-
-
-def _sentences(entries: Any) -> Iterator[str]:
-    for entry in entries if isinstance(entries, list) else []:
-        text = entry.get("raw") if isinstance(entry, dict) else entry
-        if isinstance(text, str):
-            yield text
 
 
 def _read_tokens(file: Path, text: str) -> _Annotations:
