@@ -211,7 +211,7 @@ def _path_column(path: Path, cells: Mapping[str, list[Any]]) -> str | None:
     }
 
     def share(name: str) -> float:
-        constant = len(some[name]) >= _ENOUGH and len(set(map(str, some[name]))) == 1
+        constant = len(cells[name]) >= _ENOUGH and len(set(map(str, cells[name]))) == 1
         return 0.0 if constant else max(found[name], named[name]) / max(len(some[name]), 1)
 
     shares = {name: share(name) for name in cells}

@@ -6,6 +6,7 @@ sets often have one row per caption, and splitting them by row would put the sam
 
 import hashlib
 import json
+import random
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -261,8 +262,8 @@ def _find_columns(
             f"Its columns: {listed}"
         )
     names = [name for name in features if name not in (images[0], split) and _is_text(features[name])]
-    every = max(rows.num_rows // _NUM_SAMPLED, 1)
-    sampled = rows.select_columns(names).select(range(0, rows.num_rows, every)) if names else None
+    chosen = sorted(random.Random(0).sample(range(rows.num_rows), min(rows.num_rows, _NUM_SAMPLED)))
+    sampled = rows.select_columns(names).select(chosen) if names else None
     texts = Captions(place, sampled.with_format("arrow")[:].to_pydict() if sampled else {})
     if captions := columns.captions or texts.by_name():
         return images[0], captions, "", texts.note(captions)
