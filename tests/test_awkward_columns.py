@@ -52,7 +52,9 @@ def took(path: str) -> str:
 
 
 OTHERS: dict[str, Callable[[int], str]] = {
-    "addresses": lambda n: f"https://example.org/a/very/long/address/of/a/picture/number/{n}/in/a/collection.html",
+    "addresses": lambda n: (
+        f"https://example.org/a/very/long/address/of/a/picture/number/{n}/in/a/collection.html"
+    ),
     "hashes": lambda n: f"{n:032x}{n * 7919:032x}",
     "paths": lambda n: f"some/long/folder/of/a/collection/that/is/not/here/{n}.tif",
     "dates": lambda n: f"2024-01-{n % 28 + 1:02d}T12:{n % 60:02d}:00.000000+00:00",
@@ -91,21 +93,27 @@ def test_a_column_that_is_constant_in_the_first_rows_alone_is_known_by_the_other
 
 @pytest.mark.parametrize("text", ["the same", "", "7"])
 def test_the_only_usual_column_is_taken_whatever_it_holds(text: str, tmp_path: Path) -> None:
-    path = table(tmp_path, "t.csv", {"image": image, "caption": lambda n: text if n else "one", "id": str}, 60)
+    path = table(
+        tmp_path, "t.csv", {"image": image, "caption": lambda n: text if n else "one", "id": str}, 60
+    )
     assert took(path).startswith("`caption`")
 
 
 def test_two_columns_that_are_alike_are_asked_about(tmp_path: Path) -> None:
     columns = {"image": image, "first": words, "second": lambda n: f"{words(n)} again"}
     path = table(tmp_path, "t.csv", columns, 300)
-    with pytest.raises(UsageError, match=r"in `second` or in `first`, which are alike.*--inputs.caption-columns"):
+    with pytest.raises(
+        UsageError, match=r"in `second` or in `first`, which are alike.*--inputs.caption-columns"
+    ):
         open_source(path)
     assert open_source(path, caption_columns=("first",)).layout.endswith("not taken: `second` (texts)")
 
 
 def test_two_columns_of_images_are_asked_about(tmp_path: Path) -> None:
     path = table(tmp_path, "t.csv", {"front": image, "back": lambda n: image(n + 1), "caption": words}, 300)
-    with pytest.raises(UsageError, match=r"images can be in `front` or in `back`.*--inputs.image-column front"):
+    with pytest.raises(
+        UsageError, match=r"images can be in `front` or in `back`.*--inputs.image-column front"
+    ):
         open_source(path)
     assert open_source(path, image_column="back").record(0).id == "1.png"
 
@@ -115,7 +123,9 @@ def test_two_columns_of_images_are_asked_about(tmp_path: Path) -> None:
     [lambda n: "0.png", lambda n: f"https://example.org/{n}.png", lambda n: f"IMG{n}"],
     ids=["constant", "addresses", "keys"],
 )
-def test_a_usual_name_of_images_with_other_content_gives_way(usual: Callable[[int], str], tmp_path: Path) -> None:
+def test_a_usual_name_of_images_with_other_content_gives_way(
+    usual: Callable[[int], str], tmp_path: Path
+) -> None:
     path = table(tmp_path, "t.csv", {"image": usual, "local": image, "caption": words}, 300)
     assert "images in column `local`" in open_source(path).layout
 
@@ -137,6 +147,8 @@ def test_columns_of_a_saved_dataset(other: str, tmp_path: Path) -> None:
 
 
 def test_alike_columns_of_a_saved_dataset_are_asked_about(tmp_path: Path) -> None:
-    path = saved(tmp_path, {"first": [words(n) for n in range(40)], "second": [words(n) + "." for n in range(40)]})
+    path = saved(
+        tmp_path, {"first": [words(n) for n in range(40)], "second": [words(n) + "." for n in range(40)]}
+    )
     with pytest.raises(UsageError, match="which are alike"):
         open_source(path)

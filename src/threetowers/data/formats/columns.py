@@ -249,7 +249,7 @@ def usual_image_column(names: Iterable[str]) -> str | None:
 
 
 def _family(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(each for each in names if re.fullmatch(rf"{name}s?(_?\d+)?", _plain(each)))
+    return tuple(each for each in names if re.fullmatch(rf"{name}s?(_?\d+)*", _plain(each)))
 
 
 def _plain(name: str) -> str:

@@ -6,7 +6,6 @@ sets often have one row per caption, and splitting them by row would put the sam
 
 import hashlib
 import json
-import random
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,15 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from threetowers.config import did_you_mean
 from threetowers.data.cells import cell_texts
-from threetowers.data.formats.columns import Captions, split_column, usual_image_column
+from threetowers.data.formats.columns import split_column
+from threetowers.data.formats.hf_columns import find_dataset_columns
 from threetowers.data.parts import PART_NAMES, JoinedSource, check_known, part_of, parts_of, subsets
 from threetowers.data.source import ColumnNames, Format, Record, Source, Texts, check_parts, clean_captions
 from threetowers.errors import BadSample, DataError, UsageError
 
 PREFIX = "hfds:"
-_NUM_SAMPLED = 1000  # rows that columns are recognised by
 _EDGE = 4096  # bytes from both ends and the middle of an image that its id is made from at first
 
 
@@ -110,7 +108,7 @@ def open_dataset_parts(path: str, columns: ColumnNames) -> dict[str, Source]:
         if split_column(place, list(rows.features), columns) is None:
             return {}
         source, parts = dataset_source(rows, place, columns, folder=place, name=_name(place.resolve()))
-        return parts.subsets(source, str(place), columns)
+        return parts.subsets(source, str(place))
     present = {part: [name for name in folders if part_of(name) == part] for part in PART_NAMES}
     extra = [name for name in folders if part_of(name) is None]
     if extra or not present["train"] or any(len(names) > 1 for names in present.values()):
@@ -142,7 +140,7 @@ class RowParts:
     def of(self, row: int) -> str:
         return (self.of_rows[row] or "train") if self.of_rows else "train"
 
-    def subsets(self, source: Source, path: str, columns: ColumnNames) -> dict[str, Source]:
+    def subsets(self, source: Source, path: str) -> dict[str, Source]:
         check_known(path, self.column, self.unknown)
         return subsets(source, self.samples, self.problems)
 
@@ -170,7 +168,7 @@ def dataset_source(
     """
     split = None if parts else split_column(place, list(rows.features), columns)
     parts = parts or _parts_by_column(rows, split)
-    image, captions, label, note = _find_columns(place, rows, columns, split)
+    image, captions, label, note = find_dataset_columns(place, rows, columns, split)
     named = (
         f"captions in {', '.join(f'`{name}`' for name in captions)}" if captions else f"labels in `{label}`"
     )
@@ -237,61 +235,6 @@ def _load(place: Path) -> Any:
         raise DataError(
             f"{place}: it is no saved dataset, or a damaged one: {reason}. Save it again"
         ) from error
-
-
-def _find_columns(
-    place: Path, rows: Any, columns: ColumnNames, split: str | None
-) -> tuple[str, tuple[str, ...], str, str]:
-    """The columns of images, captions and labels, and a note. Either captions or the label column are empty."""
-    import datasets
-
-    features = dict(rows.features)
-    listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-    for column in columns.captions if columns.image is None else (columns.image, *columns.captions):
-        if column not in features:
-            raise UsageError(f"{place}: there is no column `{column}`{did_you_mean(column, features)}")
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    images = images or [name for name, feature in features.items() if holds_bytes(feature)]
-    if columns.image is not None:
-        images = [name for name in images if name == columns.image]
-    elif len(images) > 1 and (usual := usual_image_column(images)):
-        images = [usual]
-    if len(images) != 1:
-        raise UsageError(
-            f"{place}: {len(images)} columns of type Image can be meant. Name one as image_column. "
-            f"Its columns: {listed}"
-        )
-    names = [name for name in features if name not in (images[0], split) and _is_text(features[name])]
-    chosen = sorted(random.Random(0).sample(range(rows.num_rows), min(rows.num_rows, _NUM_SAMPLED)))
-    sampled = rows.select_columns(names).select(chosen) if names else None
-    texts = Captions(place, sampled.with_format("arrow")[:].to_pydict() if sampled else {})
-    if captions := columns.captions or texts.by_name():
-        return images[0], captions, "", texts.note(captions)
-    for name, feature in features.items():
-        if isinstance(feature, datasets.ClassLabel) and name != split:
-            return images[0], (), name, ""
-    if captions := texts.by_content():
-        return images[0], captions, "", texts.note(captions)
-    raise UsageError(f"{place}: no column holds captions. Name it as caption_columns. Its columns: {listed}")
-
-
-def holds_bytes(feature: Any) -> bool:
-    """Whether a feature can be an encoded image: bytes, or an object with them, as dataset hubs publish it."""
-    if isinstance(feature, dict):
-        feature = feature.get("bytes")
-    return getattr(feature, "dtype", None) in ("binary", "large_binary")
-
-
-def _is_text(feature: Any) -> bool:
-    """Whether a feature is a string, or a list or an object with strings."""
-    if isinstance(feature, dict):
-        return any(map(_is_text, feature.values()))
-    if isinstance(feature, list):
-        return bool(feature) and _is_text(feature[0])
-    inner = getattr(feature, "feature", None)
-    if inner is not None:
-        return _is_text(inner)
-    return getattr(feature, "dtype", None) in ("string", "large_string") or hasattr(feature, "languages")
 
 
 def _fill(source: DatasetSource, rows: Any, captions: tuple[str, ...], label: str, parts: RowParts) -> None:
