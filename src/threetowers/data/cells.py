@@ -20,6 +20,11 @@ TEXT_KEYS = (
 """Keys that an object has its text under, the most usual first."""
 
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
+_OPENINGS = {
+    *_BRACKETS,
+    *" \t\r\n",
+    "a",
+}  # first characters of what may be a list; an array begins with its name
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _ITEM = re.compile(rf"({_QUOTED}|None|nan|null|\.\.\.)|[\s,\[\]()]+|array\(|dtype=[\w<>|']+", re.DOTALL)
 _LANGUAGE = re.compile(r"(?!(?:alt|img|key|md5|sha|src|tag|url)\b)[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
@@ -35,8 +40,7 @@ def cell_texts(cell: Any) -> list[str]:
     is a text. Of an object the texts are those under its usual key, or those of all its languages.
     """
     if isinstance(cell, str):
-        opening = cell.lstrip()[:1]
-        if opening not in _BRACKETS and opening != "a":
+        if cell[:1] not in _OPENINGS:
             return [cell]
         written = _read_written(cell.strip())
         return [cell] if written is None else written

@@ -40,10 +40,11 @@ class Merged:
         """
         self._spelled.clear()
         problems = self.source.problems
+        by_column = columns.split if part is None else None
         for line, row in rows:
             where, own = f"{table}:{line}", part
-            if columns.split is not None and part is None:
-                value = str(row.get(columns.split))
+            if by_column is not None:
+                value = str(row.get(by_column))
                 own = part_of(value)
                 if own is None:
                     self.unknown[value] += 1
@@ -60,24 +61,29 @@ class Merged:
                     self.files[file] = size, "\n".join((before, *captions) if before else captions)
                 else:
                     self.source.add_problem(file, "empty caption", where)
-            self.problem_parts += [own or "train"] * (len(problems) - len(self.problem_parts))
+            if len(problems) > len(self.problem_parts):
+                self.problem_parts += [own or "train"] * (len(problems) - len(self.problem_parts))
 
     def _file(self, where: str, cell: object, column: str, prefix: str) -> str:
         """The path on the disk that a cell names; empty when it names none."""
         if not isinstance(cell, str) or cell.strip() in MISSING_CAPTIONS:
             self.source.add_problem(where, "no path", f"column `{column}` is empty")
             return ""
-        if cell not in self._spelled:
-            path = os.path.join(prefix, local_path(cell))  # noqa: PTH118 - a Path costs more than the call
-            on_disk = find_file(self.source.folder, path)
-            self._spelled[cell] = on_disk[0] if on_disk else ""
-            if on_disk:
-                self.files.setdefault(on_disk[0], (on_disk[1], ""))
-            elif is_address(cell):
-                self.addresses.append(cell)
-                self.source.add_problem(cell, "missing file", f"{where}: an address, and nothing is fetched")
-            else:
-                self.source.add_problem(cell, "missing file", f"{where}: {Path(self.source.folder, path)}")
+        known = self._spelled.get(cell)
+        if known is not None:
+            return known
+        path = local_path(cell)
+        if prefix:
+            path = os.path.join(prefix, path)  # noqa: PTH118 - a Path costs more than the call
+        on_disk = find_file(self.source.folder, path)
+        self._spelled[cell] = on_disk[0] if on_disk else ""
+        if on_disk:
+            self.files.setdefault(on_disk[0], (on_disk[1], ""))
+        elif is_address(cell):
+            self.addresses.append(cell)
+            self.source.add_problem(cell, "missing file", f"{where}: an address, and nothing is fetched")
+        else:
+            self.source.add_problem(cell, "missing file", f"{where}: {Path(self.source.folder, path)}")
         return self._spelled[cell]
 
     def _set_part(self, file: str, part: str, where: str) -> None:

@@ -37,19 +37,20 @@ def find_file(folder: str, path: str) -> tuple[str, int] | None:
     The path is tried as given, in both Unicode normal forms (macOS decomposes umlauts), and with / for \\.
     """
     plain = os.path.normpath(path)
-    forms = (
-        plain,
-        *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")),
-        plain.replace("\\", "/"),
-    )
-    for form in dict.fromkeys(forms):
-        try:
-            status = os.stat(os.path.join(folder, form))  # noqa: PTH116, PTH118 - a Path costs more than the call
-        except (OSError, ValueError):
-            continue
-        if stat.S_ISREG(status.st_mode):
-            return form, status.st_size
-    return None
+    if found := _stat(folder, plain):
+        return found
+    forms = [*(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")), plain.replace("\\", "/")]
+    others = (_stat(folder, form) for form in dict.fromkeys(forms) if form != plain)
+    return next(filter(None, others), None)
+
+
+def _stat(folder: str, path: str) -> tuple[str, int] | None:
+    """The path itself and the file's size; None when it is no file."""
+    try:
+        status = os.stat(os.path.join(folder, path))  # noqa: PTH116, PTH118 - a Path costs more than the call
+    except (OSError, ValueError):
+        return None
+    return (path, status.st_size) if stat.S_ISREG(status.st_mode) else None
 
 
 def image_folders(file: Path) -> list[Path]:

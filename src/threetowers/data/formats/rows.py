@@ -50,7 +50,9 @@ def _csv_rows(path: Path, problems: list[BadSample]) -> Iterator[Row]:
                 continue
             if not columns:
                 columns += _header(path, cells)
-            elif (fitted := _fitted(columns, cells)) is not None:
+            elif len(cells) == len(columns):
+                yield line, dict(zip(columns, cells, strict=True))
+            elif fitted := _fitted(columns, cells):
                 yield line, dict(zip(columns, fitted, strict=True))
             elif cells:
                 detail = f"expected {len(columns)}, found {len(cells)}"
@@ -77,7 +79,11 @@ def _records(
         record.clear()
         try:
             cells = next(reader, None)
-            error = "another row is inside a field" if _swallowed(record, columns, form) else ""
+            error = (
+                "another row is inside a field"
+                if len(record) > 1 and _swallowed(record, columns, form)
+                else ""
+            )
         except csv.Error as raised:
             cells, error = [], str(raised)
         if cells is None:
@@ -104,13 +110,11 @@ def _swallowed(record: list[str], columns: list[str], form: CsvForm) -> bool:
 
 
 def _fitted(columns: list[str], cells: list[str]) -> list[str] | None:
-    """The cells, one for each column; None when there are more or fewer.
+    """The cells of a row that has more or fewer than there are columns, made to fit; None when it is wrong.
 
     Spreadsheets write empty cells at the end of a row or of the header, and leave them out in other rows.
     """
     extra = len(cells) - len(columns)
-    if not extra:
-        return cells
     if extra > 0:
         return None if any(cells[len(columns) :]) else cells[: len(columns)]
     return cells + [""] * -extra if cells and not any(map(_NAMED.match, columns[extra:])) else None
