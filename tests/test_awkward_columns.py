@@ -11,10 +11,18 @@ import pytest
 from datasets import Dataset, Features, Value
 
 from kit.pictures import picture
+from threetowers.data.formats import rows as rows_module
 from threetowers.data.open import open_source
 from threetowers.errors import UsageError
 
-NUM = 6_000  # rows; a table of them is larger than what is read to recognise its columns
+NUM = 6_000
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables are larger than what is read to recognise their columns."""
+    monkeypatch.setattr(rows_module, "_PLACE_BYTES", 1 << 11)
+    monkeypatch.setattr(rows_module, "_PLACE_ROWS", 4)
 
 
 def table(folder: Path, name: str, columns: dict[str, Callable[[int], Any]], num: int = NUM) -> str:

@@ -183,6 +183,31 @@ def test_a_split_column_of_a_saved_dataset_is_kept(parted: bool, labels: bool, t
     assert sum(map(len, splits(str(tmp_path / "bad"), split_column=None))) == 40
 
 
+@pytest.mark.parametrize("kind", ["coco", "karpathy"])
+def test_a_split_in_annotations_is_kept_or_left_out_of_account(kind: str, tmp_path: Path) -> None:
+    pictures(tmp_path / "images")
+    images: list[dict[str, Any]] = [{"id": n, "split": NAMES[n % 4]} for n in range(40)]
+    for n, entry in enumerate(images):
+        sentences = {"filename": f"{n}.png", "sentences": [{"raw": f"thing {n}"}]}
+        entry |= sentences if kind == "karpathy" else {"file_name": f"{n}.png"}
+    captions = [{"image_id": n, "caption": f"thing {n}"} for n in range(40)]
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps({"images": images, "annotations": captions}))
+    assert_parts(str(path))
+    images[0]["split"] = "fold1"
+    path.write_text(json.dumps({"images": images, "annotations": captions}))
+    with pytest.raises(DataError, match=r"1 images have a `split` .*0.png: 'fold1'.*split-column none"):
+        splits(str(path))
+    assert sum(map(len, splits(str(path), split_column=None))) == 40 == len(open_source(str(path)))
+
+
+def test_images_that_a_folders_table_leaves_out_are_counted(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    path = Path(write(tmp_path / "metadata.csv", rows(NAMES)[:30]))
+    assert "10 images of the folder are in no row, for example 30.png" in open_source(str(tmp_path)).layout
+    assert "in no row" not in open_source(str(path)).layout
+
+
 # --- tables whose names are parts, and folders
 
 

@@ -106,6 +106,9 @@ def test_a_field_beyond_all_bounds_costs_one_row(folder: Path, monkeypatch: pyte
         ("image|caption, in English; with care; really", "{n}.png|thing {n}"),
         ("image\tcaption, text, words", "{n}.png\tthing, {n}"),
         ("sep=;\nimage;caption,x,y", "{n}.png;thing {n}"),
+        ('"sep=;"\r\nimage;caption,x,y', "{n}.png;thing {n}"),
+        ("\n\nimage;caption", "{n}.png;thing {n}"),
+        ('image;"caption\n(in English, or not)"', "{n}.png;thing {n}"),
         ("sep=,\nimage,caption", "{n}.png,thing {n}"),
         ("SEP=\t\r\nimage\tcaption", "{n}.png\tthing {n}"),
         ("image,caption,,", "{n}.png,thing {n},,"),
@@ -129,6 +132,11 @@ def test_encodings_and_line_ends(name: str, end: str, encoding: str, folder: Pat
     (folder / name).write_bytes(text.encode(encoding))
     found = captions(open_source(str(folder / name)))
     assert found == {f"{n}.png": (f"größe {n}",) for n in range(NUM)}
+
+
+def test_quotes_of_the_header_that_do_not_pair_up_are_an_error(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"t.csv:1: the quotes in its header do not pair up"):
+        open_source(table(folder, ['image,"caption', *rows()]))
 
 
 def test_nul_bytes_are_no_end_of_the_table(folder: Path) -> None:

@@ -176,7 +176,6 @@ def test_coco_problems_are_named(tmp_path: Path) -> None:
         ),
         ('{"images": [{"id": 1, "file_name": "q.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}',
          "none of its images was found, for example q.jpg"),
-        ('{"images": [{"filename": "a.jpg", "split": "fold1", "sentences": []}]}', "none of train, training"),
     ],
 )  # fmt: skip
 def test_other_json_is_an_error(text: str, message: str, tmp_path: Path) -> None:

@@ -46,7 +46,10 @@ def open_source(
     image_column, caption_columns: for tables; None and empty: they are found.
     Raises DataError when nothing is there or nothing in it can be used, UsageError for a column that is not there.
     """
-    columns = ColumnNames(image_column, caption_columns)
+    return _open(path, ColumnNames(image_column, caption_columns))
+
+
+def _open(path: str, columns: ColumnNames) -> Source:
     source = _format_of(path, columns).open(path, columns, _Opener())
     if not len(source):
         raise DataError(
@@ -71,8 +74,7 @@ def splits(
     columns = ColumnNames(image_column, caption_columns, split_column)
     given = _format_of(path, columns).parts(path, columns, _Opener(val_fraction, test_fraction, seed))
     if not given:
-        whole = open_source(path, image_column=image_column, caption_columns=caption_columns)
-        return split(whole, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
+        return split(_open(path, columns), val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
     if "train" not in given:
         raise DataError(
             f"{path}: it has the parts {', '.join(given)}, but none to train on. Where a column says so, "
@@ -106,7 +108,7 @@ class _Opener:
     seed: int = 0
 
     def open(self, path: str, columns: ColumnNames) -> Source:
-        return open_source(path, image_column=columns.image, caption_columns=columns.captions)
+        return _open(path, columns)
 
     def split(self, path: str, columns: ColumnNames) -> tuple[Source, Source, Source]:
         return splits(

@@ -3,12 +3,14 @@
 import contextlib
 import csv
 import itertools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _DELIMITERS = ",;\t|"
+_EXCEL = re.compile(r'"?sep=([,;|\t])"?\s*', re.IGNORECASE)
 _NUM_LINES = 50  # that a delimiter is recognised by
 
 
@@ -34,9 +36,9 @@ def csv_form(path: Path) -> CsvForm:
     encoding = _encoding(path)
     with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
         lines = [file.readline(1 << 20) for _ in range(_NUM_LINES)]
-    header = lines[0]
-    if header[:4].lower() == "sep=" and header[4:5] in _DELIMITERS and not header[5:].strip():
-        return CsvForm(encoding, header[4], 1)
+    header = next(filter(str.strip, lines), "")
+    if excel := _EXCEL.fullmatch(lines[0]):
+        return CsvForm(encoding, excel[1], 1)
     found = [delimiter for delimiter in _DELIMITERS if delimiter in header]
     best = max(found, key=lambda d: (_share(lines, d), header.count(d)), default=",")
     return CsvForm(encoding, best)

@@ -89,6 +89,8 @@ def _records(
         if cells is None:
             return
         if error:
+            if not columns and line > form.num_skipped:
+                raise DataError(f"{path}:{line}: the quotes in its header do not pair up; mend this line")
             problems.append(
                 BadSample(f"{path.name}:{line}", "damaged row", f"the quotes do not pair up: {error}")
             )

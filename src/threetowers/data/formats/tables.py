@@ -30,7 +30,7 @@ def open_table(path: str | Path, columns: ColumnNames = ANY_COLUMNS) -> Source:
     Raises UsageError for a column that is not there or cannot be recognised, DataError when nothing can be read.
     """
     files = table_files(Path(path))
-    return open_parquet_images(path, files, columns) or _read(files, columns).fill()
+    return open_parquet_images(path, files, columns) or _read(files, columns, Path(path)).fill()
 
 
 def open_table_parts(path: str | Path, columns: ColumnNames) -> dict[str, Source]:
@@ -47,7 +47,7 @@ def open_table_parts(path: str | Path, columns: ColumnNames) -> dict[str, Source
         return parts
     if not by_name and not any(_has_split(file, columns) for file in files):
         return {}
-    merged = _read(files, columns)
+    merged = _read(files, columns, Path(path))
     check_known(str(path), columns.split, merged.unknown)
     source = merged.fill()
     return subsets(source, merged.sample_parts(), merged.problem_parts)
@@ -59,8 +59,8 @@ def _has_split(file: Path, columns: ColumnNames) -> bool:
     return split_column(file, list(names), columns) is not None
 
 
-def _read(files: Sequence[Path], columns: ColumnNames) -> Merged:
-    """The rows of all tables, not yet filled into the source."""
+def _read(files: Sequence[Path], columns: ColumnNames, path: Path) -> Merged:
+    """The rows of all tables, not yet filled into the source; of a folder, what else lies in it is in the layout."""
     problems: list[BadSample] = []
     found, places = [], []
     for file in files:
@@ -86,6 +86,10 @@ def _read(files: Sequence[Path], columns: ColumnNames) -> Merged:
             part = file_part(file) if by_name else None
             merged.add(file.name, read_rows(file, problems), each, prefix=prefix, part=part)
     _check_addresses(files[0], merged, found[0].image)
+    if path.is_dir() and path == folder:
+        others = [image for image, _ in image_files(path, []) if image not in merged.files]
+        if others:
+            source.layout += f"; {len(others)} images of the folder are in no row, for example {others[0]}"
     return merged
 
 
