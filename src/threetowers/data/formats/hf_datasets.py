@@ -331,7 +331,7 @@ def _image_id(source: DatasetSource, data: memoryview, seen: dict[str, int], *, 
 
 HF_DATASETS = Format(
     have="a dataset saved by Hugging Face `datasets` (`pip install 'threetowers[datasets]'`)",
-    give="`hfds:DIR`; its train, validation and test parts are kept",
+    give="`hfds:DIR`; its train, validation and test parts, or those of its `split` column, are kept",
     accepts=names_dataset,
     open=lambda path, columns, opener: open_dataset(path, columns),
     parts=lambda path, columns, opener: check_parts(path, open_dataset_parts(path, columns)),

@@ -267,7 +267,7 @@ def _beside(file: str, path: str) -> str:
 
 MIXES = Format(
     have="several of these",
-    give="a `mix.toml` of `[[source]]` tables: `path`, `weight`, `image_column`, `caption_columns`",
+    give="a `mix.toml` of `[[source]]` tables: `path`, `weight`, `image_column`, `caption_columns`, `split_column`",
     accepts=names_mix,
     open=lambda path, columns, opener: open_mix(path, opener),
     parts=lambda path, columns, opener: split_mix(path, opener),

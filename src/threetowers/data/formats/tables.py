@@ -162,8 +162,8 @@ def file_part(table: Path) -> str | None:
 
 
 TABLES = Format(
-    have="a CSV, TSV, JSONL or parquet table with image paths and one or more captions",
-    give="its path",
+    have="a CSV, TSV, JSONL or parquet table with image paths, or images in parquet, and one or more captions",
+    give="its path, or the folder that holds it; a `split` column and tables named `train`, `val`, `test` are kept",
     accepts=lambda path: bool(table_files(Path(path))),
     open=lambda path, columns, opener: open_table(path, columns),
     parts=lambda path, columns, opener: check_parts(path, open_table_parts(path, columns)),
