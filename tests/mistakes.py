@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from kit.awkward import as_jxl, as_parquet, rows_of
 from kit.checkpoints import own_class, several_nests
 from kit.mistakes import (
     Answer,
@@ -135,7 +136,7 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
                 ("7 of 27", "00.jpg", "inputs.max_bad_share", "new/bad_samples.jsonl"), (cut("photos/0*.jpg"),)),
         Mistake("an image column that points elsewhere", TRAIN, 3, ("../../etc/passwd", "captions.csv:42"),
                 (add("photos/captions.csv", "../../etc/passwd,a secret\n"),)),
-        Mistake("quotes that do not pair up", TRAIN, 3, ("photos/captions.csv:42",),
+        Mistake("quotes that do not pair up", TRAIN, 3, ("captions.csv:42", "quotes do not pair up"),
                 (add("photos/captions.csv", '00.jpg,"a red photo\n'),)),
         Mistake("a batch larger than the data", f"{TRAIN} --batch-size 512 --out new", 2, ("512", "--batch-size")),
         Mistake("COCO JSON without annotations", f"{TRAIN} --data photos/captions.json", 3,
@@ -153,6 +154,32 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
                 ("s3://bucket", "pip install 'threetowers[remote]'"), around=without("fsspec")),
         Mistake("parts that leave nothing to train on", f"{TRAIN} --inputs.val-fraction 1.0 --out new", 2,
                 ("inputs.val_fraction = 1", "less than 1")),
+    ),
+    "The data as people have it": (
+        Mistake("a split column with a name that is no part", TRAIN, 3,
+                ("photos/captions.csv: 40 rows", "`split`", "'fold1'", "--inputs.split-column none"),
+                (rows_of("image,caption,split", lambda n: f"{n:02d}.jpg,photo {n},fold{n % 2 + 1}"),)),
+        Mistake("a split column without a part to train on", TRAIN, 3,
+                ("photos/captions.csv", "parts test", "--inputs.split-column none"),
+                (rows_of("image,caption,split", lambda n: f"{n:02d}.jpg,photo {n},test"),)),
+        Mistake("a typo in the name of the split column", f"{TRAIN} --inputs.split-column fodl", 2,
+                ("photos/captions.csv", "`fodl`", "`fold`"),
+                (rows_of("image,caption,fold", lambda n: f"{n:02d}.jpg,photo {n},test"),)),
+        Mistake("two columns that can be the captions", TRAIN, 2,
+                ("photos/captions.csv", "`left`", "`right`", "--inputs.caption-columns"),
+                (rows_of("image,left,right", lambda n: f"{n:02d}.jpg,a photo {n},another one {n}"),)),
+        Mistake("two columns that can be the images", TRAIN, 2,
+                ("photos/captions.csv", "`front`", "`back`", "--inputs.image-column"),
+                (rows_of("front,back,caption", lambda n: f"{n:02d}.jpg,{39 - n:02d}.jpg,a photo {n}"),)),
+        Mistake("a table of addresses", TRAIN, 3,
+                ("photos/captions.csv", "40 addresses", "https://example.org/0.jpg", "img2dataset"),
+                (rows_of("url,caption", lambda n: f"https://example.org/{n}.jpg,a photo {n}"),)),
+        Mistake("images in parquet without datasets", f"{TRAIN} --data photos.parquet", 2,
+                ("photos.parquet", "pip install 'threetowers[datasets]'"), (as_parquet,), without("datasets")),
+        Mistake("a folder of pictures of another format", f"{TRAIN} --data phone", 3,
+                ("phone", "unsupported format: 40", "00.jxl", "convert it", "00.txt"), (as_jxl,)),
+        Mistake("two folders that are one part", f"{TRAIN} --data set", 3, ("set: val and validation", "one folder"),
+                (write("set/train/a", ""), write("set/val/a", ""), write("set/validation/a", ""))),
     ),
     "The third tower": (
         Mistake("no third tower for 3T", "train tiny --data photos/captions.csv", 2, ("'3t'", "--third", "baseline")),

@@ -1,168 +1,111 @@
-"""A run's config.toml means the same from every working directory, and after its project has been moved."""
+"""Files in a folder that are neither images that are read nor their captions: counted and named, or noise."""
 
-import contextlib
-import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kit.runs import Config
-from threetowers.commands.arguments import load_file
-from threetowers.compare.comparison import compare
-from threetowers.config import CompareConfig, RunConfig, config_hash, read_config, write_config
-from threetowers.errors import CheckpointError
-from threetowers.evaluate.evaluation import evaluate_run
-from threetowers.run import setup
-from threetowers.train.guards import differing_keys
-from threetowers.train.loop import train
+from kit.pictures import picture
+from kit.sources import captions, reasons
+from threetowers.data.formats.places import find_file
+from threetowers.data.open import open_source, splits
+from threetowers.data.source import IMAGE_ENDINGS, PICTURE_ENDINGS, SOURCE_REASONS
+from threetowers.errors import DataError
+
+UNREAD = [ending for ending in PICTURE_ENDINGS if ending not in IMAGE_ENDINGS]
 
 
-@pytest.fixture
-def project(tmp_path: Path, photos: Path, timm_tower: str) -> Path:
-    """A project folder with photos, class folders and a tower, named in the configuration by relative paths."""
-    folder = tmp_path / "project"
-    shutil.copytree(photos.parent, folder / "photos")
-    shutil.copytree(timm_tower.removeprefix("timm:local-dir:"), folder / "towers" / "mine")
-    for number, name in enumerate(("red", "blue")):
-        (folder / "classes" / name).mkdir(parents=True)
-        shutil.copy(photos.parent / f"{number:03d}.png", folder / "classes" / name / "a.png")
-    setup._open_splits.cache_clear()
-    return folder
+def put(folder: Path, *names: str, text: str = "thing") -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text) if name.lower().endswith(".txt") else path.write_bytes(picture(0))
 
 
-def relative(make: Config, **changes: Any) -> RunConfig:
-    given = {
-        "data": "photos/captions.csv",
-        "classes": "classes",
-        "third": ("mine=timm:local-dir:towers/mine",),
+def found(path: Path) -> set[tuple[str, str]]:
+    return {(problem.id, problem.reason) for problem in open_source(str(path)).problems}
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("ending", UNREAD)
+def test_pictures_of_other_formats_are_named(ending: str, upper: bool, tmp_path: Path) -> None:
+    ending = ending.upper() if upper else ending
+    put(tmp_path, "a.jpg", "a.txt", f"b.{ending}", "b.txt", f"sub/c.{ending}")
+    assert found(tmp_path) == {
+        (f"b.{ending}", "unsupported format"),
+        (f"sub/c.{ending}", "unsupported format"),
     }
-    return make(**{**given, "embeddings": "stored", "steps": 2, **changes})
+    put(tmp_path / "classes", "ant/a.png", "bee/b.png", f"bee/c.{ending}", f"d.{ending}")
+    assert found(tmp_path / "classes") == {
+        (f"bee/c.{ending}", "unsupported format"),
+        (f"d.{ending}", "unsupported format"),
+    }
 
 
-def elsewhere(project: Path, tmp_path: Path) -> tuple[Path, Path]:
-    (tmp_path / "other").mkdir()
-    return project, tmp_path / "other"
-
-
-def moved(project: Path, tmp_path: Path) -> tuple[Path, Path]:
-    (tmp_path / "new").mkdir()
-    return project.rename(tmp_path / "new" / "place"), tmp_path
-
-
-def run_moved_alone(project: Path, tmp_path: Path) -> tuple[Path, Path]:
-    (tmp_path / "archive").mkdir()
-    (project / "runs" / "a").rename(tmp_path / "archive" / "a")
-    return tmp_path / "archive", tmp_path
-
-
-@pytest.mark.parametrize("method", ["3t", "lit", "lit-unlocked"])
-@pytest.mark.parametrize("change", [elsewhere, moved, run_moved_alone])
-def test_a_run_is_evaluated_and_continued_from_another_directory(
-    change: Callable[[Path, Path], tuple[Path, Path]], method: Any, tiny_config: Config, project: Path,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    config = relative(tiny_config, method=method)
-    with contextlib.chdir(project):
-        train(config, Path("runs/a"))
-        before = evaluate_run(Path("runs/a")).sections
-    folder, here = change(project, tmp_path)
-    run = folder / "a" if change is run_moved_alone else folder / "runs" / "a"
-    setup._open_splits.cache_clear()
-    with contextlib.chdir(here):
-        assert evaluate_run(run).sections == before
-        again = read_config(run / "config.toml")
-        assert not differing_keys(run / "config.toml", again)
-        assert train(again, run).finished
-        assert load_file(run / "config.toml") == again
-    assert not (here / "stored").exists() or here == project
-
-
-def test_relative_paths_stay_as_they_are_written_in_the_same_directory(
-    tiny_config: Config, project: Path
-) -> None:
-    with contextlib.chdir(project):
-        config = relative(tiny_config)
-        (project / "runs").mkdir()
-        write_config(config, "runs/config.toml")
-        assert read_config("runs/config.toml") == config
-        assert config_hash(read_config("runs/config.toml")) == config_hash(config)
-
-
-def test_the_same_words_from_another_directory_mean_other_data(
-    tiny_config: Config, project: Path, tmp_path: Path
-) -> None:
-    with contextlib.chdir(project):
-        train(relative(tiny_config, method="baseline"), Path("run"))
-    other = tmp_path / "other"
-    shutil.copytree(project / "photos", other / "photos")
-    shutil.copytree(project / "classes", other / "classes")
-    with (
-        contextlib.chdir(other),
-        pytest.raises(CheckpointError, match=r"data: .*project/photos.* → .*other/photos"),
+def test_a_folder_of_other_formats_alone_says_so(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{n}.heic" for n in range(3)), *(f"{n}.txt" for n in range(3)))
+    with pytest.raises(
+        DataError, match=r"unsupported format: 3\n  0.heic: .*convert it, its caption is 0.txt"
     ):
-        train(relative(tiny_config, method="baseline"), project / "run")
+        open_source(str(tmp_path))
 
 
-def test_a_comparison_is_read_from_another_directory(
-    tiny_config: Config, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = CompareConfig(methods=("baseline", "3t"), lrs=(1e-3,))
-    with contextlib.chdir(project):
-        first = compare(relative(tiny_config), options, Path("compared"))
-    config = relative(tiny_config)
-    there = replace(
-        config, data=f"{project}/photos/captions.csv", classes=f"{project}/classes", embeddings=f"{project}/stored",
-        third=(f"mine=timm:local-dir:{project}/towers/mine",),
-    )  # fmt: skip
-    setup._open_splits.cache_clear()
-    from threetowers.compare import runs
-
-    monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("a run was trained again"))
-    with contextlib.chdir(tmp_path):
-        second = compare(there, options, project / "compared")
-    assert first is not None and second is not None and first["results"] == second["results"]
+def test_the_same_picture_in_another_format_is_no_loss(tmp_path: Path) -> None:
+    """As a camera writes raw data beside a JPEG."""
+    put(tmp_path, "a.jpg", "a.txt", "a.cr2", "a.heic")
+    assert not found(tmp_path)
 
 
-VALUES: dict[str, Any] = {
-    "data": "shards/{00000..00003}.tar::more/x.tar",
-    "classes": "hfds:saved",
-    "third": [
-        "a=timm:resnet18@towers/x.safetensors",
-        "file:runs/x",
-        "open_clip:ViT-B-32@openai",
-        "hf:me/model",
-    ],
-    "embeddings": "none",
-    "pair": {"weights": "w.safetensors", "tokenizer": "trained"},
-}
+@pytest.mark.parametrize("ending", ["TXT", "Txt", "txt"])
+@pytest.mark.parametrize("image", ["a.jpg", "A.JPG", "a.b.PNG", "a..jpeg"])
+def test_endings_in_any_case(image: str, ending: str, tmp_path: Path) -> None:
+    put(tmp_path, image, f"{image.rpartition('.')[0]}.{ending}")
+    assert captions(open_source(str(tmp_path))) == {image: ("thing",)}
 
 
-def test_what_is_a_path_and_what_is_not(tmp_path: Path) -> None:
-    from threetowers.paths import from_here
+def test_texts_without_an_image_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg", "a.txt", "b.txt", "c.TXT", "sub/d.txt", "sub/e.png", "sub/e.txt")
+    assert found(tmp_path) == {("b.txt", "no image"), ("c.TXT", "no image"), ("sub/d.txt", "no image")}
+    assert set(reasons(open_source(str(tmp_path)))) <= set(SOURCE_REASONS)
 
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "towers").mkdir()
-    (tmp_path / "towers" / "x.safetensors").touch()
-    base = str(tmp_path)
-    assert from_here({"directory": "..", **VALUES}, tmp_path / "run" / "config.toml") == {
-        "data": f"{base}/shards/{{00000..00003}}.tar::{base}/more/x.tar",
-        "classes": f"hfds:{base}/saved",
-        "third": [
-            f"a=timm:resnet18@{base}/towers/x.safetensors",
-            f"file:{base}/runs/x",
-            *VALUES["third"][2:],
-        ],
-        "embeddings": "none",
-        "pair": {"weights": f"{base}/w.safetensors", "tokenizer": "trained"},
-    }
-    known = {
-        "data": "shapes",
-        "classes": "s3://bucket/x.tar",
-        "embeddings": "/stored",
-        "third": "timm:resnet18",
-    }
-    assert from_here({"directory": ["..", base], **known}, tmp_path / "run" / "config.toml") == known
-    assert from_here(VALUES, tmp_path / "run" / "config.toml") == VALUES, "a file without `directory`"
+
+@pytest.mark.parametrize("name", ["README.txt", "license.txt", "classnames.txt", "Notes.TXT"])
+def test_texts_about_a_folder_are_no_captions(name: str, tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg", "a.txt", name, ".hidden.txt", "sub/.b.png", "__MACOSX/._a.jpg")
+    assert not found(tmp_path)
+    put(tmp_path / "deep", "x/a.jpg", "x/a.txt", "anything at all.txt")
+    assert not found(tmp_path / "deep")
+    put(tmp_path / "classes", "ant/a.png", "bee/b.png", "words.txt", "ant/notes.txt")
+    assert not found(tmp_path / "classes")
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg", "a.txt", "b.txt", "c.jpg", "d.txt")
+    for name in ("b.jpg", "c.txt", "folder", "e.heic", "f.jpg"):
+        (tmp_path / name).symlink_to(tmp_path / "gone" / name)
+    assert found(tmp_path) == {
+        ("b.jpg", "unreadable"), ("c.jpg", "unreadable"), ("d.txt", "no image"), ("folder", "missing file"),
+        ("e.heic", "unsupported format"), ("f.jpg", "no caption"),
+    }  # fmt: skip
+    put(tmp_path / "classes", "ant/a.png", "bee/b.png")
+    (tmp_path / "classes" / "bee" / "c.png").symlink_to(tmp_path / "gone")
+    (tmp_path / "classes" / "cat").symlink_to(tmp_path / "gone")
+    assert found(tmp_path / "classes") == {("bee/c.png", "missing file"), ("cat", "missing file")}
+
+
+def test_what_is_left_out_of_split_folders_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "train/a.jpg", "train/a.txt", "train/b.avif", "test/c.jpg", "test/c.txt", "test/d.txt")
+    train, _, test = splits(str(tmp_path), val_fraction=0.0)
+    assert (reasons(train), reasons(test)) == ({"unsupported format": 1}, {"no image": 1})
+    assert found(tmp_path) == {("train/b.avif", "unsupported format"), ("test/d.txt", "no image")}
+
+
+def test_every_file_that_looks_like_a_sample_is_one_or_is_named(tmp_path: Path) -> None:
+    """Whatever the combination of endings, a name is a sample, a problem, or a caption or copy of a sample."""
+    endings = ("jpg", "PNG", "heic", "txt", "TXT")
+    for number in range(1 << len(endings)):
+        put(tmp_path, *(f"x{number}.{ending}" for bit, ending in enumerate(endings) if number >> bit & 1))
+    source = open_source(str(tmp_path))
+    named = {record.id for record in map(source.record, range(len(source)))} | {p.id for p in source.problems}
+    stems = {name.partition(".")[0] for name in named}
+    assert stems == {f"x{number}" for number in range(1, 1 << len(endings))}
+    assert all(find_file(str(tmp_path), name) for name in named)

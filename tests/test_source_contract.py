@@ -25,7 +25,7 @@ from threetowers.data.open import FORMATS, _Opener, open_source, split, splits
 from threetowers.data.shards.source import SHARDS
 from threetowers.data.shards.write import ShardSample, write_shards
 from threetowers.data.source import ANY_COLUMNS, SOURCE_REASONS, Format, Source, describe
-from threetowers.errors import DataError, UsageError
+from threetowers.errors import UsageError
 
 NUM = 6
 """Usable samples that each example holds, in all its parts."""
@@ -176,18 +176,13 @@ EXAMPLES: dict[Format, tuple[Example, ...]] = {
     TABLES: (csv_file, metadata_folder),
     FOLDERS: (text_folder, class_folders),
 }
-ONLY_PARTS = (split_folders, saved_parts)
 CASES = [(format, example) for format, examples in EXAMPLES.items() for example in examples]
 every_example = pytest.mark.parametrize(("format", "example"), CASES, ids=[e.__name__ for _, e in CASES])
 
 
 def opened(path: str, example: Example) -> list[Source]:
-    """The whole source, and its parts; of data that come in parts, those alone."""
+    """The whole source, and its parts."""
     parts = list(splits(path, val_fraction=0.2, test_fraction=0.2))
-    if example in ONLY_PARTS:
-        with pytest.raises(DataError, match="holds separate parts; name one of them, for example"):
-            open_source(path)
-        return parts
     whole = open_source(path)
     return [whole, *split(whole, val_fraction=0.3, test_fraction=0.0, seed=1), *parts]
 
@@ -274,9 +269,8 @@ def test_a_sample_that_cannot_be_used_is_counted(format: Format, example: Exampl
         assert sum(map(len, parts)) == NUM * (2 if format is MIXES else 1)
         assert len(problems) == defect
         assert {problem.reason for problem in problems} <= set(SOURCE_REASONS)
-        if example not in ONLY_PARTS:
-            source = open_source(path)
-            assert (len(source.problems), f"{int(defect)} problems" in describe(source)) == (defect, True)
+        source = open_source(path)
+        assert (len(source.problems), f"{int(defect)} problems" in describe(source)) == (defect, True)
 
 
 @every_example
@@ -284,8 +278,6 @@ def test_columns_are_taken_or_refused(format: Format, example: Example, tmp_path
     (tmp_path / "data").mkdir()
     path = example(tmp_path / "data", False)
     for open in (open_source, splits):
-        if open is open_source and example in ONLY_PARTS:
-            continue
         message = (
             "is no table" if not format.takes_columns or format is SPLIT_FOLDERS else "no column `wrong`"
         )

@@ -58,6 +58,8 @@ class InputConfig:
     """Column of image paths in a table; `none` finds it."""
     caption_columns: tuple[str, ...] = ()
     """Columns of captions in a table; empty finds them."""
+    split_column: str | None = "split"
+    """Column of each row's part (train, val, test), if the table has it; `none` uses no column."""
     val_fraction: float = 0.05
     """Share of images kept for validation when the data brings no val folder."""
     test_fraction: float = 0.05
@@ -383,9 +385,7 @@ def as_plain(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return as_plain(value)
-    if value is None:
-        return "none"
-    return list(value) if isinstance(value, tuple) else value
+    return "none" if value is None else list(value) if isinstance(value, tuple) else value
 
 
 def write_config(config: RunConfig, path: str | Path) -> None:

@@ -6,7 +6,7 @@ where these agree the whole files are read.
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -103,6 +103,27 @@ def middles_of(sources: Sequence[Source], numbers: np.ndarray, indices: np.ndarr
         if own.any():
             middles[own] = source.image_middles(indices[own])
     return middles
+
+
+def image_ids_of(
+    equal: Mapping[Place, Place], sources: Sequence[Source], prefixes: Sequence[str], first: int = 0
+) -> dict[Place, str]:
+    """The id of the first sample with the same image, `prefix/id`, for samples whose image comes before.
+
+    first: the number of a source; the result has samples of this one and of as many as there are prefixes, counted from
+    there. Source number n has prefix n modulo their number.
+    """
+
+    def id_of(place: Place) -> str:
+        number, index = place
+        return f"{prefixes[number % len(prefixes)]}/{sources[number].record(index).id}"
+
+    within = range(first, first + len(prefixes))
+    return {
+        (number - first, index): id_of(origin)
+        for (number, index), origin in equal.items()
+        if number in within
+    }
 
 
 def describe_copies(num_copies: int) -> str:

@@ -16,7 +16,7 @@ from threetowers.data.formats.tables import TABLES
 from threetowers.data.order import hash64
 from threetowers.data.shards.source import SHARDS
 from threetowers.data.source import (
-    ANY_COLUMNS,
+    SPLIT_COLUMN,
     ColumnNames,
     Drawn,
     Format,
@@ -46,7 +46,10 @@ def open_source(
     image_column, caption_columns: for tables; None and empty: they are found.
     Raises DataError when nothing is there or nothing in it can be used, UsageError for a column that is not there.
     """
-    columns = ColumnNames(image_column, caption_columns)
+    return _open(path, ColumnNames(image_column, caption_columns))
+
+
+def _open(path: str, columns: ColumnNames) -> Source:
     source = _format_of(path, columns).open(path, columns, _Opener())
     if not len(source):
         raise DataError(
@@ -59,20 +62,24 @@ def open_source(
 def splits(
     path: str, *, val_fraction: float = 0.05, test_fraction: float = 0.05, seed: int = 0,
     image_column: str | None = None, caption_columns: tuple[str, ...] = (),
+    split_column: str | None = SPLIT_COLUMN,
 ) -> tuple[Source, Source, Source]:  # fmt: skip
     """Training, validation and test part of the data at a path.
 
-    Parts that come with the data are taken as they are: those of split folders, of a Karpathy file and of a saved
-    `DatasetDict`. A validation or test part that is missing there is split off the training part by `split`. Other
-    data are split as a whole, and the sources of a mix one by one. Raises DataError and UsageError.
+    Parts that come with the data are taken as they are: those of split folders, of a Karpathy file, of a saved
+    `DatasetDict`, and those that the `split_column` of a table says. A validation or test part that is missing there
+    is split off the training part by `split`. Other data are split as a whole, and the sources of a mix one by one.
+    Raises DataError and UsageError.
     """
-    columns = ColumnNames(image_column, caption_columns)
+    columns = ColumnNames(image_column, caption_columns, split_column)
     given = _format_of(path, columns).parts(path, columns, _Opener(val_fraction, test_fraction, seed))
     if not given:
-        whole = open_source(path, image_column=image_column, caption_columns=caption_columns)
-        return split(whole, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
+        return split(_open(path, columns), val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
     if "train" not in given:
-        raise DataError(f"{path}: it has the parts {', '.join(given)}, but none to train on")
+        raise DataError(
+            f"{path}: it has the parts {', '.join(given)}, but none to train on. Where a column says so, "
+            "--inputs.split-column none leaves it out of account"
+        )
     if len(given) == 3:
         train, val, test = given["train"], given["val"], given["test"]
     else:
@@ -101,12 +108,12 @@ class _Opener:
     seed: int = 0
 
     def open(self, path: str, columns: ColumnNames) -> Source:
-        return open_source(path, image_column=columns.image, caption_columns=columns.captions)
+        return _open(path, columns)
 
     def split(self, path: str, columns: ColumnNames) -> tuple[Source, Source, Source]:
         return splits(
             path, val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed,
-            image_column=columns.image, caption_columns=columns.captions,
+            image_column=columns.image, caption_columns=columns.captions, split_column=columns.split,
         )  # fmt: skip
 
 
@@ -115,9 +122,10 @@ def _format_of(path: str, columns: ColumnNames) -> Format:
     format = next((format for format in FORMATS if format.accepts(path)), None)
     if format is None:
         raise DataError(f"{path}: there is no such file or folder{_siblings(Path(path))}")
-    if columns != ANY_COLUMNS and not format.takes_columns:
+    named = columns.image or columns.captions or columns.split not in (None, SPLIT_COLUMN)
+    if named and not format.takes_columns:
         raise UsageError(
-            f"{path} is no table, so image_column and caption_columns mean nothing; leave them out"
+            f"{path} is no table, so image_column, caption_columns and split_column mean nothing; leave them out"
         )
     return format
 

@@ -80,9 +80,10 @@ class Drawn(Protocol):
 
 
 SOURCE_REASONS = (
-    "no image", "empty file", "missing file", "unreadable", "no path", "wrong number of fields", "damaged json",
-    "no caption", "empty caption", "caption is not UTF-8", "bad label", "no class", "member given twice",
-    "unknown image", "id given twice", "captions differ", "further image",
+    "no image", "empty file", "missing file", "unreadable", "no path", "wrong number of fields", "damaged row",
+    "damaged json", "no caption", "empty caption", "caption is not UTF-8", "bad label", "no class",
+    "member given twice", "unknown image", "id given twice", "unsupported format", "two parts", "captions differ",
+    "further image",
 )  # fmt: skip
 """All values of `BadSample.reason` that sources use. A sample can still be usable after `caption is not UTF-8`,
 `bad label`, `damaged json` and `member given twice`."""
@@ -179,11 +180,19 @@ class Subset:
         return self.source.image_middles(np.asarray(self.indices, np.int64)[indices])
 
 
+SPLIT_COLUMN = "split"
+"""The usual name of the column that says which part a row belongs to."""
+
+
 class ColumnNames(NamedTuple):
-    """The columns of a table that the caller names; None and empty: the format finds them."""
+    """The columns of a table that the caller names; None and empty: the format finds them.
+
+    split: the column of each row's part, if the table has it; None: no column is that.
+    """
 
     image: str | None = None
     captions: tuple[str, ...] = ()
+    split: str | None = SPLIT_COLUMN
 
 
 ANY_COLUMNS = ColumnNames()
@@ -269,6 +278,11 @@ IMAGE_ENDINGS = (
     "jpg", "jpeg", "png", "webp", "gif", "bmp", "jfif", "jpe", "tif", "tiff", "avif", "heic", "heif",
 )  # fmt: skip
 """File name endings of images: lower case, without the dot."""
+PICTURE_ENDINGS = (
+    *IMAGE_ENDINGS, "jp2", "jxl", "svg", "ico", "psd", "tga",
+    "ppm", "pgm", "pbm", "pnm", "cr2", "nef", "arw", "dng",
+)  # fmt: skip
+"""The endings of images and of files that are pictures, of which some formats are not read."""
 
 
 def describe(source: Source) -> str:
@@ -297,4 +311,13 @@ def describe(source: Source) -> str:
 
 def is_image_name(text: str) -> bool:
     """Whether a text ends like the name of an image file."""
-    return text.strip().lower().endswith(tuple(f".{ending}" for ending in IMAGE_ENDINGS))
+    return text.strip().lower().endswith(_IMAGES)
+
+
+def is_picture_name(text: str) -> bool:
+    """Whether a text ends like the name of a picture, of a format that is read or of another one."""
+    return text.strip().lower().endswith(_PICTURES)
+
+
+_IMAGES = tuple(f".{ending}" for ending in IMAGE_ENDINGS)
+_PICTURES = tuple(f".{ending}" for ending in PICTURE_ENDINGS)

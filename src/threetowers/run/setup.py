@@ -112,7 +112,12 @@ def open_data(config: RunConfig) -> tuple[Source, Source, Source]:
     path = str(world()) if config.data == "shapes" else config.data
     inputs = config.inputs
     parts = _open_splits(
-        path, inputs.image_column, inputs.caption_columns, inputs.val_fraction, inputs.test_fraction
+        path,
+        inputs.image_column,
+        inputs.caption_columns,
+        inputs.split_column,
+        inputs.val_fraction,
+        inputs.test_fraction,
     )
     check_problems(parts, limit=inputs.max_bad_share)
     return parts
@@ -123,6 +128,7 @@ def _open_splits(
     path: str,
     image_column: str | None,
     caption_columns: tuple[str, ...],
+    split_column: str | None,
     val_fraction: float,
     test_fraction: float,
 ) -> tuple[Source, Source, Source]:
@@ -130,6 +136,7 @@ def _open_splits(
         path,
         image_column=image_column,
         caption_columns=caption_columns,
+        split_column=split_column,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
     )

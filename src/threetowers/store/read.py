@@ -10,6 +10,7 @@ Legend: n samples, K views of each image, R rows (one per caption of all samples
 """
 
 import json
+from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -345,6 +346,9 @@ def find_store(
     store = open_store(folder)
     if select is not None:
         store = store.part(select)
+        source = Subset(
+            whole, array("q", select.tobytes()), source.name
+        )  # with the ids that the store was made of
     store.check_ids(source)
     return store, {}
 

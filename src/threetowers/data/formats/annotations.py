@@ -9,34 +9,33 @@ The folder of the images is looked for beside the file and one level up.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from threetowers.data.formats.columns import Found
 from threetowers.data.formats.files import FileSource
+from threetowers.data.formats.merge import Merged
 from threetowers.data.formats.places import image_folder, image_folders
 from threetowers.data.formats.rows import Row
-from threetowers.data.formats.tables import merge_rows
+from threetowers.data.parts import KNOWN_PARTS, part_of
 from threetowers.data.source import Format, check_parts, decode_text
 from threetowers.errors import BadSample, DataError
-
-PARTS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
-"""The part that each of Karpathy's split names belongs to."""
 
 _TOKEN_LINE = re.compile(rb"(?:\xef\xbb\xbf)?[^\t\n]+#\d+\t")
 
 
 @dataclass
 class _Annotations:
-    """The content of a file. rows: one per caption or list of captions. parts: the part of each image, in a split file.
+    """The content of a file. rows: one per caption or list of captions. splits: what is said of each image's part.
 
     flat: image names without their folder, for a set whose images were put into one folder.
     """
 
     layout: str
     rows: list[Row]
-    parts: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, Any] = field(default_factory=dict)
     problems: list[BadSample] = field(default_factory=list)
     flat: dict[str, str] = field(default_factory=dict)
 
@@ -59,19 +58,31 @@ def open_annotations(path: str | Path) -> FileSource:
 
     Raises DataError when the file cannot be read or is of another kind, or when none of its images is found.
     """
-    return _source(Path(path), _read(Path(path)), "")
+    return _source(Path(path), _read(Path(path)))
 
 
 def open_parts(path: str | Path) -> dict[str, FileSource]:
-    """The images of a Karpathy file by part (train with restval, val, test); empty for any other file.
+    """The images by part (train with restval, val, test), where their `split` says it; empty for any other file.
 
-    Raises DataError like `open_annotations`.
+    Raises DataError for a name that is no part, and like `open_annotations`.
     """
     annotations = _read(Path(path))
-    return {part: _source(Path(path), annotations, part) for part in sorted(set(annotations.parts.values()))}
+    parts = {name: part_of(split) for name, split in annotations.splits.items()}
+    unknown = [f"{name}: {annotations.splits[name]!r}" for name, part in parts.items() if part is None]
+    if unknown:
+        raise DataError(
+            f"{path}: {len(unknown)} images have a `split` that is none of {KNOWN_PARTS}, for example {unknown[0]}. "
+            "Correct them, or leave it out of account with --inputs.split-column none"
+        )
+    return {
+        part: _source(Path(path), annotations, part, parts)
+        for part in sorted(set(filter(None, parts.values())))
+    }
 
 
-def _source(file: Path, annotations: _Annotations, part: str) -> FileSource:
+def _source(
+    file: Path, annotations: _Annotations, part: str = "", parts: Mapping[str, str | None] = {}
+) -> FileSource:
     names = list(dict.fromkeys(row["image"] for _, row in annotations.rows if isinstance(row["image"], str)))
     folder, num_hits = image_folder(file, names)
     flat_folder, num_flat_hits = image_folder(file, [annotations.flat.get(name, name) for name in names])
@@ -91,10 +102,11 @@ def _source(file: Path, annotations: _Annotations, part: str) -> FileSource:
     rows = (
         (line, row | {"image": annotations.flat.get(row["image"], row["image"])} if flat else row)
         for line, row in annotations.rows
-        if not part or annotations.parts[row["image"]] == part
+        if not part or parts[row["image"]] == part
     )
-    merged = merge_rows(source, file.name, rows, "image", ("captions",))
-    return source.fill((path, size, captions, -1) for path, (size, captions) in merged.items() if captions)
+    merged = Merged(source)
+    merged.add(file.name, rows, Found("image", ("captions",), None, ""))
+    return merged.fill()
 
 
 def _read(file: Path) -> _Annotations:
@@ -136,6 +148,7 @@ def _read_coco(file: Path, images: list[Any], entries: list[Any]) -> _Annotation
         )
     names: dict[Any, Any] = {}
     annotations = _Annotations("COCO captions", [])
+    parted = any(isinstance(image, dict) and "split" in image for image in images)
     for line, image in enumerate(images, 1):
         has_id = isinstance(image, dict) and isinstance(image.get("id"), int | str)
         name = image.get("file_name") if has_id else None
@@ -146,6 +159,8 @@ def _read_coco(file: Path, images: list[Any], entries: list[Any]) -> _Annotation
         elif names.setdefault(image["id"], name) != name:
             detail = f"its id {image['id']} is that of {names[image['id']]}"
             annotations.problems.append(BadSample(name, "id given twice", detail))
+        elif parted:
+            annotations.splits[name] = image.get("split")
     captioned = set()
     for line, entry in enumerate(entries, 1):
         key = entry.get("image_id") if isinstance(entry, dict) else None
@@ -165,7 +180,6 @@ def _read_coco(file: Path, images: list[Any], entries: list[Any]) -> _Annotation
 
 def _read_karpathy(file: Path, images: list[Any]) -> _Annotations:
     annotations = _Annotations("Karpathy split", [])
-    unknown: list[str] = []
     for line, image in enumerate(images, 1):
         name = image.get("filename") if isinstance(image, dict) else None
         if not isinstance(name, str):
@@ -173,28 +187,19 @@ def _read_karpathy(file: Path, images: list[Any]) -> _Annotations:
             continue
         folder = image.get("filepath")
         path = f"{folder}/{name}" if isinstance(folder, str) and folder else name
-        if path in annotations.parts:
+        if path in annotations.splits:
             annotations.problems.append(BadSample(path, "id given twice", f"{file.name}:{line}"))
             continue
         annotations.flat[path] = name
-        split = image.get("split")
-        if split not in PARTS:
-            unknown.append(f"{path}: {split!r}")
-        annotations.parts[path] = PARTS.get(str(split), "train")
-        annotations.rows.append((line, {"image": path, "captions": list(_sentences(image.get("sentences")))}))
-    if unknown:
-        raise DataError(
-            f"{file}: {len(unknown)} images have a `split` that is none of {', '.join(PARTS)}, "
-            f"for example {unknown[0]}"
+        annotations.splits[path] = image.get("split")
+        sentences = image.get("sentences")
+        texts = (
+            [each for each in sentences if isinstance(each, str | dict)]
+            if isinstance(sentences, list)
+            else []
         )
+        annotations.rows.append((line, {"image": path, "captions": texts}))
     return annotations
-
-
-def _sentences(entries: Any) -> Iterator[str]:
-    for entry in entries if isinstance(entries, list) else []:
-        text = entry.get("raw") if isinstance(entry, dict) else entry
-        if isinstance(text, str):
-            yield text
 
 
 def _read_tokens(file: Path, text: str) -> _Annotations:
@@ -221,5 +226,5 @@ ANNOTATIONS = Format(
     give="its path; images are found in the usual folders beside it, and Karpathy's splits are kept",
     accepts=names_annotations,
     open=lambda path, columns, opener: open_annotations(path),
-    parts=lambda path, columns, opener: check_parts(path, open_parts(path)),
+    parts=lambda path, columns, opener: {} if columns.split is None else check_parts(path, open_parts(path)),
 )

@@ -1,79 +1,240 @@
-"""Finds the columns of a table that hold images and captions, by name or by content."""
+"""Finds the columns of a table that hold images and captions, by name and by content."""
 
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from threetowers.config import did_you_mean
-from threetowers.data.formats.places import find_file
-from threetowers.data.formats.rows import Row
-from threetowers.data.source import ColumnNames, is_image_name
+from threetowers.data.cells import cell_texts
+from threetowers.data.formats.places import find_file, is_address
+from threetowers.data.source import SPLIT_COLUMN, ColumnNames, is_picture_name
 from threetowers.errors import UsageError
 
 _PATH_NAMES = (
     "image", "image_path", "img_path", "filepath", "file_path", "image_file", "image_name", "image_filename",
     "file_name", "filename", "file", "path", "img",
 )  # fmt: skip
-_CAPTION_NAMES = ("caption", "text", "sentence", "comment", "raw", "description", "title", "alt", "alt_text")
-NUM_SNIFFED = 100  # rows that columns are recognised by
+_CAPTION_NAMES = (
+    "caption",
+    "text",
+    "sentence",
+    "comment",
+    "raw",
+    "description",
+    "title",
+    "alt",
+    "alt_text",
+    "txt",
+)
+NUM_SNIFFED = 100  # rows at the beginning that columns are recognised by
+_ENOUGH = 20  # texts from which on it means something that all are the same
+_NUMBER = re.compile(r"[\d\s.,:;+\-/%()\[\]eETZ]+")  # dates and lists of numbers too
+_CODE = re.compile(r"(?=.*[\d_=])[!-~]{3,}|[0-9a-fA-F-]{16,}")  # names, keys, hashes: no blank, digits or _
 
 
-def cell_texts(cell: Any) -> list[str]:
-    """The texts in a cell, which may hold one text, a list, a JSON list written as text, or nothing."""
-    if isinstance(cell, str):
-        if cell.startswith('["') and cell.endswith('"]'):
-            try:
-                return cell_texts(json.loads(cell))
-            except (ValueError, RecursionError):
-                pass  # a caption that only looks like a list
-        return [cell]
-    if isinstance(cell, list):
-        return [text for item in cell if not isinstance(item, list) for text in cell_texts(item)]
-    return [] if cell is None or isinstance(cell, dict) else [str(cell)]
+@dataclass
+class _Content:
+    """What a column's sampled cells hold. kind: of most of them."""
+
+    num: int = 0
+    num_different: int = 0
+    kind: str = "empty"
+    mean_length: float = 0.0
+
+    @property
+    def constant(self) -> bool:
+        return self.num >= _ENOUGH and self.num_different == 1
+
+    @property
+    def category(self) -> bool:
+        """Whether few values are repeated, as those of a class are."""
+        return self.num >= _ENOUGH and self.num_different < 0.1 * self.num
+
+    @property
+    def score(self) -> float:
+        """How much there is to learn from: long texts of which many differ."""
+        return self.mean_length * self.num_different / self.num if self.kind == "texts" else 0.0
+
+    def __str__(self) -> str:
+        if self.constant:
+            return "always the same"
+        return f"{self.num_different} values" if self.category and self.kind == "texts" else self.kind
 
 
-def find_columns(path: Path, head: list[Row], columns: ColumnNames) -> tuple[str, tuple[str, ...]]:
-    """The image column and the caption columns of a table: those named in `columns`, else those recognised.
+class Found(NamedTuple):
+    """The columns of a table. split: None where no column is that. note: for the user, what else was there."""
 
-    head: the table's first rows. Raises UsageError for a column that is not there or cannot be recognised.
+    image: str
+    captions: tuple[str, ...]
+    split: str | None
+    note: str
+
+
+def find_columns(path: Path, rows: Sequence[Mapping[str, Any]], columns: ColumnNames) -> Found:
+    """The columns of a table: those named in `columns`, else those recognised.
+
+    rows: from all over the table. Raises UsageError for a column that is not there or cannot be recognised, or where
+    two can be meant alike.
     """
-    names = list(dict.fromkeys(name for _, row in head for name in row))
+    names = list(dict.fromkeys(name for row in rows for name in row))
     listed = f"Its columns: {', '.join(names)}"
+    split = split_column(path, names, columns)
     for column in columns.captions if columns.image is None else (columns.image, *columns.captions):
         if column not in names:
-            hint = did_you_mean(column, names)
-            hint = f"{hint} {listed}" if "did you mean" in hint else f". {listed}"
-            raise UsageError(f"{path}: there is no column `{column}`{hint}")
-    cells = {name: [row[name] for _, row in head if row.get(name) is not None] for name in names}
-    image = columns.image or _path_column(path.parent, cells)
+            raise UsageError(f"{path}: there is no column `{column}`{_hint(column, names)}")
+    cells = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+    image = columns.image or _path_column(path, cells)
     if image is None:
         raise UsageError(f"{path}: no column holds paths of images. Name it as image_column. {listed}")
-    others = {name: cells[name] for name in names if name != image}
-    captions = columns.captions or caption_family(list(others)) or longest_texts(others)
+    texts = Captions(path, {name: cells[name] for name in names if name not in (image, split)})
+    captions = columns.captions or texts.by_name() or texts.by_content()
     if not captions:
         raise UsageError(f"{path}: no column holds captions. Name it as caption_columns. {listed}")
-    return image, captions
+    return Found(image, captions, split, texts.note(captions))
 
 
-def _path_column(folder: Path, cells: dict[str, list[Any]]) -> str | None:
-    """The column of image paths: one with a usual name whose content does not contradict it, else by content alone."""
+def split_column(path: str | Path, names: Sequence[str], columns: ColumnNames) -> str | None:
+    """The column that says each row's part; None without one. Raises UsageError for a name that is not there."""
+    if columns.split is None:
+        return None
+    if columns.split in names:
+        return columns.split
+    if columns.split != SPLIT_COLUMN:
+        raise UsageError(f"{path}: there is no column `{columns.split}`{_hint(columns.split, names)}")
+    return next((name for name in names if _plain(name) == SPLIT_COLUMN), None)
+
+
+def _hint(column: str, names: Sequence[str]) -> str:
+    hint, listed = did_you_mean(column, names), f"Its columns: {', '.join(names)}"
+    return f"{hint} {listed}" if "did you mean" in hint else f". {listed}"
+
+
+@dataclass
+class Captions:
+    """Chooses the caption columns among those whose cells are given, which come from all over the table."""
+
+    path: str | Path
+    cells: Mapping[str, list[Any]]
+    content: dict[str, _Content] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.content = {name: _content(cells) for name, cells in self.cells.items()}
+
+    def by_name(self) -> tuple[str, ...]:
+        """All columns of a usual name, such as `caption_0` and `caption_1`; empty when none is usual.
+
+        A column whose content contradicts its name gives way to others: one of addresses, numbers or codes, or of a
+        single value, and one of few values where another usual name has many.
+        """
+        families = [family for name in _CAPTION_NAMES if (family := _family(name, self.cells))]
+        fitting = [
+            family
+            for family in families
+            if any(self.content[n].kind == "texts" and not self.content[n].constant for n in family)
+        ]
+        rich = [family for family in fitting if any(not self.content[n].category for n in family)]
+        if rich or fitting:
+            return (rich or fitting)[0]
+        return families[0] if families and not self._best() else ()
+
+    def by_content(self) -> tuple[str, ...]:
+        """The column of the longest texts that differ, as a tuple of one; empty when none has any texts.
+
+        Raises UsageError when another one is about as good.
+        """
+        best = self._best()
+        if len(best) > 1:
+            raise UsageError(
+                f"{self.path}: the captions can be in `{best[0]}` or in `{best[1]}`, which are alike. Name them as "
+                f"caption_columns, for example --inputs.caption-columns {best[0]}"
+            )
+        if best:
+            return (best[0],)
+        lengths = {
+            name: each.num * each.mean_length for name, each in self.content.items() if each.kind != "empty"
+        }
+        longest = max(lengths, key=lengths.__getitem__, default=None)
+        return () if longest is None or self.content[longest].kind == "values" else (longest,)
+
+    def _best(self) -> list[str]:
+        """The best column by content, and those that are nearly as good."""
+        scores = {n: each.score for n, each in self.content.items() if each.score and not each.constant}
+        most = max(scores.values(), default=0.0)
+        return sorted((n for n in scores if scores[n] > most / 2), key=lambda n: -scores[n])
+
+    def note(self, taken: Sequence[str]) -> str:
+        """The columns of texts that are not taken, and what they hold: `; not taken: …`; empty when there is none."""
+        others = [
+            f"`{name}` ({each})"
+            for name, each in self.content.items()
+            if name not in taken and each.kind not in ("empty", "values")
+        ]
+        more = f" and {len(others) - 6} more" if len(others) > 6 else ""
+        return f"; not taken: {', '.join(others[:6])}{more}" if others else ""
+
+
+def _content(cells: Sequence[Any]) -> _Content:
+    texts = [text for cell in cells for text in cell_texts(cell) if text.strip()]
+    if not texts:
+        return _Content()
+    if not any(isinstance(cell, str | list | dict) for cell in cells):
+        return _Content(len(texts), len(set(texts)), "values")
+    kinds = [_kind(text.strip()) for text in texts]
+    kind = max(dict.fromkeys(["texts", *kinds]), key=kinds.count)
+    return _Content(len(texts), len(set(texts)), kind, sum(map(len, texts)) / len(texts))
+
+
+def _kind(text: str) -> str:
+    if is_address(text):
+        return "addresses"
+    if is_picture_name(text) or (("/" in text or "\\" in text) and " " not in text):
+        return "paths"
+    if _NUMBER.fullmatch(text):
+        return "numbers"
+    return "codes" if _CODE.fullmatch(text) else "texts"
+
+
+def _path_column(path: Path, cells: Mapping[str, list[Any]]) -> str | None:
+    """The column of image paths: one with a usual name whose content does not contradict it, else by content alone.
+
+    Raises UsageError when two columns hold paths alike and no name is usual.
+    """
+    some = {name: _some(cells[name]) for name in cells}
+    found = {name: sum(_is_file(path.parent, cell) for cell in some[name]) for name in cells}
+    named = {
+        name: sum(
+            isinstance(cell, str) and is_picture_name(cell) and not is_address(cell) for cell in some[name]
+        )
+        for name in cells
+    }
 
     def share(name: str) -> float:
-        hits = (
-            isinstance(cell, str) and (is_image_name(cell) or _is_file(folder, cell)) for cell in cells[name]
-        )
-        return sum(hits) / max(len(cells[name]), 1)
+        constant = len(cells[name]) >= _ENOUGH and len(set(map(str, cells[name]))) == 1
+        return 0.0 if constant else max(found[name], named[name]) / max(len(some[name]), 1)
 
+    shares = {name: share(name) for name in cells}
     usual = _path_names(cells)
+    best = max(shares.values(), default=0.0)
     for name in usual:
-        if share(name) > 0:
+        if shares[name] > best / 2:
             return name
-    best = max(cells, key=share)
-    if share(best) > 0.5:
-        return best
-    return usual[0] if usual else None
+    likely = [name for name in cells if shares[name] > max(best / 2, 0.5)]
+    if any(found[name] for name in likely):
+        likely = [name for name in likely if found[name]]
+    if len(likely) > 1:
+        raise UsageError(
+            f"{path}: the images can be in `{likely[0]}` or in `{likely[1]}`. Name it as image_column, for example "
+            f"--inputs.image-column {likely[0]}"
+        )
+    addresses = [n for n in cells if any(isinstance(cell, str) and is_address(cell) for cell in some[n])]
+    return next(iter([*likely, *(name for name in usual if shares[name]), *usual, *addresses]), None)
+
+
+def _some(cells: list[Any]) -> list[Any]:
+    """At most 200 of the cells, at equal distances."""
+    return cells[:: max(len(cells) // 200, 1)]
 
 
 def _path_names(names: Iterable[str]) -> list[str]:
@@ -87,26 +248,15 @@ def usual_image_column(names: Iterable[str]) -> str | None:
     return next(iter(_path_names(names)), None)
 
 
-def caption_family(names: Sequence[str]) -> tuple[str, ...]:
-    """All columns of the first usual name for captions, such as `caption_0` and `caption_1`; empty when none is."""
-    for family in _CAPTION_NAMES:
-        members = [name for name in names if re.fullmatch(rf"{family}s?(_?\d+)?", _plain(name))]
-        if members:
-            return tuple(members)
-    return ()
-
-
-def longest_texts(cells: dict[str, list[Any]]) -> tuple[str, ...]:
-    """The column with the longest texts, as a tuple of one; empty when none has any."""
-    lengths = {name: sum(len(text) for cell in cells[name] for text in cell_texts(cell)) for name in cells}
-    texts = [name for name in cells if any(isinstance(cell, str | list) for cell in cells[name])]
-    best = max(texts, key=lengths.__getitem__, default=None)
-    return (best,) if best is not None and lengths[best] else ()
+def _family(name: str, names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(each for each in names if re.fullmatch(rf"{name}s?(_?\d+)*", _plain(each)))
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def _is_file(folder: Path, text: str) -> bool:
-    return 0 < len(text.strip()) < 4096 and find_file(str(folder), text.strip()) is not None
+def _is_file(folder: Path, cell: Any) -> bool:
+    if not isinstance(cell, str) or not 0 < len(cell.strip()) < 4096 or is_address(cell):
+        return False
+    return find_file(str(folder), cell.strip()) is not None

@@ -6,26 +6,45 @@ from pathlib import Path
 from typing import NoReturn
 
 from threetowers.data.formats.files import FileSource, path_id
-from threetowers.data.formats.rows import TABLE_ENDINGS
-from threetowers.data.source import Format, clean_captions, decode_text, is_image_name
-from threetowers.errors import DataError
+from threetowers.data.formats.rows import tables_in
+from threetowers.data.source import (
+    IMAGE_ENDINGS,
+    Format,
+    clean_captions,
+    decode_text,
+    is_image_name,
+    is_picture_name,
+)
+from threetowers.errors import BadSample, DataError
+
+_NO_CAPTIONS = {
+    "about", "attribution", "authors", "captions", "categories", "changelog", "changes", "classes", "classnames",
+    "copying", "credits", "description", "files", "index", "info", "labels", "licence", "license", "licenses", "list",
+    "metadata", "notes", "notice", "readme", "requirements", "source", "sources", "terms", "test", "todo", "train",
+    "urls", "val", "zeroshot_classification_templates",
+}  # fmt: skip
+"""Names of .txt files at the top of a folder that are about the folder, not about an image."""
 
 
 def open_folder(path: str | Path) -> FileSource:
     """The images below a folder: with captions from `NAME.txt` beside them, else one class per subfolder.
 
     A `.txt` file holds one caption per line. Classes are the sorted names of at least two subfolders.
-    Raises DataError when the folder holds a table instead, or a subfolder cannot be read.
+    Raises DataError when the folder holds tables instead, or a subfolder cannot be read.
     """
     folder = Path(path)
-    images = list(_image_files(folder))
-    source = FileSource(folder.resolve().name, "folder of images with .txt files", str(folder))
-    if any(has_text for _, has_text in images):
+    left_out: list[BadSample] = []
+    images = list(image_files(folder, left_out))
+    source = FileSource(
+        folder.resolve().name, "folder of images with .txt files", str(folder), _problems=left_out
+    )
+    if any(text for _, text in images):
         return source.fill(_captioned(source, images))
-    tables = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in TABLE_ENDINGS)
-    if tables:
+    left_out[:] = [problem for problem in left_out if problem.reason != "no image"]
+    if tables := [table.name for table in tables_in(folder)]:
         raise DataError(
-            f"{path} holds {', '.join(tables)}, and no image has a .txt beside it; open {folder / tables[0]}"
+            f"{path} holds {', '.join(tables[:8])}, and no image has a .txt beside it; open one of them, for example "
+            f"{folder / tables[0]}"
         )
     classes = sorted({image.split("/")[0] for image, _ in images if "/" in image})
     if len(classes) < 2:
@@ -35,8 +54,12 @@ def open_folder(path: str | Path) -> FileSource:
     return source.fill(_classified(source, images, {name: label for label, name in enumerate(classes)}))
 
 
-def _image_files(folder: Path) -> Iterator[tuple[str, bool]]:
-    """The relative path of each image in sorted order, and whether there is a .txt of the same name."""
+def image_files(folder: Path, left_out: list[BadSample]) -> Iterator[tuple[str, str]]:
+    """The relative path of each image in sorted order, and the name of the text file beside it, or "".
+
+    What looks like an image or a caption and is none of these is added to `left_out`: a picture of a format that is
+    not read, a text without an image, a link that leads nowhere. Hidden files are ignored.
+    """
 
     def refuse(error: OSError) -> NoReturn:
         raise DataError(f"{error.filename}: it cannot be read: {error.strerror}")
@@ -49,22 +72,43 @@ def _image_files(folder: Path) -> Iterator[tuple[str, bool]]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        texts = {name for name in files if name.endswith(".txt")}
+        files = sorted(name for name in files if not name.startswith("."))
+        texts = {name[:-4]: name for name in files if name.lower().endswith(".txt")}
+        texts |= {name[:-4]: name for name in files if name.endswith(".txt")}  # these before .TXT
         prefix = Path(parent).relative_to(folder).as_posix()
-        for name in sorted(files):
-            if is_image_name(name) and not name.startswith("."):
-                relative = name if prefix == "." else f"{prefix}/{name}"
-                yield relative, f"{name.rpartition('.')[0]}.txt" in texts
+        prefix = "" if prefix == "." else f"{prefix}/"
+        images = {name.rpartition(".")[0] for name in files if is_image_name(name)}
+        pictures = {name.rpartition(".")[0] for name in files if is_picture_name(name)}
+        for name in files:
+            stem, _, ending = name.rpartition(".")
+            if is_image_name(name):
+                yield prefix + name, texts.get(stem, "")
+            elif stem in images:
+                continue  # its caption, or the same picture in another format
+            elif stem in pictures and ending.lower() != "txt":
+                left_out.append(_unread(prefix + name, texts.get(stem, "")))
+            elif ending.lower() == "txt" and stem not in pictures:
+                if prefix or (pictures and stem.lower() not in _NO_CAPTIONS):
+                    detail = "a text file without an image of the same name"
+                    left_out.append(BadSample(path_id(prefix + name), "no image", detail))
+            elif not stem and not Path(parent, name).exists():  # a folder, perhaps
+                left_out.append(BadSample(path_id(prefix + name), "missing file", "the link leads nowhere"))
 
 
-def _captioned(source: FileSource, images: list[tuple[str, bool]]) -> Iterator[tuple[str, int, str, int]]:
-    for image, has_text in images:
+def _unread(path: str, text: str) -> BadSample:
+    caption = f", its caption is {text}" if text else ""
+    detail = f"read are {', '.join(IMAGE_ENDINGS)}; convert it{caption}"
+    return BadSample(path_id(path), "unsupported format", detail)
+
+
+def _captioned(source: FileSource, images: list[tuple[str, str]]) -> Iterator[tuple[str, int, str, int]]:
+    for image, text_name in images:
         path = Path(source.folder, image)
-        if not has_text:
+        if not text_name:
             source.add_problem(image, "no caption", "there is no .txt beside it")
             continue
         try:
-            text = decode_text(path.with_suffix(".txt").read_bytes())
+            text = decode_text(path.with_name(text_name).read_bytes())
             size = path.stat().st_size
         except OSError as error:
             source.add_problem(image, "unreadable", f"{error.filename}: {error.strerror}")
@@ -79,7 +123,7 @@ def _captioned(source: FileSource, images: list[tuple[str, bool]]) -> Iterator[t
 
 
 def _classified(
-    source: FileSource, images: list[tuple[str, bool]], labels: dict[str, int]
+    source: FileSource, images: list[tuple[str, str]], labels: dict[str, int]
 ) -> Iterator[tuple[str, int, str, int]]:
     for image, _ in images:
         name, slash, _ = image.partition("/")

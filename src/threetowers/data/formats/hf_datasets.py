@@ -7,6 +7,7 @@ sets often have one row per caption, and splitting them by row would put the sam
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,24 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from threetowers.config import did_you_mean
+from threetowers.data.cells import cell_texts
 from threetowers.data.copies import describe_copies, middle_key
-from threetowers.data.formats.columns import (
-    NUM_SNIFFED,
-    caption_family,
-    cell_texts,
-    longest_texts,
-    usual_image_column,
-)
-from threetowers.data.source import ColumnNames, Format, Record, Texts, check_parts, clean_captions
+from threetowers.data.formats.columns import split_column
+from threetowers.data.formats.hf_columns import find_dataset_columns
+from threetowers.data.parts import PART_NAMES, JoinedSource, check_known, part_of, parts_of, subsets
+from threetowers.data.source import ColumnNames, Format, Record, Source, Texts, check_parts, clean_captions
 from threetowers.errors import BadSample, DataError, UsageError
 
 PREFIX = "hfds:"
-_PART_NAMES = {
-    "train": ("train", "training"),
-    "val": ("validation", "val", "valid", "dev"),
-    "test": ("test",),
-}
 _EDGE = 4096  # bytes from both ends and the middle of an image that its id is made from at first
 
 
@@ -78,6 +70,7 @@ class DatasetSource:
         id = self._ids[index]
         try:
             cell = self.rows[self._rows[index]][self.image_column]
+            cell = cell if isinstance(cell, dict) else {"bytes": cell}
             return (
                 bytes(cell["bytes"]) if cell["bytes"] is not None else self._file(cell["path"]).read_bytes()
             )
@@ -95,57 +88,108 @@ class DatasetSource:
         return Path(self.folder, path)
 
 
-def open_dataset(path: str, columns: ColumnNames) -> DatasetSource:
-    """The samples of a folder that `Dataset.save_to_disk` wrote, or of the only part of a `DatasetDict`.
+def open_dataset(path: str, columns: ColumnNames) -> Source:
+    """The samples of a folder that `Dataset.save_to_disk` wrote; those of a `DatasetDict` one part after the other.
 
     The image column is the one of type Image; captions are found by name as in tables. Without captions a ClassLabel
     column gives labels. Raises UsageError for a name on the hub or a column that is not there, DataError when the
-    folder cannot be read or holds several parts.
+    folder cannot be read.
     """
     place = _place(path)
-    parts = _part_folders(place)
-    if len(parts) > 1:
-        raise DataError(
-            f"{path} holds separate parts; name one of them, for example {PREFIX}{place / next(iter(parts))}"
-        )
-    for name in parts:
-        place = place / name
-    rows = _load(place)
-    image, captions, label = _find_columns(place, rows, columns)
-    named = (
-        f"captions in {', '.join(f'`{name}`' for name in captions)}" if captions else f"labels in `{label}`"
-    )
-    source = DatasetSource(
-        name=_name(place.resolve()),
-        layout=f"Hugging Face dataset of {rows.num_rows} rows, images in column `{image}`, {named}",
-        folder=str(place),
-        image_column=image,
-        rows=rows.select_columns([image]).with_format(None),
-        class_names=[] if captions else list(rows.features[label].names),
-    )
-    _fill(source, rows, captions, label)
-    return source
+    names = _part_folders(place)
+    if len(names) > 1:
+        return JoinedSource(place.resolve().name, {name: _open(place / name, columns)[0] for name in names})
+    return _open(place.joinpath(*names), columns)[0]
 
 
-def open_dataset_parts(path: str, columns: ColumnNames) -> dict[str, DatasetSource]:
-    """The parts (train, val, test) of a saved `DatasetDict`; empty for one dataset, or a dict of one part.
+def open_dataset_parts(path: str, columns: ColumnNames) -> dict[str, Source]:
+    """The parts (train, val, test) of a saved `DatasetDict`, or those that a column says; empty without them.
 
     Raises DataError for parts that are none of these, and like `open_dataset`.
     """
     place = _place(path)
     folders = _part_folders(place)
     if len(folders) < 2:
-        return {}
-    present = {part: [n for n in names if n in folders] for part, names in _PART_NAMES.items()}
-    extra = [name for name in folders if not any(name in names for names in _PART_NAMES.values())]
+        place = place.joinpath(*folders)
+        rows = _load(place)
+        if split_column(place, list(rows.features), columns) is None:
+            return {}
+        source, parts = dataset_source(rows, place, columns, folder=place, name=_name(place.resolve()))
+        return parts.subsets(source, str(place))
+    present = {part: [name for name in folders if part_of(name) == part] for part in PART_NAMES}
+    extra = [name for name in folders if part_of(name) is None]
     if extra or not present["train"] or any(len(names) > 1 for names in present.values()):
         raise DataError(
             f"{path}: its parts are {', '.join(folders)}; train, validation and test are known. "
             f"Name one of them, for example {PREFIX}{place / folders[0]}, or save it with those alone"
         )
-    return {
-        part: open_dataset(f"{PREFIX}{place / names[0]}", columns) for part, names in present.items() if names
-    }
+    sources = {part: _open(place / names[0], columns)[0] for part, names in present.items() if names}
+    return parts_of(place.resolve().name, sources)
+
+
+def _open(place: Path, columns: ColumnNames) -> "tuple[DatasetSource, RowParts]":
+    return dataset_source(_load(place), place, columns, folder=place, name=_name(place.resolve()))
+
+
+@dataclass
+class RowParts:
+    """The part that each row of a dataset belongs to, and those of the samples and problems that it became.
+
+    column: that says so; None where the rows' files do, or nothing does.
+    """
+
+    column: str | None = None
+    of_rows: Sequence[str | None] = ()
+    unknown: Counter[str] = field(default_factory=Counter)
+    samples: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def of(self, row: int) -> str:
+        return (self.of_rows[row] or "train") if self.of_rows else "train"
+
+    def subsets(self, source: Source, path: str) -> dict[str, Source]:
+        check_known(path, self.column, self.unknown)
+        return subsets(source, self.samples, self.problems)
+
+
+def _parts_by_column(rows: Any, column: str | None) -> RowParts:
+    if column is None:
+        return RowParts()
+    cells = rows.select_columns([column])[:].column(column).to_pylist()
+    names = getattr(rows.features[column], "names", None)  # of a ClassLabel
+    values = [
+        names[cell] if names and cell is not None and 0 <= cell < len(names) else str(cell) for cell in cells
+    ]
+    parts = {value: part_of(value) for value in dict.fromkeys(values)}
+    unknown = Counter(value for value in values if parts[value] is None)
+    return RowParts(column, [parts[value] for value in values], unknown)
+
+
+def dataset_source(
+    rows: Any, place: Path, columns: ColumnNames, *, folder: Path, name: str, parts: RowParts | None = None
+) -> tuple[DatasetSource, RowParts]:
+    """The samples of a `datasets.Dataset` in arrow format, and their parts.
+
+    place: what messages name. folder: that image paths are relative to. parts: of the rows, where their files say
+    them; else a column can. Raises UsageError for a column that is not there.
+    """
+    split = None if parts else split_column(place, list(rows.features), columns)
+    parts = parts or _parts_by_column(rows, split)
+    image, captions, label, note = find_dataset_columns(place, rows, columns, split)
+    named = (
+        f"captions in {', '.join(f'`{name}`' for name in captions)}" if captions else f"labels in `{label}`"
+    )
+    said = f"; its column `{split}` says each row's part" if split else ""
+    source = DatasetSource(
+        name=name,
+        layout=f"Hugging Face dataset of {rows.num_rows} rows, images in column `{image}`, {named}{said}{note}",
+        folder=str(folder),
+        image_column=image,
+        rows=rows.select_columns([image]).with_format(None),
+        class_names=[] if captions else list(rows.features[label].names),
+    )
+    _fill(source, rows, captions, label, parts)
+    return source, parts
 
 
 def _place(path: str) -> Path:
@@ -200,53 +244,14 @@ def _load(place: Path) -> Any:
         ) from error
 
 
-def _find_columns(place: Path, rows: Any, columns: ColumnNames) -> tuple[str, tuple[str, ...], str]:
-    """The columns of images, captions and labels. Either captions or the label column are empty."""
-    import datasets
-
-    features = dict(rows.features)
-    listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-    for column in columns.captions if columns.image is None else (columns.image, *columns.captions):
-        if column not in features:
-            raise UsageError(f"{place}: there is no column `{column}`{did_you_mean(column, features)}")
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if columns.image is not None:
-        images = [name for name in images if name == columns.image]
-    elif len(images) > 1 and (usual := usual_image_column(images)):
-        images = [usual]
-    if len(images) != 1:
-        raise UsageError(
-            f"{place}: {len(images)} columns of type Image can be meant. Name one as image_column. "
-            f"Its columns: {listed}"
-        )
-    if columns.captions:
-        return images[0], columns.captions, ""
-    texts = [name for name in features if name != images[0] and _is_text(features[name])]
-    if captions := caption_family(texts):
-        return images[0], captions, ""
-    for name, feature in features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            return images[0], (), name
-    head = rows.select_columns(texts)[:NUM_SNIFFED].to_pydict() if texts else {}
-    if captions := longest_texts(head):
-        return images[0], captions, ""
-    raise UsageError(f"{place}: no column holds captions. Name it as caption_columns. Its columns: {listed}")
-
-
-def _is_text(feature: Any) -> bool:
-    """Whether a feature is a string or a list of them."""
-    inner = getattr(feature, "feature", feature)
-    inner = inner[0] if isinstance(inner, list) and inner else inner
-    return getattr(inner, "dtype", None) in ("string", "large_string")
-
-
-def _fill(source: DatasetSource, rows: Any, captions: tuple[str, ...], label: str) -> None:
+def _fill(source: DatasetSource, rows: Any, captions: tuple[str, ...], label: str, parts: RowParts) -> None:
     """Adds every row, merges captioned rows of equal images, and sets the fingerprint and the problems."""
     problems: list[BadSample] = []
     seen: dict[str, int] = {}  # id → number of its sample
     merged: list[list[str]] = []
     digest = hashlib.sha256(repr(tuple(source.class_names)).encode())
     for row, cell, texts, number in _cells(source, rows, captions, label):
+        parts.problems += [parts.of(row - 1)] * (len(problems) - len(parts.problems))
         where = f"{source.name}:{row}"
         if cell is None or not len(cell):
             problems.append(BadSample(where, "no image" if cell is None else "empty file"))
@@ -263,6 +268,10 @@ def _fill(source: DatasetSource, rows: Any, captions: tuple[str, ...], label: st
         id = _image_id(source, cell, seen, merge=bool(captions))
         if id in seen:
             merged[seen[id]] += cleaned
+            before, part = parts.samples[seen[id]], parts.of(row)
+            if before != part:  # an image of two parts is kept out of training
+                kept = parts.samples[seen[id]] = max(before, part, key=list(PART_NAMES).index)
+                problems.append(BadSample(where, "two parts", f"{part}, and {before} before; kept in {kept}"))
             continue
         seen[id] = len(merged)
         merged.append(list(cleaned))
@@ -270,6 +279,8 @@ def _fill(source: DatasetSource, rows: Any, captions: tuple[str, ...], label: st
         source._rows.append(row)
         source._labels.append(number)
         source._sizes.append(len(cell))
+        parts.samples.append(parts.of(row))
+    parts.problems += [parts.of(rows.num_rows - 1)] * (len(problems) - len(parts.problems))
     for texts in merged:
         source._captions.append("\n".join(texts))
     for index in range(len(source)):
@@ -282,11 +293,16 @@ def _cells(
     source: DatasetSource, rows: Any, captions: tuple[str, ...], label: str
 ) -> Iterator[tuple[int, memoryview | None, list[str], int]]:
     """The number, encoded image, caption texts and label (-1: none) of each row; images are not copied."""
+    import pyarrow
+
     wanted = [source.image_column, *captions, *([label] if label else [])]
     row = 0
     for table in rows.select_columns(wanted).iter(1000):
         images = table.column(source.image_column).combine_chunks()
-        data, paths = images.field("bytes"), images.field("path")
+        in_objects = pyarrow.types.is_struct(images.type)
+        data = images.field("bytes") if in_objects else images
+        has_path = in_objects and images.type.get_field_index("path") >= 0
+        paths = images.field("path") if has_path else None
         columns = [table.column(name).to_pylist() for name in captions]
         labels = table.column(label).to_pylist() if label else []
         for i in range(table.num_rows):
@@ -294,7 +310,7 @@ def _cells(
             if images[i].is_valid and data[i].is_valid:
                 # The buffer's own format is signed, in which bytes above 127 would not equal those of `bytes`.
                 cell = memoryview(data[i].as_buffer()).cast("B")
-            elif images[i].is_valid and paths[i].is_valid:
+            elif images[i].is_valid and paths is not None and paths[i].is_valid:
                 file = source._file(paths[i].as_py())
                 cell = memoryview(file.read_bytes()) if file.is_file() else None
             texts = [text for column in columns for text in cell_texts(column[i])]
@@ -324,7 +340,7 @@ def _image_id(source: DatasetSource, data: memoryview, seen: dict[str, int], *, 
 
 HF_DATASETS = Format(
     have="a dataset saved by Hugging Face `datasets` (`pip install 'threetowers[datasets]'`)",
-    give="`hfds:DIR`; its train, validation and test parts are kept",
+    give="`hfds:DIR`; its train, validation and test parts, or those of its `split` column, are kept",
     accepts=names_dataset,
     open=lambda path, columns, opener: open_dataset(path, columns),
     parts=lambda path, columns, opener: check_parts(path, open_dataset_parts(path, columns)),

@@ -7,7 +7,7 @@ weight = 0.5                       # how often each sample is visited per epoch;
 [[source]]
 path = "flickr/captions.csv"
 weight = 3
-caption_columns = ["caption_0"]    # also image_column, as for a table alone
+caption_columns = ["caption_0"]    # also image_column and split_column, as for a table alone
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from typing import TypeVar
 import numpy as np
 
 from threetowers.config import did_you_mean, read_toml
-from threetowers.data.copies import Place, describe_copies, equal_images, middles_of
+from threetowers.data.copies import Place, describe_copies, equal_images, image_ids_of, middles_of
 from threetowers.data.formats.hf_datasets import PREFIX
 from threetowers.data.order import hash64
-from threetowers.data.source import ANY_COLUMNS, ColumnNames, Format, Opener, Record, Source
+from threetowers.data.source import ANY_COLUMNS, SPLIT_COLUMN, ColumnNames, Format, Opener, Record, Source
 from threetowers.errors import BadSample, DataError, UsageError
 
 MAX_WEIGHT = 1000.0
 T = TypeVar("T")
-_KEYS = ("path", "weight", "image_column", "caption_columns")
+_KEYS = ("path", "weight", "image_column", "caption_columns", "split_column")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def open_mix(path: str, opener: Opener) -> MixedSource:
     sources = [_opened(opener.open, path, number, entry) for number, entry in enumerate(entries, 1)]
     prefixes = _prefixes([source.name for source in sources])
     return _mixed(
-        path, "", sources, entries, prefixes, _image_ids(equal_images(sources), sources, prefixes, 0)
+        path, "", sources, entries, prefixes, image_ids_of(equal_images(sources), sources, prefixes, 0)
     )
 
 
@@ -151,30 +151,13 @@ def split_mix(path: str, opener: Opener) -> dict[str, Source]:
             for (number, index), (origin, _) in equal.items()
             if origin < first <= number < first + len(parts)
         }
-        ids = _image_ids(equal, every, prefixes, first)
+        ids = image_ids_of(equal, every, prefixes, first)
         return _mixed(path, f"/{label}", sources, entries, prefixes, ids, held_out, weighted=weighted)
 
     return {
         "train": part("train", train, 2, weighted=True),
         "val": part("val", val, 1, weighted=False),
         "test": part("test", test, 0, weighted=False),
-    }
-
-
-def _image_ids(
-    equal: Mapping[Place, Place], sources: Sequence[Source], prefixes: Sequence[str], first: int
-) -> dict[Place, str]:
-    """The id of the first sample with the same image, for those of the sources that begin with number `first`."""
-
-    def id_of(place: Place) -> str:
-        number, index = place
-        return f"{prefixes[number % len(prefixes)]}/{sources[number].record(index).id}"
-
-    within = range(first, first + len(prefixes))
-    return {
-        (number - first, index): id_of(origin)
-        for (number, index), origin in equal.items()
-        if number in within
     }
 
 
@@ -281,18 +264,21 @@ def _entry(file: str, where: str, values: dict[str, object]) -> MixEntry:
             raise UsageError(f"{file}: {where}: {key}: no such key{did_you_mean(key, _KEYS)}")
     path, weight = values.get("path"), values.get("weight", 1.0)
     image, captions = values.get("image_column", "none"), values.get("caption_columns", [])
+    split = values.get("split_column", SPLIT_COLUMN)
     if not isinstance(path, str) or not path:
         raise UsageError(f"{file}: {where}: path: expected a path, got {path!r}")
     if type(weight) not in (int, float) or not 0 < float(weight) <= MAX_WEIGHT:  # type: ignore[arg-type]
         raise UsageError(
             f"{file}: {where}: weight: {weight!r} is no number above 0 and at most {MAX_WEIGHT:g}"
         )
-    if not isinstance(image, str):
-        raise UsageError(f"{file}: {where}: image_column: expected a name, got {image!r}")
+    for key, name in (("image_column", image), ("split_column", split)):
+        if not isinstance(name, str):
+            raise UsageError(f"{file}: {where}: {key}: expected a name, got {name!r}")
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(name, str) for name in captions):
         raise UsageError(f"{file}: {where}: caption_columns: expected a list of names, got {captions!r}")
-    columns = ColumnNames(None if image == "none" else image, tuple(captions))
+    image, split = (None if name == "none" else name for name in (image, split))
+    columns = ColumnNames(image, tuple(captions), split)  # type: ignore[arg-type]
     return MixEntry(_beside(file, path), float(weight), columns)  # type: ignore[arg-type]
 
 
@@ -308,7 +294,7 @@ def _beside(file: str, path: str) -> str:
 
 MIXES = Format(
     have="several of these",
-    give="a `mix.toml` of `[[source]]` tables: `path`, `weight`, `image_column`, `caption_columns`",
+    give="a `mix.toml` of `[[source]]` tables: `path`, `weight`, `image_column`, `caption_columns`, `split_column`",
     accepts=names_mix,
     open=lambda path, columns, opener: open_mix(path, opener),
     parts=lambda path, columns, opener: split_mix(path, opener),

@@ -1,6 +1,7 @@
 """Finds the images that a table or an annotation file names, and the folder that their paths are relative to."""
 
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Sequence
@@ -13,25 +14,43 @@ _IMAGE_FOLDERS = (
 _NUM_TRIED = 100  # names that a folder is recognised by
 
 
+_ADDRESS = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+://|www\.|data:image/)")
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an address such as `https://…`; `file://…` names a file of this machine and is none."""
+    return _ADDRESS.match(text) is not None and not text.lstrip().lower().startswith("file:")
+
+
+def local_path(text: str) -> str:
+    """The path that a text means: as it is, of a `file://` address, or below the home folder for `~/`."""
+    text = text.strip()
+    if text[:5].lower() == "file:":
+        path = re.sub(r"(?i)^file:(//[^/]*)?", "", text).encode("utf-8", "surrogateescape")
+        return os.fsdecode(re.sub(rb"%([0-9A-Fa-f]{2})", lambda byte: bytes.fromhex(byte[1].decode()), path))
+    return os.path.expanduser(text) if text.startswith("~") else text  # noqa: PTH111 - a Path costs more
+
+
 def find_file(folder: str, path: str) -> tuple[str, int] | None:
     """The path as it is spelled on the disk, and the file's size in bytes; None when there is no such file.
 
     The path is tried as given, in both Unicode normal forms (macOS decomposes umlauts), and with / for \\.
     """
     plain = os.path.normpath(path)
-    forms = (
-        plain,
-        *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")),
-        plain.replace("\\", "/"),
-    )
-    for form in dict.fromkeys(forms):
-        try:
-            status = os.stat(os.path.join(folder, form))  # noqa: PTH116, PTH118 - a Path costs more than the call
-        except (OSError, ValueError):
-            continue
-        if stat.S_ISREG(status.st_mode):
-            return form, status.st_size
-    return None
+    if found := _stat(folder, plain):
+        return found
+    forms = [*(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")), plain.replace("\\", "/")]
+    others = (_stat(folder, form) for form in dict.fromkeys(forms) if form != plain)
+    return next(filter(None, others), None)
+
+
+def _stat(folder: str, path: str) -> tuple[str, int] | None:
+    """The path itself and the file's size; None when it is no file."""
+    try:
+        status = os.stat(os.path.join(folder, path))  # noqa: PTH116, PTH118 - a Path costs more than the call
+    except (OSError, ValueError):
+        return None
+    return (path, status.st_size) if stat.S_ISREG(status.st_mode) else None
 
 
 def image_folders(file: Path) -> list[Path]:
@@ -40,21 +59,24 @@ def image_folders(file: Path) -> list[Path]:
     A usual folder whose name is part of the file's name, as in `captions_val2017.json`, comes before the others.
     """
     homes = (file.parent, file.parent / "..")
-    named = sorted(_IMAGE_FOLDERS, key=lambda name: name not in file.name)
+    words = re.split(r"[^A-Za-z]+", file.stem)  # the images of train.csv can be in train/
+    named = [*sorted(_IMAGE_FOLDERS, key=lambda name: name not in file.name), file.stem, *filter(None, words)]
     within = [home / name for home in homes for name in named]
     within += [home / "images" / name for home in homes for name in named]
-    return [*homes, *(folder for folder in within if folder.is_dir())]
+    return list(dict.fromkeys([*homes, *(folder for folder in within if folder.is_dir())]))
 
 
 def image_folder(file: Path, names: Sequence[str]) -> tuple[Path, int]:
     """The folder with most of the names, the first of equals, and how many of the names that were tried it holds.
 
+    After `image_folders`, every folder above the file and the one that the program runs in are tried.
     All names are resolved in one folder, since equal names in two folders can be different images.
     """
+    above = [*file.resolve().parent.parents[1:], Path.cwd()]
     tried = names[:: max(len(names) // _NUM_TRIED, 1)]
     hits = {
-        folder: sum(find_file(str(folder), name.strip()) is not None for name in tried)
-        for folder in image_folders(file)
+        folder: sum(find_file(str(folder), local_path(name)) is not None for name in tried)
+        for folder in [*image_folders(file), *above]
     }
     best = max(hits, key=hits.__getitem__)
     return best, hits[best]

@@ -1,33 +1,51 @@
-"""Data that is split already: a folder with `train/`, `val/` (or `valid/`, `validation/`) and `test/`."""
+"""Data that is split already: a folder with `train/`, `val/` (or `valid/`, `validation/`, `dev/`) and `test/`."""
 
 from pathlib import Path
 
-from threetowers.data.source import ColumnNames, Format, Opener, Source
+from threetowers.data.formats.tables import table_files
+from threetowers.data.parts import JoinedSource, part_of, parts_of
+from threetowers.data.source import ColumnNames, Format, Opener, Source, is_image_name
 from threetowers.errors import DataError
-
-_VAL_FOLDERS = ("val", "valid", "validation")
 
 
 def has_split_folders(path: str) -> bool:
-    """Whether a folder holds `train/`, and beside it nothing or a validation or test folder, but no shards."""
+    """Whether a folder holds `train/`, and beside it nothing or a validation or test folder, but no shards.
+
+    Where `train/` holds images whose captions are in a table beside it, the table is meant.
+    """
     folder = Path(path)
-    if not (folder / "train").is_dir() or any(folder.glob("*.tar")):
+    if not folder.is_dir() or any(folder.glob("*.tar")):
         return False
-    others = {entry.name for entry in folder.iterdir() if entry.is_dir()} - {"train"}
-    return not others or not others.isdisjoint((*_VAL_FOLDERS, "test"))
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    parts = {part_of(name) for name in names}
+    if "train" not in parts or (len(names) > 1 and parts.isdisjoint(("val", "test"))):
+        return False
+    train = [entry.name for name in names if part_of(name) == "train" for entry in (folder / name).iterdir()]
+    return not (any(map(is_image_name, train)) and table_files(folder))
+
+
+def _folders(path: str) -> dict[str, str]:
+    """The folder of each part; raises DataError where two are the same part."""
+    found: dict[str, str] = {}
+    for entry in sorted(Path(path).iterdir()):
+        part = part_of(entry.name) if entry.is_dir() else None
+        if part is not None and found.setdefault(part, str(entry)) != str(entry):
+            raise DataError(
+                f"{path}: {Path(found[part]).name} and {entry.name} are both its part {part}; put them into one folder"
+            )
+    return {part: found[part] for part in ("train", "val", "test") if part in found}
 
 
 def open_split_folders(path: str, columns: ColumnNames, opener: Opener) -> Source:
-    """Raises DataError: the parts are separate sources, and `splits` opens them."""
-    raise DataError(f"{path} holds separate parts; name one of them, for example {Path(path) / 'train'}")
+    """All parts one after the other; raises what `open_source` raises."""
+    sources = {part: opener.open(folder, columns) for part, folder in _folders(path).items()}
+    return JoinedSource(Path(path).resolve().name, sources)
 
 
 def split_folder_parts(path: str, columns: ColumnNames, opener: Opener) -> dict[str, Source]:
     """The sources in those of the folders that are there, by part; raises what `open_source` raises."""
-    folder = Path(path)
-    val = next((name for name in _VAL_FOLDERS if (folder / name).is_dir()), "val")
-    folders = {"train": folder / "train", "val": folder / val, "test": folder / "test"}
-    return {label: opener.open(str(part), columns) for label, part in folders.items() if part.is_dir()}
+    sources = {part: opener.open(folder, columns) for part, folder in _folders(path).items()}
+    return parts_of(Path(path).resolve().name, sources)
 
 
 SPLIT_FOLDERS = Format(

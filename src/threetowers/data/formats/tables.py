@@ -1,106 +1,171 @@
-"""A table with a column of image paths and columns of captions."""
+"""Tables with a column of image paths and columns of captions: one file, or several in a folder."""
 
 import itertools
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from threetowers.data.formats.columns import NUM_SNIFFED, cell_texts, find_columns
+from threetowers.data.formats.columns import NUM_SNIFFED, find_columns, split_column
 from threetowers.data.formats.files import FileSource
-from threetowers.data.formats.places import find_file, image_folder
-from threetowers.data.formats.rows import TABLE_ENDINGS, Row, read_rows
-from threetowers.data.source import ANY_COLUMNS, MISSING_CAPTIONS, ColumnNames, Format, clean_captions
+from threetowers.data.formats.folders import image_files
+from threetowers.data.formats.merge import Merged
+from threetowers.data.formats.parquet_images import open_parquet_images, parquet_image_parts
+from threetowers.data.formats.places import find_file, image_folder, is_address, local_path
+from threetowers.data.formats.rows import TABLE_ENDINGS, Row, read_rows, spread_rows, tables_in
+from threetowers.data.parts import check_known, part_of, subsets
+from threetowers.data.source import ANY_COLUMNS, ColumnNames, Format, Source, check_parts
 from threetowers.errors import BadSample, DataError
 
+_NUM_LOOKED_AT = 1000  # images of a folder, for captions beside them
 
-def open_table(path: str | Path, columns: ColumnNames = ANY_COLUMNS) -> FileSource:
-    """The samples of a CSV (any delimiter), TSV, JSONL or parquet table, or of the `metadata` table of a folder.
+
+def open_table(path: str | Path, columns: ColumnNames = ANY_COLUMNS) -> Source:
+    """The samples of a CSV (any delimiter), TSV, JSONL or parquet table, or of the tables of a folder.
 
     Image paths are relative to the table's folder, or to a folder of images beside it when none is found there.
-    Columns that are not named are recognised by name, else by content. Rows with the same image are one sample with
-    several captions, as are several caption columns, lists in JSONL and JSON lists in a cell.
+    Columns that are not named are recognised by name and content. Rows with the same image are one sample with
+    several captions, as are several caption columns, and lists and objects in a cell.
     Raises UsageError for a column that is not there or cannot be recognised, DataError when nothing can be read.
     """
-    path = _metadata(Path(path)) or Path(path)
+    files = table_files(Path(path))
+    return open_parquet_images(path, files, columns) or _read(files, columns, Path(path)).fill()
+
+
+def open_table_parts(path: str | Path, columns: ColumnNames) -> dict[str, Source]:
+    """The parts (train, val, test) that a `split` column or the names of several tables say; empty without them.
+
+    Raises DataError for a part that is not known, and like `open_table`.
+    """
+    files = table_files(Path(path))
+    by_name = len(files) > 1 and all(map(file_part, files))
+    parts = parquet_image_parts(
+        path, files, columns, [file_part(file) or "" for file in files] if by_name else []
+    )
+    if parts is not None:
+        return parts
+    if not by_name and not any(_has_split(file, columns) for file in files):
+        return {}
+    merged = _read(files, columns, Path(path))
+    check_known(str(path), columns.split, merged.unknown)
+    source = merged.fill()
+    return subsets(source, merged.sample_parts(), merged.problem_parts)
+
+
+def _has_split(file: Path, columns: ColumnNames) -> bool:
+    with _readable(file):
+        names = dict.fromkeys(name for _, row in _head(file) for name in row)
+    return split_column(file, list(names), columns) is not None
+
+
+def _read(files: Sequence[Path], columns: ColumnNames, path: Path) -> Merged:
+    """The rows of all tables, not yet filled into the source; of a folder, what else lies in it is in the layout."""
     problems: list[BadSample] = []
+    found, places = [], []
+    for file in files:
+        with _readable(file):
+            head = _head(file)
+            found.append(find_columns(file, spread_rows(file, head), columns))
+            places.append(_folder(file, head, found[-1].image))
+    folder = places[0] if len(set(places)) == 1 else files[0].parent
+    by_name = len(files) > 1 and all(map(file_part, files))
+    named = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
+    captions = ", ".join(f"`{column}`" for column in found[0].captions)
+    split = f"; its column `{found[0].split}` says each row's part" if found[0].split and not by_name else ""
+    source = FileSource(
+        name=files[0].stem if len(files) == 1 else files[0].resolve().parent.name,
+        layout=f"table {named}, images in column `{found[0].image}`, captions in {captions}{split}{found[0].note}",
+        folder=str(folder),
+        _problems=problems,
+    )
+    merged = Merged(source)
+    for file, each, place in zip(files, found, places, strict=True):
+        prefix = "" if place == folder else os.path.relpath(place, folder)
+        with _readable(file):
+            part = file_part(file) if by_name else None
+            merged.add(file.name, read_rows(file, problems), each, prefix=prefix, part=part)
+    _check_addresses(files[0], merged, found[0].image)
+    if path.is_dir() and path == folder:
+        others = [image for image, _ in image_files(path, []) if image not in merged.files]
+        if others:
+            source.layout += f"; {len(others)} images of the folder are in no row, for example {others[0]}"
+    return merged
+
+
+def _head(file: Path) -> list[Row]:
+    """The first rows of a table; raises DataError when there is none."""
+    problems: list[BadSample] = []
+    head = list(itertools.islice(read_rows(file, problems), NUM_SNIFFED))
+    if not head:
+        reason = "; ".join(map(str, problems[:5])) or "It is empty, or holds a header alone"
+        raise DataError(f"{file}: there is no row in it that can be read. {reason}")
+    return head
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
     try:
-        rows = read_rows(path, problems)
-        head = list(itertools.islice(rows, NUM_SNIFFED))
-        if not head:
-            reason = "; ".join(map(str, problems[:5])) or "It is empty, or holds a header alone"
-            raise DataError(f"{path}: there is no row in it that can be read. {reason}")
-        image_column, caption_columns = find_columns(path, head, columns)
-        source = FileSource(
-            name=path.stem,
-            layout=f"table {path.name}, images in column `{image_column}`, "
-            f"captions in {', '.join(f'`{column}`' for column in caption_columns)}",
-            folder=str(_folder(path, head, image_column)),
-            _problems=problems,
-        )
-        merged = merge_rows(source, path.name, itertools.chain(head, rows), image_column, caption_columns)
-        return source.fill(
-            (file, size, captions, -1) for file, (size, captions) in merged.items() if captions
-        )
+        yield
     except (OSError, UnicodeError) as error:
-        raise DataError(f"{path}: it cannot be read as {path.suffix or 'a table'}: {error}") from error
-
-
-def _metadata(folder: Path) -> Path | None:
-    """The table in a folder that Hugging Face's image folders have; None when there is none."""
-    tables = [folder / f"metadata{ending}" for ending in TABLE_ENDINGS]
-    return next((table for table in tables if table.is_file()), None)
-
-
-def _is_table(path: str) -> bool:
-    """Any file counts, so that one with an unknown ending is refused with the endings of tables."""
-    return Path(path).is_file() or _metadata(Path(path)) is not None
+        raise DataError(f"{file}: it cannot be read as {file.suffix or 'a table'}: {error}") from error
 
 
 def _folder(table: Path, head: list[Row], image_column: str) -> Path:
-    names = [cell for _, row in head if isinstance(cell := row.get(image_column), str) and cell.strip()]
-    if not names or any(find_file(str(table.parent), name.strip()) for name in names):
+    """The folder that the paths in a table are relative to."""
+    cells = [cell for _, row in head if isinstance(cell := row.get(image_column), str) and cell.strip()]
+    names = [cell for cell in cells if not is_address(cell)]
+    if not names or any(find_file(str(table.parent), local_path(name)) for name in names):
         return table.parent
     folder, num_hits = image_folder(table, names)
     return folder if num_hits else table.parent
 
 
-def merge_rows(
-    source: FileSource, table: str, rows: Iterator[Row], image_column: str, caption_columns: tuple[str, ...]
-) -> dict[str, tuple[int, str]]:
-    """Size and captions by file; every row that adds nothing becomes one of the source's problems."""
-    files: dict[str, tuple[int, str]] = {}
-    spelled: dict[str, str] = {}  # path in the table → path on the disk; "" for a missing file
-    for line, row in rows:
-        where, cell = f"{table}:{line}", row.get(image_column)
-        if not isinstance(cell, str) or cell.strip() in MISSING_CAPTIONS:
-            source.add_problem(where, "no path", f"column `{image_column}` is empty")
-            continue
-        if cell not in spelled:
-            on_disk = find_file(source.folder, cell.strip())
-            spelled[cell] = on_disk[0] if on_disk else ""
-            if on_disk:
-                files.setdefault(on_disk[0], (on_disk[1], ""))
-            else:
-                source.add_problem(cell, "missing file", f"{where}: {Path(source.folder, cell.strip())}")
-        file = spelled[cell]
-        if not file:
-            continue
-        captions, damaged = clean_captions(
-            text for column in caption_columns for text in cell_texts(row.get(column))
-        )
-        if damaged:
-            source.add_problem(file, "caption is not UTF-8", where)
-        if captions:
-            size, before = files[file]
-            files[file] = size, "\n".join((before, *captions) if before else captions)
-        else:
-            source.add_problem(file, "empty caption", where)
-    return files
+def _check_addresses(file: Path, merged: Merged, column: str) -> None:
+    """Raises DataError when most images are addresses, from which nothing is fetched."""
+    if len(merged.addresses) <= len(merged.files):
+        return
+    raise DataError(
+        f"{file}: its column `{column}` holds {len(merged.addresses)} addresses, for example {merged.addresses[0]}, "
+        f"and nothing is fetched from them. Download the images first, for example with img2dataset --url_list {file} "
+        f"--url_col {column} --output_folder shards --output_format webdataset, and give its folder"
+    )
+
+
+def table_files(path: Path) -> tuple[Path, ...]:
+    """The tables that a path means: a file itself, and of a folder its tables; empty when it is no table.
+
+    Those are `metadata.*`, else the only table, else tables that are the parts of a set by their names (`train.csv`,
+    `test.csv`) or numbered pieces of one (`train-00000-of-00002.parquet`). A folder whose images have `.txt` files
+    beside them is none.
+    """
+    if path.is_file():
+        return (path,)
+    if not path.is_dir():
+        return ()
+    metadata = [path / f"metadata{ending}" for ending in TABLE_ENDINGS]
+    if (table := next((table for table in metadata if table.is_file()), None)) is not None:
+        return (table,)
+    tables = tables_in(path)
+    if not tables and all(table.suffix.lower() == ".parquet" for table in tables_in(path / "data")):
+        tables = tables_in(path / "data")  # as dataset hubs lay them out
+    if not tables or any(text for _, text in itertools.islice(image_files(path, []), _NUM_LOOKED_AT)):
+        return ()
+    pieces = len({re.sub(r"\d+", "", table.name) for table in tables}) == 1
+    return tuple(tables) if len(tables) == 1 or pieces or all(map(file_part, tables)) else ()
+
+
+def file_part(table: Path) -> str | None:
+    """The part that a file's name says, as `train-00000-of-00002.parquet` and `captions_val.csv` do."""
+    parts = {part_of(word) for word in re.split(r"[^A-Za-z]+", table.stem)} - {None}
+    return parts.pop() if len(parts) == 1 else None
 
 
 TABLES = Format(
-    have="a CSV, TSV, JSONL or parquet table with image paths and one or more captions",
-    give="its path",
-    accepts=_is_table,
+    have="a CSV, TSV, JSONL or parquet table with image paths, or images in parquet, and one or more captions",
+    give="its path, or the folder that holds it; a `split` column and tables named `train`, `val`, `test` are kept",
+    accepts=lambda path: bool(table_files(Path(path))),
     open=lambda path, columns, opener: open_table(path, columns),
+    parts=lambda path, columns, opener: check_parts(path, open_table_parts(path, columns)),
     takes_columns=True,
 )

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from threetowers.data.cells import cell_texts
 from threetowers.data.copies import middle, middle_key
-from threetowers.data.formats.columns import cell_texts
 from threetowers.data.shards.tar import MAX_TEXT_BYTES, Member, walk
 from threetowers.data.source import IMAGE_ENDINGS, REMARKS, clean_captions, decode_text
 from threetowers.errors import BadSample

@@ -1,0 +1,34 @@
+"""Changes of the folder of kit/mistakes.py to what people have on disk: columns, addresses, parts, formats."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kit.mistakes import NUM_PHOTOS, Change
+
+
+def rows_of(header: str, row: Callable[[int], str]) -> Change:
+    """The table's rows are these, by the number of the photo."""
+
+    def change(folder: Path) -> None:
+        lines = [header, *(row(number) for number in range(NUM_PHOTOS))]
+        (folder / "photos" / "captions.csv").write_text("\n".join(lines) + "\n")
+
+    return change
+
+
+def as_parquet(folder: Path) -> None:
+    """photos.parquet, which holds the photos themselves."""
+    import pyarrow
+    from pyarrow import parquet
+
+    photos = sorted((folder / "photos").glob("*.jpg"))
+    rows = [{"image": {"bytes": photo.read_bytes()}, "caption": f"a photo {photo.stem}"} for photo in photos]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "photos.parquet")
+
+
+def as_jxl(folder: Path) -> None:
+    """phone/, with pictures of a format that is not read and their captions."""
+    (folder / "phone").mkdir()
+    for photo in (folder / "photos").glob("*.jpg"):
+        (folder / "phone" / photo.name).with_suffix(".jxl").write_bytes(photo.read_bytes())
+        (folder / "phone" / photo.name).with_suffix(".txt").write_text("a photo")
