@@ -42,16 +42,16 @@ def test_pictures_of_other_formats_are_named(ending: str, upper: bool, tmp_path:
 
 
 def test_a_folder_of_other_formats_alone_says_so(tmp_path: Path) -> None:
-    put(tmp_path, *(f"{n}.heic" for n in range(3)), *(f"{n}.txt" for n in range(3)))
+    put(tmp_path, *(f"{n}.jxl" for n in range(3)), *(f"{n}.txt" for n in range(3)))
     with pytest.raises(
-        DataError, match=r"unsupported format: 3\n  0.heic: .*convert it, its caption is 0.txt"
+        DataError, match=r"unsupported format: 3\n  0.jxl: .*convert it, its caption is 0.txt"
     ):
         open_source(str(tmp_path))
 
 
 def test_the_same_picture_in_another_format_is_no_loss(tmp_path: Path) -> None:
     """As a camera writes raw data beside a JPEG."""
-    put(tmp_path, "a.jpg", "a.txt", "a.cr2", "a.heic")
+    put(tmp_path, "a.jpg", "a.txt", "a.cr2", "a.jxl")
     assert not found(tmp_path)
 
 
@@ -80,11 +80,11 @@ def test_texts_about_a_folder_are_no_captions(name: str, tmp_path: Path) -> None
 
 def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg", "a.txt", "b.txt", "c.jpg", "d.txt")
-    for name in ("b.jpg", "c.txt", "folder", "e.heic", "f.jpg"):
+    for name in ("b.jpg", "c.txt", "folder", "e.jxl", "f.jpg"):
         (tmp_path / name).symlink_to(tmp_path / "gone" / name)
     assert found(tmp_path) == {
         ("b.jpg", "unreadable"), ("c.jpg", "unreadable"), ("d.txt", "no image"), ("folder", "missing file"),
-        ("e.heic", "unsupported format"), ("f.jpg", "no caption"),
+        ("e.jxl", "unsupported format"), ("f.jpg", "no caption"),
     }  # fmt: skip
     put(tmp_path / "classes", "ant/a.png", "bee/b.png")
     (tmp_path / "classes" / "bee" / "c.png").symlink_to(tmp_path / "gone")
@@ -93,15 +93,15 @@ def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_of_split_folders_is_named(tmp_path: Path) -> None:
-    put(tmp_path, "train/a.jpg", "train/a.txt", "train/b.avif", "test/c.jpg", "test/c.txt", "test/d.txt")
+    put(tmp_path, "train/a.jpg", "train/a.txt", "train/b.jxl", "test/c.jpg", "test/c.txt", "test/d.txt")
     train, _, test = splits(str(tmp_path), val_fraction=0.0)
     assert (reasons(train), reasons(test)) == ({"unsupported format": 1}, {"no image": 1})
-    assert found(tmp_path) == {("train/b.avif", "unsupported format"), ("test/d.txt", "no image")}
+    assert found(tmp_path) == {("train/b.jxl", "unsupported format"), ("test/d.txt", "no image")}
 
 
 def test_every_file_that_looks_like_a_sample_is_one_or_is_named(tmp_path: Path) -> None:
     """Whatever the combination of endings, a name is a sample, a problem, or a caption or copy of a sample."""
-    endings = ("jpg", "PNG", "heic", "txt", "TXT")
+    endings = ("jpg", "PNG", "jxl", "txt", "TXT")
     for number in range(1 << len(endings)):
         put(tmp_path, *(f"x{number}.{ending}" for bit, ending in enumerate(endings) if number >> bit & 1))
     source = open_source(str(tmp_path))

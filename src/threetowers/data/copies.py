@@ -131,4 +131,4 @@ def describe_copies(num_copies: int) -> str:
     if not num_copies:
         return ""
     samples = "1 sample repeats" if num_copies == 1 else f"{num_copies:,} samples repeat"
-    return f", {samples} the image of another (equal images stay in one part and count once in evaluation)"
+    return f"; {samples} the image of another (equal images stay in one part and count once in evaluation)"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from threetowers.data.copies import equal_images, image_ids_of, middles_of
+from threetowers.data.copies import describe_copies, equal_images, image_ids_of, middles_of
 from threetowers.data.source import Drawn, Record, Source, Subset
 from threetowers.errors import BadSample, DataError
 
@@ -73,7 +73,9 @@ class JoinedSource:
         self.class_names, self.templates = first.class_names, first.templates
         every = list(self.sources.values())
         self._image_ids = image_ids_of(equal_images(every), every, list(self.sources))
-        self.layout = f"parts {', '.join(self.sources)}; {first.layout}"
+        self.layout = (
+            f"parts {', '.join(self.sources)}; {first.layout}{describe_copies(len(self._image_ids))}"
+        )
         self.problems: Sequence[BadSample] = [
             BadSample(f"{label}/{problem.id}", problem.reason, problem.detail)
             for label, source in self.sources.items()
