@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -248,6 +249,22 @@ def test_features_of_a_model_without_its_pooler_are_those_that_it_has(reader: Pa
     assert isinstance(error, CheckpointError)
     for features in ("cls", "mean"):
         assert load_frozen(spec, features=features).width == 32
+
+
+def test_a_network_without_pooler_and_class_token_proposes_the_mean_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = vit(tmp_path)
+    forward = transformers.ViTModel.forward
+
+    def patches_alone(self: Any, **inputs: Any) -> Any:
+        found = forward(self, **inputs)
+        return SimpleNamespace(last_hidden_state=found.last_hidden_state[:, 1:], pooler_output=None)
+
+    monkeypatch.setattr(transformers.ViTModel, "forward", patches_alone)
+    assert str(refused(spec)).endswith("has no pooler; take mean")
+    assert str(refused(spec, features="cls")).endswith("has no class token; take mean")
+    assert load_frozen(spec, features="mean").width == 32
 
 
 def test_a_card_of_a_grey_tower_says_so(tmp_path: Path) -> None:
