@@ -22,12 +22,13 @@ from kit.mistakes import text_reader
 from kit.pictures import noise
 from kit.runs import Config
 from kit.towers import image_tower, open_clip_folder, text_tower
-from threetowers.config import PairConfig
+from threetowers.config import PairConfig, PretrainConfig
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise, per_channel
 from threetowers.errors import CheckpointError, ThreeTowersError, UsageError
 from threetowers.towers.frozen.load import load_frozen
 from threetowers.towers.pair import image_spec, model_config
 from threetowers.train.loop import train
+from threetowers.train.pretrain import pretrain
 
 NARROW = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -102,6 +103,8 @@ def test_mean_and_std_that_do_not_fit_are_named(mean: Any, std: Any, tmp_path: P
         refused(of_channels(tmp_path / "timm", 3, mean=mean, std=std), "does not fit images of 3 channels")
     with pytest.raises(ValueError, match="does not fit"):
         per_channel(mean, std, 3)
+    with pytest.raises(UsageError, match="of the classifier"):
+        pretrain(PretrainConfig(mean=mean, std=std), tmp_path)
     with pytest.raises(UsageError, match=r"pair\.mean"):
         image_spec({"vision_cfg": {}}, PairConfig(mean=mean, std=std))
     preprocess = {"mean": mean, "std": std}

@@ -49,6 +49,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
     report = folder / "pretrain.json"
     if report.is_file():
         return float(json.loads(report.read_text(encoding="utf-8"))["val/top1"])
+    image_spec(config)  # refuses a mean that does not fit before anything is read
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
