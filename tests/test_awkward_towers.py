@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,13 @@ from kit.mistakes import text_reader
 from kit.pictures import noise
 from kit.runs import Config
 from kit.towers import image_tower, open_clip_folder, text_tower
-from threetowers.config import PairConfig
+from threetowers.config import PairConfig, PretrainConfig
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise, per_channel
 from threetowers.errors import CheckpointError, ThreeTowersError, UsageError
 from threetowers.towers.frozen.load import load_frozen
 from threetowers.towers.pair import image_spec, model_config
 from threetowers.train.loop import train
+from threetowers.train.pretrain import pretrain
 
 NARROW = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -101,6 +103,8 @@ def test_mean_and_std_that_do_not_fit_are_named(mean: Any, std: Any, tmp_path: P
         refused(of_channels(tmp_path / "timm", 3, mean=mean, std=std), "does not fit images of 3 channels")
     with pytest.raises(ValueError, match="does not fit"):
         per_channel(mean, std, 3)
+    with pytest.raises(UsageError, match="of the classifier"):
+        pretrain(PretrainConfig(mean=mean, std=std), tmp_path)
     with pytest.raises(UsageError, match=r"pair\.mean"):
         image_spec({"vision_cfg": {}}, PairConfig(mean=mean, std=std))
     preprocess = {"mean": mean, "std": std}
@@ -248,6 +252,22 @@ def test_features_of_a_model_without_its_pooler_are_those_that_it_has(reader: Pa
     assert isinstance(error, CheckpointError)
     for features in ("cls", "mean"):
         assert load_frozen(spec, features=features).width == 32
+
+
+def test_a_network_without_pooler_and_class_token_proposes_the_mean_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = vit(tmp_path)
+    forward = transformers.ViTModel.forward
+
+    def patches_alone(self: Any, **inputs: Any) -> Any:
+        found = forward(self, **inputs)
+        return SimpleNamespace(last_hidden_state=found.last_hidden_state[:, 1:], pooler_output=None)
+
+    monkeypatch.setattr(transformers.ViTModel, "forward", patches_alone)
+    assert str(refused(spec)).endswith("has no pooler; take mean")
+    assert str(refused(spec, features="cls")).endswith("has no class token; take mean")
+    assert load_frozen(spec, features="mean").width == 32
 
 
 def test_a_card_of_a_grey_tower_says_so(tmp_path: Path) -> None:

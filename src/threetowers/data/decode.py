@@ -161,7 +161,8 @@ def _read(
     except UnidentifiedImageError as error:
         raise _unidentified(data, id) from error
     except Exception as error:  # decoders raise nearly everything on damaged input, MemoryError included
-        raise BadSample(id, "damaged image", f"{type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())  # of some decoders several lines
+        raise BadSample(id, "damaged image", f"{type(error).__name__}: {said}") from error
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

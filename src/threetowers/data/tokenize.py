@@ -131,9 +131,8 @@ class FileTokenizer:
         self._tokenizer = tokenizer
         self._marks: tuple[str, ...] = ()
         specials = {t.content: id for id, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-        specials[str(tokenizer.id_to_token(self.end_id))] = (
-            self.end_id
-        )  # which need not be declared as special
+        # the end token need not be declared as special
+        specials[str(tokenizer.id_to_token(self.end_id))] = self.end_id
         self._marks = marks_in_text(specials, lambda text: self._encode([text])[0].ids)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:

@@ -50,6 +50,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
     if report.is_file():
         return float(json.loads(report.read_text(encoding="utf-8"))["val/top1"])
     _check(config)
+    image_spec(config)  # refuses a mean that does not fit before anything is read
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()

@@ -24,6 +24,8 @@ from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.attention import own_attention
 
 Reads = Literal["images", "texts"]
+FEATURES = ("pooled", "cls", "mean")
+"""What can be taken of a network: its own pooled features, its first token, or the mean of its tokens."""
 
 
 class TextInput(Protocol):

@@ -28,7 +28,6 @@ from threetowers.towers.frozen.base import (
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 """Where transformers looks for the settings of an image processor: nested in the first, or in a file of its own."""
-OTHER_FEATURES = ("cls", "mean")
 REMEDY = "Offline, give a folder that save_pretrained wrote"
 # heads that a checkpoint may bring and a tower does not have; leaving them out loses nothing
 HEADS = ("classifier.", "cls.", "lm_head.", "decoder.", "qa_outputs.")
@@ -70,7 +69,9 @@ def load_hf(name: str, features: str) -> Loaded:
     if no_pooler:
         model.pooler = None
     if no_pooler and features == "pooled":
-        raise no_pooler_error(source, [other for other in OTHER_FEATURES if _has(model, other, spec, source)])
+        raise no_pooler_error(
+            source, [other for other in ("cls", "mean") if _has(model, other, spec, source)]
+        )
     width, num_prefix = probe(model, features, spec, source)
     return Loaded(HuggingFaceVision(model, features, num_prefix), width, spec)
 
@@ -255,14 +256,18 @@ def probe(model: Any, features: str, image: ImageSpec, source: str) -> tuple[int
     if features == "pooled":
         pooled = getattr(found, "pooler_output", None)
         if pooled is None:
-            raise UsageError(f"third_features: {source} has no pooler; take cls or mean")
+            others = [other for other in ("cls", "mean") if _has(model, other, image, source)]
+            raise UsageError(
+                f"third_features: {source} has no pooler; take {' or '.join(others) or 'another'}"
+            )
         return pooled.flatten(1).shape[1], 0
+    pooled = "" if getattr(found, "pooler_output", None) is None else "pooled or "
     tokens: Any = getattr(found, "last_hidden_state", None)
     if tokens is not None and tokens.ndim == 4:
         if features == "mean":
             return tokens.shape[1], 0
         raise UsageError(
-            f"third_features: {source} is a convolutional network without class token; take pooled or mean"
+            f"third_features: {source} is a convolutional network without class token; take {pooled}mean"
         )
     patch = getattr(model.config, "patch_size", None)
     num_prefix = (
@@ -273,7 +278,7 @@ def probe(model: Any, features: str, image: ImageSpec, source: str) -> tuple[int
             f"third_features: the tokens of {source} are not a class token and patches; take third_features = pooled"
         )
     if features == "cls" and num_prefix == 0:
-        raise UsageError(f"third_features: {source} has no class token; take pooled or mean")
+        raise UsageError(f"third_features: {source} has no class token; take {pooled}mean")
     return tokens.shape[2], num_prefix
 
 

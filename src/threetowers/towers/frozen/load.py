@@ -2,7 +2,7 @@
 
 from threetowers.config import did_you_mean
 from threetowers.errors import UsageError
-from threetowers.towers.frozen.base import FrozenTower, Kind
+from threetowers.towers.frozen.base import FEATURES, FrozenTower, Kind
 from threetowers.towers.frozen.file import FILE
 from threetowers.towers.frozen.hf import HF
 from threetowers.towers.frozen.open_clip import OPEN_CLIP
@@ -12,7 +12,7 @@ from threetowers.towers.frozen.timm import TIMM
 KINDS: tuple[Kind, ...] = (TIMM, HF, OPEN_CLIP, FILE, HF_TEXT, OPEN_CLIP_TEXT)
 """Every kind of frozen tower. Help, cards and error messages are drawn from this list."""
 
-FEATURES, PRECISIONS = ("pooled", "cls", "mean"), ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16")
 
 
 def kind_of(spec: str) -> tuple[Kind, str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from threetowers.data.tokenize import OPEN_CLIP_MARKS, marks_in_text, without_marks
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.frozen.base import (
+    FEATURES,
     Card,
     Kind,
     Loaded,
@@ -37,7 +38,6 @@ from threetowers.towers.pair import encode_text, takes_short_text
 
 VOCABULARIES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken")
 """Where transformers looks for a tokenizer; of these files any is enough."""
-FEATURES = ("pooled", "cls", "mean")
 
 
 class HuggingFaceTokens:
@@ -139,7 +139,7 @@ def load_hf_text(name: str, features: str) -> Loaded:
         why = f"the first token of {source} sees nothing of the text behind it, which cls would be"
         if features != "cls":
             why = f"{source} has no {features} features"
-        raise UsageError(f"third_features: {why}; take {' or '.join(others)}")
+        raise UsageError(f"third_features: {why}; take {' or '.join(others) or 'another model'}")
     return Loaded(module, width, tokens)
 
 
