@@ -29,7 +29,7 @@ def found(path: Path) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("ending", UNREAD)
 def test_pictures_of_other_formats_are_named(ending: str, upper: bool, tmp_path: Path) -> None:
     ending = ending.upper() if upper else ending
-    put(tmp_path, "a.jpg", "a.txt", f"b.{ending}", "b.txt", f"sub/c.{ending}")
+    put(tmp_path, "a.jpg", "a.txt", f"b.{ending}", "b.txt", "b.json", f"sub/c.{ending}")
     assert found(tmp_path) == {
         (f"b.{ending}", "unsupported format"),
         (f"sub/c.{ending}", "unsupported format"),

@@ -1,5 +1,6 @@
 """Data that is split already: a folder with `train/`, `val/` (or `valid/`, `validation/`, `dev/`) and `test/`."""
 
+import os
 from pathlib import Path
 
 from threetowers.data.formats.tables import table_files
@@ -14,11 +15,16 @@ def has_split_folders(path: str) -> bool:
     Where `train/` holds images whose captions are in a table beside it, the table is meant.
     """
     folder = Path(path)
-    if not folder.is_dir() or any(folder.glob("*.tar")):
+    if not folder.is_dir():
         return False
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     parts = {part_of(name) for name in names}
-    if "train" not in parts or (len(names) > 1 and parts.isdisjoint(("val", "test"))):
+    if (
+        "train" not in parts
+        or (len(names) > 1 and parts.isdisjoint(("val", "test")))
+        or any(folder.glob("*.tar"))
+    ):
         return False
     train = [entry.name for name in names if part_of(name) == "train" for entry in (folder / name).iterdir()]
     return not (any(map(is_image_name, train)) and table_files(folder))
