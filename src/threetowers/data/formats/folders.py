@@ -140,13 +140,13 @@ def _unread(path: str, text: str) -> BadSample:
 
 def _captioned(source: FileSource, images: list[tuple[str, str]]) -> Iterator[tuple[str, int, str, int]]:
     for image, text_name in images:
-        path = Path(source.folder, image)
         if not text_name:
             source.add_problem(image, "no caption", "there is no .txt beside it")
             continue
+        path = os.path.join(source.folder, image)  # noqa: PTH118 - Paths would take a third of the time
         try:
-            text = decode_text(Path(source.folder, image.rpartition("/")[0], text_name).read_bytes())
-            size = path.stat().st_size
+            text = decode_text(Path(os.path.dirname(path), text_name).read_bytes())  # noqa: PTH120
+            size = os.stat(path).st_size  # noqa: PTH116
         except OSError as error:
             source.add_problem(image, "unreadable", f"{error.filename}: {error.strerror}")
             continue
