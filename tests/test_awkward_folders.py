@@ -96,6 +96,10 @@ def test_what_is_left_out_of_split_folders_is_named(tmp_path: Path) -> None:
     put(tmp_path, "train/a.jpg", "train/a.txt", "train/b.avif", "test/c.jpg", "test/c.txt", "test/d.txt")
     train, _, test = splits(str(tmp_path), val_fraction=0.0)
     assert (reasons(train), reasons(test)) == ({"unsupported format": 1}, {"no image": 1})
+    assert "not read" not in train.layout
+    put(tmp_path, "unlabelled/x.jpg", ".cache/y.jpg")
+    assert splits(str(tmp_path))[0].layout.endswith("; not read: unlabelled")
+    assert open_source(str(tmp_path)).layout.endswith("; not read: unlabelled")
     assert found(tmp_path) == {("train/b.avif", "unsupported format"), ("test/d.txt", "no image")}
 
 

@@ -250,6 +250,17 @@ def test_pieces_of_a_table_are_one(tmp_path: Path) -> None:
     assert_parts(str(tmp_path))
 
 
+def test_tables_in_a_folder_beside_the_images_are_named(tmp_path: Path) -> None:
+    pictures(tmp_path / "images")
+    for part, entries in by_part().items():
+        write(tmp_path / "annotations" / f"{part}.csv", entries)
+    with pytest.raises(
+        DataError, match=r"holds annotations/test.csv, annotations/train.csv.*open one of them"
+    ):
+        open_source(str(tmp_path))
+    assert_parts(str(tmp_path / "annotations"))
+
+
 def test_tables_beside_those_of_the_parts_are_said(tmp_path: Path) -> None:
     pictures(tmp_path)
     for part, entries in by_part().items():

@@ -42,16 +42,16 @@ def open_folder(path: str | Path) -> FileSource:
     if any(text for _, text in images):
         return source.fill(_captioned(source, images))
     left_out[:] = [problem for problem in left_out if problem.reason != "no image"]
-    tables = tables_in(folder) or (
-        [] if images else [table for sub in folder.glob("*/") for table in tables_in(sub)]
-    )
+    classes = sorted({image.split("/")[0] for image, _ in images if "/" in image})
+    tables = tables_in(folder)
+    if len(classes) < 2:
+        tables = tables or [table for sub in sorted(folder.glob("*/")) for table in tables_in(sub)]
     if tables:
         names = [str(table.relative_to(folder)) for table in tables]
         raise DataError(
             f"{path} holds {', '.join(names[:8])}, and no image has a .txt beside it; open one of them, for example "
             f"{tables[0]}"
         )
-    classes = sorted({image.split("/")[0] for image, _ in images if "/" in image})
     if len(classes) < 2:
         return source.fill(_captioned(source, images))
     source.layout = f"folder with {len(classes)} class folders"

@@ -42,16 +42,25 @@ def _folders(path: str) -> dict[str, str]:
     return {part: found[part] for part in ("train", "val", "test") if part in found}
 
 
+def _others(path: str) -> str:
+    """The folders beside the parts, in words for the user."""
+    names = [
+        entry.name for entry in sorted(Path(path).iterdir()) if entry.is_dir() and part_of(entry.name) is None
+    ]
+    names = [name for name in names if not name.startswith(".")]
+    return f"; not read: {', '.join(names[:8])}" if names else ""
+
+
 def open_split_folders(path: str, columns: ColumnNames, opener: Opener) -> Source:
     """All parts one after the other; raises what `open_source` raises."""
     sources = {part: opener.open(folder, columns) for part, folder in _folders(path).items()}
-    return JoinedSource(Path(path).resolve().name, sources)
+    return JoinedSource(Path(path).resolve().name, sources, _others(path))
 
 
 def split_folder_parts(path: str, columns: ColumnNames, opener: Opener) -> dict[str, Source]:
     """The sources in those of the folders that are there, by part; raises what `open_source` raises."""
     sources = {part: opener.open(folder, columns) for part, folder in _folders(path).items()}
-    return parts_of(Path(path).resolve().name, sources)
+    return parts_of(Path(path).resolve().name, sources, _others(path))
 
 
 SPLIT_FOLDERS = Format(
