@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Value
 from kit.pictures import picture
 from threetowers.data.formats import rows as rows_module
 from threetowers.data.open import open_source
-from threetowers.errors import UsageError
+from threetowers.errors import DataError, UsageError
 
 NUM = 6_000
 
@@ -82,13 +82,30 @@ def test_a_column_of_no_captions_is_not_taken_for_them(name: str, other: str, tm
     assert took(path).startswith("`was`; not taken: `info` (")
 
 
-@pytest.mark.parametrize("other", ["addresses", "hashes", "paths", "keys", "constant"])
+@pytest.mark.parametrize("other", ["addresses", "hashes", "paths", "numbers", "constant"])
 def test_a_usual_name_with_other_content_gives_way(other: str, tmp_path: Path) -> None:
     path = table(tmp_path, "t.csv", {"image": image, "text": OTHERS[other], "was": words})
     assert took(path).startswith("`was`; not taken: `text` (")
 
 
-@pytest.mark.parametrize("other", ["constant", "category", "sorted"])
+@pytest.mark.parametrize("text", ["red_car", "1girl,solo,red_hair", ""])
+def test_tags_and_an_empty_column_of_a_usual_name_give_way_to_no_unusual_one(
+    text: str, tmp_path: Path
+) -> None:
+    columns = {
+        "image": image,
+        "caption": lambda n: text and f"{text}_{n}",
+        "by": lambda n: f"John Smith the {n}th",
+    }
+    path = table(tmp_path, "t.csv", columns, 300)
+    if text:
+        assert took(path).startswith("`caption`; not taken: `by` (texts)")
+    else:
+        with pytest.raises(DataError, match=r"captions in `caption`.*empty caption: 300"):
+            open_source(path)
+
+
+@pytest.mark.parametrize("other", ["constant", "category", "sorted", "keys"])
 def test_of_two_usual_names_the_one_with_many_texts_is_taken(other: str, tmp_path: Path) -> None:
     path = table(tmp_path, "t.csv", {"image": image, "text": OTHERS[other], "description": words})
     assert took(path).startswith("`description`; not taken: `text` (")

@@ -29,7 +29,7 @@ def found(path: Path) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("ending", UNREAD)
 def test_pictures_of_other_formats_are_named(ending: str, upper: bool, tmp_path: Path) -> None:
     ending = ending.upper() if upper else ending
-    put(tmp_path, "a.jpg", "a.txt", f"b.{ending}", "b.txt", f"sub/c.{ending}")
+    put(tmp_path, "a.jpg", "a.txt", f"b.{ending}", "b.txt", "b.json", f"sub/c.{ending}")
     assert found(tmp_path) == {
         (f"b.{ending}", "unsupported format"),
         (f"sub/c.{ending}", "unsupported format"),
@@ -96,6 +96,10 @@ def test_what_is_left_out_of_split_folders_is_named(tmp_path: Path) -> None:
     put(tmp_path, "train/a.jpg", "train/a.txt", "train/b.jxl", "test/c.jpg", "test/c.txt", "test/d.txt")
     train, _, test = splits(str(tmp_path), val_fraction=0.0)
     assert (reasons(train), reasons(test)) == ({"unsupported format": 1}, {"no image": 1})
+    assert "not read" not in train.layout
+    put(tmp_path, "unlabelled/x.jpg", ".cache/y.jpg")
+    assert splits(str(tmp_path))[0].layout.endswith("; not read: unlabelled")
+    assert open_source(str(tmp_path)).layout.endswith("; not read: unlabelled")
     assert found(tmp_path) == {("train/b.jxl", "unsupported format"), ("test/d.txt", "no image")}
 
 

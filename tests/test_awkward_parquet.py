@@ -189,6 +189,20 @@ def test_without_datasets_one_line_says_what_to_install(tmp_path: Path) -> None:
         open_source(str(path))
 
 
+def test_tables_further_down_are_named(tmp_path: Path) -> None:
+    for config in ("small", "large"):
+        objects(tmp_path / config / "train-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=r"train-00000-of-00001.parquet.*open one of them"):
+        open_source(str(tmp_path))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("THREETOWERS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cannot be read into .*file.*THREETOWERS_CACHE"):
+        open_source(str(objects(tmp_path / "t.parquet")))
+
+
 def test_a_damaged_piece_is_named(tmp_path: Path) -> None:
     for number in range(2):
         objects(tmp_path / f"{number}.parquet")

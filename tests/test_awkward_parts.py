@@ -250,6 +250,28 @@ def test_pieces_of_a_table_are_one(tmp_path: Path) -> None:
     assert_parts(str(tmp_path))
 
 
+def test_tables_in_a_folder_beside_the_images_are_named(tmp_path: Path) -> None:
+    pictures(tmp_path / "images")
+    for part, entries in by_part().items():
+        write(tmp_path / "annotations" / f"{part}.csv", entries)
+    with pytest.raises(
+        DataError, match=r"holds annotations/test.csv, annotations/train.csv.*open one of them"
+    ):
+        open_source(str(tmp_path))
+    assert_parts(str(tmp_path / "annotations"))
+
+
+def test_tables_beside_those_of_the_parts_are_said(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    for part, entries in by_part().items():
+        write(tmp_path / f"{part}.csv", entries)
+    write(tmp_path / "labels.csv", [{"id": "1", "name": "x"}])
+    assert assert_parts(str(tmp_path))[0].layout.endswith("not read: labels.csv")
+    write(tmp_path / "boxes_train.csv", [{"id": "1", "box": "x"}])
+    with pytest.raises(DataError, match=r"holds boxes_train.csv, labels.csv.*open one of them"):
+        open_source(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["captions.csv", "anything.jsonl", "metadata.csv", "train.parquet"])
 def test_the_only_table_in_a_folder_is_the_folders(name: str, tmp_path: Path) -> None:
     for sub in ("a", "b"):

@@ -63,6 +63,8 @@ class JoinedSource:
 
     name: str
     sources: Mapping[str, Source]
+    note: str = ""
+    """For the user, at the end of the layout."""
 
     def __post_init__(self) -> None:
         first, *others = self.sources.values()
@@ -73,9 +75,8 @@ class JoinedSource:
         self.class_names, self.templates = first.class_names, first.templates
         every = list(self.sources.values())
         self._image_ids = image_ids_of(equal_images(every), every, list(self.sources))
-        self.layout = (
-            f"parts {', '.join(self.sources)}; {first.layout}{describe_copies(len(self._image_ids))}"
-        )
+        repeated = describe_copies(len(self._image_ids))
+        self.layout = f"parts {', '.join(self.sources)}; {first.layout}{repeated}{self.note}"
         self.problems: Sequence[BadSample] = [
             BadSample(f"{label}/{problem.id}", problem.reason, problem.detail)
             for label, source in self.sources.items()
@@ -125,15 +126,15 @@ class JoinedSource:
 class Part(Subset):
     """A source that is a part of a joined one: all is as in the source itself, and a store of the whole serves it."""
 
-    def __init__(self, name: str, sources: Mapping[str, Source], label: str) -> None:
-        self.whole_name, self.sources, self.label = name, sources, label
+    def __init__(self, name: str, sources: Mapping[str, Source], label: str, note: str) -> None:
+        self.whole_name, self.sources, self.label, self.note = name, sources, label, note
         self.own = sources[label]
         self.name, self.problems, self.fingerprint = self.own.name, self.own.problems, self.own.fingerprint
         self.class_names, self.templates = self.own.class_names, self.own.templates
 
     @cached_property
     def source(self) -> Source:  # type: ignore[override]
-        return JoinedSource(self.whole_name, self.sources)
+        return JoinedSource(self.whole_name, self.sources, self.note)
 
     @cached_property
     def indices(self) -> "array[int]":  # type: ignore[override]
@@ -143,7 +144,7 @@ class Part(Subset):
 
     @property
     def layout(self) -> str:
-        return self.own.layout
+        return self.own.layout + self.note
 
     def __len__(self) -> int:
         return len(self.own)
@@ -167,6 +168,6 @@ class Part(Subset):
         return {name: value for name, value in vars(self).items() if name not in ("source", "indices")}
 
 
-def parts_of(name: str, sources: Mapping[str, Source]) -> dict[str, Source]:
-    """The sources as parts of what `JoinedSource` makes of them."""
-    return {label: Part(name, sources, label) for label in sources}
+def parts_of(name: str, sources: Mapping[str, Source], note: str = "") -> dict[str, Source]:
+    """The sources as parts of what `JoinedSource` makes of them; the note is for the user."""
+    return {label: Part(name, sources, label, note) for label in sources}

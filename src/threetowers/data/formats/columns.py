@@ -31,7 +31,8 @@ _CAPTION_NAMES = (
 NUM_SNIFFED = 100  # rows at the beginning that columns are recognised by
 _ENOUGH = 20  # texts from which on it means something that all are the same
 _NUMBER = re.compile(r"[\d\s.,:;+\-/%()\[\]eETZ]+")  # dates and lists of numbers too
-_CODE = re.compile(r"(?=.*[\d_=])[!-~]{3,}|[0-9a-fA-F-]{16,}")  # names, keys, hashes: no blank, digits or _
+_HASH = re.compile(r"(?=.*\d)(?:[0-9a-fA-F-]{16,}|[0-9A-Za-z+/=]{22,})")
+_CODE = re.compile(r"(?=.*[\d_=])[!-~]{3,}")  # names and keys: no blank, but digits or _
 
 
 @dataclass
@@ -125,19 +126,24 @@ class Captions:
     def by_name(self) -> tuple[str, ...]:
         """All columns of a usual name, such as `caption_0` and `caption_1`; empty when none is usual.
 
-        A column whose content contradicts its name gives way to others: one of addresses, numbers or codes, or of a
-        single value, and one of few values where another usual name has many.
+        A column whose content contradicts its name gives way to others: one of addresses, numbers or hashes, or of a
+        single value. One of codes or of few values gives way to another usual name alone, since tags can be captions.
         """
         families = [family for name in _CAPTION_NAMES if (family := _family(name, self.cells))]
-        fitting = [
-            family
-            for family in families
-            if any(self.content[n].kind == "texts" and not self.content[n].constant for n in family)
-        ]
-        rich = [family for family in fitting if any(not self.content[n].category for n in family)]
+
+        def some(family: tuple[str, ...], kinds: tuple[str, ...], *, category: bool) -> bool:
+            members = [self.content[name] for name in family]
+            return any(
+                each.kind in kinds and not each.constant and (category or not each.category)
+                for each in members
+            )
+
+        rich = [family for family in families if some(family, ("texts",), category=False)]
+        fitting = [family for family in families if some(family, ("texts", "codes"), category=True)]
         if rich or fitting:
             return (rich or fitting)[0]
-        return families[0] if families and not self._best() else ()
+        empty = any(self.content[name].kind == "empty" for family in families for name in family)
+        return families[0] if families and (empty or not self._best()) else ()
 
     def by_content(self) -> tuple[str, ...]:
         """The column of the longest texts that differ, as a tuple of one; empty when none has any texts.
@@ -193,6 +199,8 @@ def _kind(text: str) -> str:
         return "paths"
     if _NUMBER.fullmatch(text):
         return "numbers"
+    if _HASH.fullmatch(text):
+        return "hashes"
     return "codes" if _CODE.fullmatch(text) else "texts"
 
 

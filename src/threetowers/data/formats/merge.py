@@ -40,12 +40,13 @@ class Merged:
         """
         self._spelled.clear()
         problems = self.source.problems
+        known: dict[str, str | None] = {}  # the part that each value names
         by_column = columns.split if part is None else None
         for line, row in rows:
             where, own = f"{table}:{line}", part
             if by_column is not None:
                 value = str(row.get(by_column))
-                own = part_of(value)
+                own = known[value] if value in known else known.setdefault(value, part_of(value))
                 if own is None:
                     self.unknown[value] += 1
             file = self._file(where, row.get(columns.image), columns.image, prefix)

@@ -11,7 +11,7 @@ from typing import Any
 from threetowers.data.formats.hf_columns import holds_bytes
 from threetowers.data.formats.hf_datasets import DatasetSource, RowParts, dataset_source
 from threetowers.data.source import ColumnNames, Source
-from threetowers.errors import DataError, UsageError
+from threetowers.errors import DataError, UsageError, of_system
 from threetowers.files import cache_folder
 
 _NUM_LOOKED_AT = 16  # rows of a column of bytes, for an image among them
@@ -130,6 +130,11 @@ def _load(files: Sequence[Path], images: Sequence[str]) -> tuple[Any, list[int]]
         return rows.remove_columns(others).with_format("arrow"), counts
     except Exception as error:  # damaged files and columns that differ raise nearly everything
         cause = error.__cause__ or error
+        if isinstance(cause, OSError) and not isinstance(cause, pyarrow.ArrowException):
+            raise DataError(
+                f"{files[0].parent}: it cannot be read into {cache_folder() / 'parquet'}: {of_system(cause)}; "
+                "$THREETOWERS_CACHE can name another folder"
+            ) from error
         raise DataError(
             f"{files[0].parent}: its parquet files cannot be read as one dataset: {type(cause).__name__}: "
             f"{str(cause)[:300]}. Fetch them again, or name one of them"

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,8 +226,8 @@ def tables_in(folder: Path) -> list[Path]:
     """The table files of a folder in the order of their names, without hidden ones."""
     if not folder.is_dir():
         return []
-    return sorted(
-        entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in TABLE_ENDINGS and not entry.name.startswith(".") and entry.is_file()
-    )
+    with os.scandir(folder) as entries:
+        names = [
+            entry.name for entry in entries if entry.name.lower().endswith(TABLE_ENDINGS) and entry.is_file()
+        ]
+    return [folder / name for name in sorted(names) if not name.startswith(".")]

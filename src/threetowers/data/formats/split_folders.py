@@ -1,5 +1,6 @@
 """Data that is split already: a folder with `train/`, `val/` (or `valid/`, `validation/`, `dev/`) and `test/`."""
 
+import os
 from pathlib import Path
 
 from threetowers.data.formats.tables import table_files
@@ -14,11 +15,16 @@ def has_split_folders(path: str) -> bool:
     Where `train/` holds images whose captions are in a table beside it, the table is meant.
     """
     folder = Path(path)
-    if not folder.is_dir() or any(folder.glob("*.tar")):
+    if not folder.is_dir():
         return False
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     parts = {part_of(name) for name in names}
-    if "train" not in parts or (len(names) > 1 and parts.isdisjoint(("val", "test"))):
+    if (
+        "train" not in parts
+        or (len(names) > 1 and parts.isdisjoint(("val", "test")))
+        or any(folder.glob("*.tar"))
+    ):
         return False
     train = [entry.name for name in names if part_of(name) == "train" for entry in (folder / name).iterdir()]
     return not (any(map(is_image_name, train)) and table_files(folder))
@@ -36,16 +42,25 @@ def _folders(path: str) -> dict[str, str]:
     return {part: found[part] for part in ("train", "val", "test") if part in found}
 
 
+def _others(path: str) -> str:
+    """The folders beside the parts, in words for the user."""
+    names = [
+        entry.name for entry in sorted(Path(path).iterdir()) if entry.is_dir() and part_of(entry.name) is None
+    ]
+    names = [name for name in names if not name.startswith(".")]
+    return f"; not read: {', '.join(names[:8])}" if names else ""
+
+
 def open_split_folders(path: str, columns: ColumnNames, opener: Opener) -> Source:
     """All parts one after the other; raises what `open_source` raises."""
     sources = {part: opener.open(folder, columns) for part, folder in _folders(path).items()}
-    return JoinedSource(Path(path).resolve().name, sources)
+    return JoinedSource(Path(path).resolve().name, sources, _others(path))
 
 
 def split_folder_parts(path: str, columns: ColumnNames, opener: Opener) -> dict[str, Source]:
     """The sources in those of the folders that are there, by part; raises what `open_source` raises."""
     sources = {part: opener.open(folder, columns) for part, folder in _folders(path).items()}
-    return parts_of(Path(path).resolve().name, sources)
+    return parts_of(Path(path).resolve().name, sources, _others(path))
 
 
 SPLIT_FOLDERS = Format(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from threetowers.data.formats.columns import NUM_SNIFFED, find_columns, split_column
 from threetowers.data.formats.files import FileSource
-from threetowers.data.formats.folders import image_files
+from threetowers.data.formats.folders import has_captions, image_names
 from threetowers.data.formats.merge import Merged
 from threetowers.data.formats.parquet_images import open_parquet_images, parquet_image_parts
 from threetowers.data.formats.places import find_file, image_folder, is_address, local_path
@@ -17,8 +17,6 @@ from threetowers.data.formats.rows import TABLE_ENDINGS, Row, read_rows, spread_
 from threetowers.data.parts import check_known, part_of, subsets
 from threetowers.data.source import ANY_COLUMNS, ColumnNames, Format, Source, check_parts
 from threetowers.errors import BadSample, DataError
-
-_NUM_LOOKED_AT = 1000  # images of a folder, for captions beside them
 
 
 def open_table(path: str | Path, columns: ColumnNames = ANY_COLUMNS) -> Source:
@@ -86,8 +84,10 @@ def _read(files: Sequence[Path], columns: ColumnNames, path: Path) -> Merged:
             part = file_part(file) if by_name else None
             merged.add(file.name, read_rows(file, problems), each, prefix=prefix, part=part)
     _check_addresses(files[0], merged, found[0].image)
+    if unused := [table.name for table in tables_in(files[0].parent) if path.is_dir() and table not in files]:
+        source.layout += f"; not read: {', '.join(unused)}"
     if path.is_dir() and path == folder:
-        others = [image for image, _ in image_files(path, []) if image not in merged.files]
+        others = sorted(image for image in image_names(path) if image not in merged.files)
         if others:
             source.layout += f"; {len(others)} images of the folder are in no row, for example {others[0]}"
     return merged
@@ -149,10 +149,20 @@ def table_files(path: Path) -> tuple[Path, ...]:
     tables = tables_in(path)
     if not tables and all(table.suffix.lower() == ".parquet" for table in tables_in(path / "data")):
         tables = tables_in(path / "data")  # as dataset hubs lay them out
-    if not tables or any(text for _, text in itertools.islice(image_files(path, []), _NUM_LOOKED_AT)):
+    if not tables or has_captions(path):
         return ()
-    pieces = len({re.sub(r"\d+", "", table.name) for table in tables}) == 1
-    return tuple(tables) if len(tables) == 1 or pieces or all(map(file_part, tables)) else ()
+    if len(tables) == 1 or len(set(map(_piece, tables))) == 1:
+        return tuple(tables)
+    parts = [(file_part(table), table) for table in tables if file_part(table)]
+    # Of each part there is one table, in pieces perhaps; two would not hold the same.
+    of_parts = {(part, _piece(table)) for part, table in parts}
+    one_each = len(of_parts) == len({part for part, _ in of_parts})
+    return tuple(table for _, table in parts) if len(of_parts) > 1 and one_each else ()
+
+
+def _piece(table: Path) -> str:
+    """A file's name without its digits, which is the same for the pieces of one table."""
+    return re.sub(r"\d+", "", table.name)
 
 
 def file_part(table: Path) -> str | None:
