@@ -3,11 +3,15 @@
 Nothing is trained and nothing is written: the weights of the step are thrown away and no embeddings are stored.
 """
 
+import contextlib
 import math
+import re
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +39,9 @@ IMAGES = 200  # decoded
 CAPTIONED = 20_000  # images whose captions are compared
 TOKENIZED = 2_000  # captions whose length is looked at
 CPU_BATCH = 64  # samples of the step on a CPU, where a large batch takes minutes
-STEPS = 3  # the first one warms up
+STEPS, MOST_STEPS = 3, 12  # at least and at most; the first one warms up
+STEP_SECONDS = 1.5  # of steps that are measured
+EMBEDDED = 256  # images that go through a frozen tower at once while they are stored
 
 
 def validate(config: RunConfig, folder: Path, *, near: bool = False) -> Iterator[str]:
@@ -48,6 +54,11 @@ def validate(config: RunConfig, folder: Path, *, near: bool = False) -> Iterator
     objective(config)
     if (folder / "config.toml").is_file() and differing_keys(folder / "config.toml", config):
         yield f"note: {folder} holds a run with other settings; train asks for another --out, or for --fresh"
+    if config.optim.warmup_steps >= config.steps:
+        yield (
+            f"note: the warm-up of {config.optim.warmup_steps} steps takes the whole run, so the learning rate never "
+            "falls; lower --optim.warmup-steps"
+        )
     yield describe_data(config)
     train, val, test = open_data(config)
     yield from check_evaluation(config)
@@ -179,24 +190,75 @@ def _step(setup: Setup) -> Iterator[str]:
     config, live = setup.config, bool(setup.thirds.live)
     num = config.batch_size if setup.device.type == "cuda" else min(config.batch_size, CPU_BATCH)
     batch, data_seconds = _batch(setup, num)
-    features, embed_seconds = _third_features(setup, batch)
+    features, embedding = _third_features(setup, batch)
     batch = replace(batch, third_features=features, third_pixels={})
     torch.manual_seed(config.seed)
     take_step = TrainingStep(config, setup.model, setup.device, lambda batch: batch.third_features)
-    seconds = math.inf
-    for step in range(STEPS):
+    times: list[float] = []
+    memory = _Memory()
+    while len(times) < STEPS or (sum(times[1:]) < STEP_SECONDS and len(times) < MOST_STEPS):
         start = time.perf_counter()
         result = take_step(batch, config.optim.lr)
         if setup.device.type == "cuda":
             torch.cuda.synchronize(setup.device)
-        if step:
-            seconds = min(seconds, time.perf_counter() - start)
-        else:
+        times.append(time.perf_counter() - start)
+        if len(times) == 1:
             yield _first_step(result, num, config.batch_size)
     if setup.device.type == "cuda":
         yield f"memory at the step: {amount(torch.cuda.max_memory_allocated(setup.device))}"
-    stored = 0.0 if live or not features else embed_seconds / num * len(setup.train)
-    yield _time(config, (seconds + (embed_seconds if live else 0.0)) / num, data_seconds / num, stored)
+    elif memory.known:
+        at_once = min(config.micro_batch_size or config.batch_size, config.batch_size)
+        whole = memory.peak(at_once / min(num, at_once))
+        stored = 0 if live else max((each.memory for each in embedding), default=0)
+        yield f"memory of this process: about {amount(whole)} at a step" + (
+            f", {amount(stored)} while embedding" if stored > whole else ""
+        )
+    step = statistics.median(times[1:]) / num
+    if live:
+        step += sum(each.forward for each in embedding)
+    yield _time(
+        setup, step, data_seconds / num, 0.0 if live else sum(map(partial(_all_images, setup), embedding))
+    )
+
+
+def _all_images(setup: Setup, each: "_Embedding") -> float:
+    """Seconds to store a tower's features of all data once."""
+    workers = setup.config.inputs.workers
+    one = max(each.forward, each.read / workers) if workers else each.forward + each.read
+    views = max(setup.thirds.views.num, 1) if each.read else 1  # of training images; the others have one
+    return one * (len(setup.train) * views + len(setup.val) + len(setup.test))
+
+
+class _Memory:
+    """How far the resident memory of this process rises from here; Linux counts it, elsewhere it is not known."""
+
+    def __init__(self) -> None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what there is at present
+        self._before = self._highest()
+        self.known = self._before > 0
+
+    @staticmethod
+    def _highest() -> int:
+        try:
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
+        except OSError:
+            return 0
+        found = re.search(r"VmHWM:\s*(\d+) kB", status)
+        return int(found[1]) * 1024 if found else 0
+
+    def peak(self, times: float) -> int:
+        """The highest so far in bytes, had the rise been so many times as large."""
+        return self._before + round((self._highest() - self._before) * times)
+
+
+@dataclass(frozen=True)
+class _Embedding:
+    """What storing a tower's features takes: seconds of a sample to read it and in the tower; bytes at its batches."""
+
+    read: float
+    forward: float
+    memory: int
 
 
 def _first_step(result: StepResult, num: int, batch_size: int) -> str:
@@ -229,13 +291,14 @@ def _batch(setup: Setup, num: int) -> tuple[Batch, float]:
     return batch.to(setup.device), seconds if setup.model.needs_pixels() or setup.thirds.live else 0.0
 
 
-def _third_features(setup: Setup, batch: Batch) -> tuple[dict[str, Tensor], float]:
-    """The frozen features of a batch, and the seconds that they took; sets their norms in the model."""
+def _third_features(setup: Setup, batch: Batch) -> tuple[dict[str, Tensor], list[_Embedding]]:
+    """The frozen features of a batch, and what they took; sets their norms in the model."""
     features: dict[str, Tensor] = {}
-    start = time.perf_counter()
+    embedding: list[_Embedding] = []
+    records = [setup.train.record(index) for index in batch.index.tolist()]
     for view in setup.thirds.used:
         tower = setup.thirds.towers[view]
-        records = [setup.train.record(index) for index in batch.index.tolist()]
+        start = time.perf_counter()
         if view in batch.third_pixels:
             inputs = batch.third_pixels[view]
         elif tower.reads == "texts":
@@ -244,27 +307,41 @@ def _third_features(setup: Setup, batch: Batch) -> tuple[dict[str, Tensor], floa
             files = [setup.train.image(index) for index in batch.index.tolist()]
             images = [decode(file, record.id) for file, record in zip(files, records, strict=True)]
             inputs = torch.from_numpy(np.stack([fixed_view(image, tower.image) for image in images]))
-        features[view] = tower(inputs.to(setup.device))
-        mean_square = float(features[view].square().sum(1).mean())
+        read = time.perf_counter() - start if tower.reads == "images" else 0.0
+        memory, num = _Memory(), len(batch.index)
+        forward = math.inf
+        for _ in range(2):  # the first one warms up
+            start = time.perf_counter()
+            features[view] = tower(inputs.to(setup.device))
+            mean_square = float(features[view].square().sum(1).mean())  # waits for the device
+            forward = min(forward, time.perf_counter() - start)
+        each = statistics.mean(len(record.captions) for record in records) if tower.reads == "texts" else 1
+        embedding.append(_Embedding(read / num, forward / num * each, memory.peak(max(EMBEDDED / num, 1.0))))
         if not math.isfinite(mean_square):
             raise NonFiniteError(
                 f"{tower.spec}: its features are not finite; take third_precision fp32, or another tower"
             )
         setup.model.set_third_norm(view, mean_square)
-    return features, time.perf_counter() - start
+    return features, embedding
 
 
-def _time(config: RunConfig, step: float, data: float, stored: float) -> str:
+def _time(setup: Setup, step: float, data: float, stored: float) -> str:
     """The time of the whole run, by the seconds that a sample takes in a step and in the loader.
 
-    stored: seconds to embed the training images once.
+    stored: seconds to embed all images once.
     """
+    config = setup.config
     workers = config.inputs.workers
     each = config.batch_size * (max(step, data / workers) if workers else step + data)
+    validations = 1 + (config.steps // config.eval_every_steps if config.eval_every_steps else 1)
+    seen = len(setup.val) * validations + len(setup.test)
+    forward = step / 3  # a step's backward pass takes about twice as long as the forward pass
+    evaluation = seen * (max(forward, data / workers) if workers else forward + data)
     embedding = f" and {duration(stored)} to embed all images once" if stored else ""
     return (
         f"time: {step * config.batch_size:.3f} s a step and {data * config.batch_size:.3f} s to read its batch in one "
-        f"process ({workers} workers): about {duration(each * config.steps)} for {config.steps:,} steps{embedding}"
+        f"process ({workers} workers): about {duration(each * config.steps)} for {config.steps:,} steps{embedding}, "
+        f"{duration(evaluation)} to evaluate; starting, saving, zero-shot and what else this machine does are left out"
     )
 
 
