@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from kit.checkpoints import own_class, several_nests
+from kit.machines import without_locks, without_processes
 from kit.mistakes import (
     Answer,
     Change,
@@ -209,6 +210,13 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
         Mistake("evaluation on data that is not there", "evaluate run --data pohtos", 3, ("pohtos", "photos")),
         Mistake("evaluation without its training data", "evaluate run", 3, ("photos/captions.csv", "does not exist"),
                 (move("photos", "old"),)),
+        Mistake("a run folder on a file system without locks", f"{TRAIN} --out new", 0,
+                ("new", "has no locks", "start none there"), around=without_locks),
+        Mistake("loader processes that cannot be started", f"{TRAIN} --out new --inputs.workers 2", 0,
+                ("cannot be started", "reading without them", "fewer --inputs.workers"), around=without_processes),
+        Mistake("evaluation after the data has changed", "evaluate run", 0,
+                ("run: the data has changed", "test (as many images", "not comparable"),
+                (move("photos/00.jpg", "photos/40.jpg"), swap("photos/captions.csv", "00.jpg", "40.jpg"))),
         Mistake("classes that are no labelled images", f"{TRAIN} --classes photos/captions.csv --out new", 3,
                 ("classes", "photos/captions.csv", "no class labels", "one subfolder")),
         Mistake("classes that are not there", f"{TRAIN} --classes pohtos --out new", 3,
