@@ -17,8 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from kit.awkward import as_jxl, as_parquet, rows_of
+from kit.awkward import as_compressed_shard, as_jxl, as_parquet, as_shard, rows_of
 from kit.checkpoints import own_class, several_nests
+from kit.machines import without_locks, without_processes
 from kit.mistakes import (
     Answer,
     Change,
@@ -156,6 +157,14 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
                 ("inputs.val_fraction = 1", "less than 1")),
     ),
     "The data as people have it": (
+        Mistake("shards that are compressed", f"{TRAIN} --data shards", 3,
+                ("shards/00000.tar.gz", "1 shard is compressed", "gunzip"), (as_compressed_shard,)),
+        Mistake("captions under a key of their own in the json of shards", f"{TRAIN} --data shards", 3,
+                ("no caption: 40", "its json has url, blip", "--inputs.caption-columns"), (as_shard,)),
+        Mistake("a key that no json of the shards has", f"{TRAIN} --data shards --inputs.caption-columns blib", 2,
+                ("no column `blib`", "json"), (as_shard,)),
+        Mistake("an image column of shards", f"{TRAIN} --data shards --inputs.image-column jpg", 2,
+                ("shards have no columns", "image_column", "leave it out"), (as_shard,)),
         Mistake("a split column with a name that is no part", TRAIN, 3,
                 ("photos/captions.csv: 40 rows", "`split`", "'fold1'", "--inputs.split-column none"),
                 (rows_of("image,caption,split", lambda n: f"{n:02d}.jpg,photo {n},fold{n % 2 + 1}"),)),
@@ -249,6 +258,13 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
         Mistake("evaluation on data that is not there", "evaluate run --data pohtos", 3, ("pohtos", "photos")),
         Mistake("evaluation without its training data", "evaluate run", 3, ("photos/captions.csv", "does not exist"),
                 (move("photos", "old"),)),
+        Mistake("a run folder on a file system without locks", f"{TRAIN} --out new", 0,
+                ("new", "has no locks", "start none there"), around=without_locks),
+        Mistake("loader processes that cannot be started", f"{TRAIN} --out new --inputs.workers 2", 0,
+                ("cannot be started", "reading without them", "fewer --inputs.workers"), around=without_processes),
+        Mistake("evaluation after the data has changed", "evaluate run", 0,
+                ("run: the data has changed", "test (as many images", "not comparable"),
+                (move("photos/00.jpg", "photos/40.jpg"), swap("photos/captions.csv", "00.jpg", "40.jpg"))),
         Mistake("classes that are no labelled images", f"{TRAIN} --classes photos/captions.csv --out new", 3,
                 ("classes", "photos/captions.csv", "no class labels", "one subfolder")),
         Mistake("classes that are not there", f"{TRAIN} --classes pohtos --out new", 3,

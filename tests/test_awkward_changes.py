@@ -45,7 +45,9 @@ def config(make: Config, folders: Path, **changes: Any) -> RunConfig:
     return make(**{"method": "baseline", "data": str(folders), "steps": 3, "batch_size": 8, **changes})
 
 
-@pytest.mark.parametrize(("change", "words"), [(grow, "24 → 25 images"), (rewrite, "other files, captions")])
+@pytest.mark.parametrize(
+    ("change", "words"), [(grow, "24 → 25 images"), (rewrite, "as many images, from data that differs")]
+)
 @pytest.mark.parametrize("part", PARTS)
 def test_an_evaluation_says_which_part_has_changed(
     part: str, change: Any, words: str, tiny_config: Config, folders: Path, photos: Path, tmp_path: Path,

@@ -1,5 +1,6 @@
 """What a run needs at its end is looked at before its first step, and what cannot change weights may be corrected."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from threetowers.commands.validate import validate
 from threetowers.compare.comparison import compare
 from threetowers.config import CompareConfig, RunConfig, read_config
 from threetowers.errors import CheckpointError, DataError, ThreeTowersError
+from threetowers.evaluate import evaluation
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.train import loop
 from threetowers.train.loop import train
@@ -175,3 +177,13 @@ def test_a_disk_that_takes_one_checkpoint_and_not_all_is_met_before_the_first_st
     with pytest.raises(CheckpointError, match=r"the run needs 10\.\d MB, and 5\.8 MB are free"):
         train(tiny_config(method="baseline"), tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "step-00000000").is_dir()
+
+
+def test_a_run_folder_that_cannot_be_written_is_met_before_anything_is_encoded(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_config(method="baseline"), tmp_path / "run")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(evaluation, "prepare", lambda *_, **__: pytest.fail("the run was prepared"))
+    with pytest.raises(DataError, match="run: the figures are written there, and it cannot be written"):
+        evaluate_run(tmp_path / "run")

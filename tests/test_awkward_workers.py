@@ -81,6 +81,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
     monkeypatch.setattr(workers, "STALL_SECONDS", 0.4)
     monkeypatch.setattr(workers, "HUNG_SECONDS", 0.8)
+    monkeypatch.setattr(workers, "_said", set())
 
 
 @pytest.fixture(autouse=True)
@@ -159,12 +160,16 @@ def test_an_item_that_cannot_be_pickled_ends_in_an_error() -> None:
 def test_without_shared_memory_items_come_through_the_pipe(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = "unable to write to file </torch_1>: No space left on device (28)"
-    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lambda _: raising(lambda: error(full))())
+    full = "unable to write to file </torch_%d>: No space left on device (28)"
+    monkeypatch.setattr(
+        torch.UntypedStorage, "_share_fd_cpu_", lambda _: raising(lambda: error(full % time.time_ns()))()
+    )
     said = list[str]()
-    items = list(read_ahead(Reads(lambda: None), TASKS, 2, name="photos", say=said.append))
-    assert all(torch.equal(tensor, torch.full((300,), number)) for tensor, number in items)
-    assert len(items) == 8 and len(said) == 1 and full in said[0] and "--shm-size" in said[0]
+    for name in ("photos", "again"):
+        items = list(read_ahead(Reads(lambda: None), TASKS, 2, name=name, say=said.append))
+        assert len(items) == 8
+        assert all(torch.equal(tensor, torch.full((300,), number)) for tensor, number in items)
+    assert len(said) == 1 and "No space left on device" in said[0] and "--shm-size" in said[0]
 
 
 @pytest.mark.parametrize("size", ["4k", "200k", "1m"])
@@ -204,8 +209,9 @@ def test_workers_that_cannot_be_started_are_done_without(most: int, monkeypatch:
 
     monkeypatch.setattr(os, "fork", refuse)
     said = list[str]()
-    items = list(read_ahead(Reads(lambda: None), TASKS, 2, name="photos", say=said.append))
-    assert [number for _, number in items] == TASKS
+    for name in ("photos", "again"):
+        items = list(read_ahead(Reads(lambda: None), TASKS, 2, name=name, say=said.append))
+        assert [number for _, number in items] == TASKS
     assert len(said) == 1 and "cannot be started" in said[0] and "--inputs.workers" in said[0]
 
 

@@ -1,5 +1,9 @@
 """Changes of the folder of kit/mistakes.py to what people have on disk: columns, addresses, parts, formats."""
 
+import gzip
+import io
+import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,3 +36,23 @@ def as_jxl(folder: Path) -> None:
     for photo in (folder / "photos").glob("*.jpg"):
         (folder / "phone" / photo.name).with_suffix(".jxl").write_bytes(photo.read_bytes())
         (folder / "phone" / photo.name).with_suffix(".txt").write_text("a photo")
+
+
+def as_shard(folder: Path) -> None:
+    """shards/00000.tar, whose captions are in each sample's json under the key `blip`."""
+    (folder / "shards").mkdir()
+    with tarfile.open(folder / "shards" / "00000.tar", "w") as tar:
+        for photo in sorted((folder / "photos").glob("*.jpg")):
+            about = json.dumps({"url": "x", "blip": f"a photo {photo.stem}"}).encode()
+            tar.add(photo, photo.name)
+            info = tarfile.TarInfo(f"{photo.stem}.json")
+            info.size = len(about)
+            tar.addfile(info, io.BytesIO(about))
+
+
+def as_compressed_shard(folder: Path) -> None:
+    """shards/00000.tar.gz alone."""
+    as_shard(folder)
+    plain = folder / "shards" / "00000.tar"
+    (folder / "shards" / "00000.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()

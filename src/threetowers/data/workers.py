@@ -62,8 +62,9 @@ def read_ahead(
         try:
             iterator = _start(_Packing(reads, name, shared), tasks[done:], workers, pin_memory)
         except (OSError, ImportError, RuntimeError) as error:  # no process, thread or semaphore to be had
-            say(
-                f"{name}: loader workers cannot be started ({error}); reading without them. To avoid this, {REMEDY}"
+            _once(
+                say,
+                f"loader workers cannot be started ({error}); reading without them. To avoid this, {REMEDY}",
             )
             break
         with _Watch(iterator, say, can_block=not pin_memory) as watch:
@@ -78,7 +79,7 @@ def read_ahead(
                     raise item
                 if packed.short and shared:
                     shared = False
-                    say(_short_of_shared_memory(packed.short))
+                    _once(say, _short_of_shared_memory(packed.short))
                 yield item
                 done, deaths = done + 1, 0
             else:
@@ -95,6 +96,16 @@ def read_ahead(
     for task in tasks[done:]:
         item = reads[task]
         yield item.pin_memory() if pin_memory else item  # type: ignore[attr-defined]
+
+
+_said: set[str] = set()
+
+
+def _once(say: Callable[[str], None], text: str) -> None:
+    """Says what is about the machine, and would be said again by every reading, once in a process."""
+    if text not in _said:
+        _said.add(text)
+        say(text)
 
 
 def _short_of_shared_memory(reason: str) -> str:
@@ -222,7 +233,7 @@ def _pack(item: Any, shared: bool) -> _Packed:
         try:
             return _Packed(bytes(ForkingPickler.dumps(item, PICKLE_PROTOCOL)))
         except (RuntimeError, OSError) as error:  # /dev/shm is full, or no file descriptor is left
-            short = str(error).partition("\n")[0]
+            short = str(error).partition("\n")[0].rpartition(": ")[2]  # without the name of a temporary file
     data = io.BytesIO()
     _InOnePiece(data, PICKLE_PROTOCOL).dump(item)
     return _Packed(data.getvalue(), short)

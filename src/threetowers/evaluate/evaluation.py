@@ -1,6 +1,7 @@
 """The evaluation of a finished run: every evaluator of one list, and the files that hold what they found."""
 
 import json
+import os
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -84,7 +85,12 @@ def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None =
     data: other images and captions to test on. classes: other labelled images. With either, no file is written.
     Raises CheckpointError for an unfinished run and DataError for data that cannot be used.
     """
+    own = data is None and classes is None
     described = read_description(folder)
+    if own and not os.access(folder, os.W_OK):
+        raise DataError(
+            f"{folder}: the figures are written there, and it cannot be written; copy the run elsewhere"
+        )
     config = read_config(folder / "config.toml")
     if classes is not None:
         config = replace(config, classes=classes)
@@ -100,7 +106,6 @@ def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None =
             f"{folder}: the data has changed since this run was trained: {', '.join(changed)}. The figures are of the "
             "data as it is, and not comparable with earlier ones"
         )
-    own = data is None and classes is None
     test = other or setup.test
     encoded = encode_all(setup, test, labelled)
     evaluation, saved = evaluate(encoded, test.name, len(setup.val), len(test))

@@ -173,7 +173,7 @@ def changed_parts(before: Parts, after: Parts) -> list[str]:
         if was["images"] != now["images"]:
             changed.append(f"{name} ({was['images']:,} → {now['images']:,} images)")
         elif was["fingerprint"] != now["fingerprint"]:
-            changed.append(f"{name} (other files, captions or labels)")
+            changed.append(f"{name} (as many images, from data that differs)")
     return changed
 
 
