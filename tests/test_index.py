@@ -225,7 +225,10 @@ def rewritten(file: Path, **changes: Callable[[np.ndarray], np.ndarray]) -> None
     values = {name: whole.array(name) for name in whole.names()}
     values |= {name: change(values[name]) for name, change in changes.items()}
     file.write_bytes(
-        pack_columns(file.stem, {n: Column(index.SET_COLUMNS[n], len(v), [v]) for n, v in values.items()})
+        pack_columns(
+            file.stem,
+            {n: Column((index.SHARD_COLUMNS | index.SET_COLUMNS)[n], len(v), [v]) for n, v in values.items()},
+        )
     )
 
 

@@ -91,7 +91,8 @@ class _Group:
         if member.size < 0:
             return
         if ending in IMAGE_ENDINGS:
-            self.repeated |= any(image.ending == ending for image in self.images)
+            if self.images:
+                self.repeated |= any(image.ending == ending for image in self.images)
             self.images.append(_Image(ending, member.offset, member.size))
         elif ending in _TEXT_ENDINGS:
             self.repeated |= ending in self.texts

@@ -36,15 +36,16 @@ COLUMNS = {
     "keys_ends": "I64", "captions_ends": "I64", "problems_ends": "I64",  # [n], [n], [3 q]: id, reason, detail
     "offsets": "I64", "sizes": "I64",  # [n], position of the image in its shard in bytes
     "draws": "U64",  # [n], the hash by which `split` draws for seed 0
-    "pictures": "U64",  # [n], the `middle_key` of the image
     "counts": "I64", "images": "I64",  # [S], usable samples; all images, as `_stats.json` counts them
     "labels": "I32",  # [n], -1: none
     "keys": "U8", "captions": "U8", "problems": "U8", "digests": "U8",  # digests: [32 S]
 }  # fmt: skip
+SHARD_COLUMNS = COLUMNS | {"pictures": "U64"}
+"""A shard has in addition the `middle_key` of each image, [n]."""
 SET_COLUMNS = COLUMNS | {"copies": "I64", "firsts": "I64"}
 """A set has in addition, of the m samples with the image of an earlier one, their numbers and those of the first; [m].
 The draw of such a sample is that of the first."""
-_PER_SAMPLE = ("keys_ends", "captions_ends", "offsets", "sizes", "draws", "pictures", "labels")
+_PER_SAMPLE = ("keys_ends", "captions_ends", "offsets", "sizes", "draws", "labels", "pictures")
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,13 +234,15 @@ def _is_sound(columns: Columns, shards: Sequence[Shard]) -> bool:
     The images of a set of shards are checked when they are read.
     """
     names = columns.names()
-    if names not in (set(COLUMNS), set(SET_COLUMNS)) or columns.length("counts") != len(shards):
+    if names not in (set(SHARD_COLUMNS), set(SET_COLUMNS)) or columns.length("counts") != len(shards):
         return False
     if "copies" in names and columns.length("copies") != columns.length("firsts"):
         return False
     counts = columns.array("counts")
     num = int(counts.sum())
-    sound = bool((counts >= 0).all()) and all(columns.length(name) == num for name in _PER_SAMPLE)
+    sound = bool((counts >= 0).all()) and all(
+        columns.length(name) == num for name in _PER_SAMPLE if name in names
+    )
     sound &= columns.length("images") == len(shards) and columns.length("digests") == 32 * len(shards)
     sound &= columns.length("problems_ends") % 3 == 0
     if sound and len(shards) == 1:
@@ -277,7 +280,7 @@ def read_shard(shard: Shard, reading: Reading) -> dict[str, Column]:
         "digests": list(groups.digest),
     }
     out = {
-        name: _column(COLUMNS[name], np.array(values, _NUMPY[COLUMNS[name]]))
+        name: _column(SHARD_COLUMNS[name], np.array(values, _NUMPY[SHARD_COLUMNS[name]]))
         for name, values in columns.items()
     }
     for name, texts in (
@@ -312,14 +315,14 @@ def join_columns(indexes: Sequence[TarIndex], read: Callable[[int, int, int], by
             base += part.length(name.removesuffix("_ends"))
             part.release()
 
-    lengths = dict.fromkeys(COLUMNS, 0)
+    lengths = dict.fromkeys(SHARD_COLUMNS, 0)
     for part in parts:
-        for name in COLUMNS:
+        for name in SHARD_COLUMNS:
             lengths[name] += part.length(name)
         part.release()
 
     def whole(name: str) -> np.ndarray:
-        column, start = np.empty(lengths[name], _NUMPY[COLUMNS[name]]), 0
+        column, start = np.empty(lengths[name], _NUMPY[SHARD_COLUMNS[name]]), 0
         for part in values(name):
             column[start : start + len(part)] = part
             start += len(part)

@@ -70,7 +70,7 @@ def _all_shards(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: there is no {ENDING} in this folder")
     plain = [path for path in found if _is_shard(path.name)]
     unpacked = {path.with_suffix("") for path in plain}
-    left = [str(path) for path in found if path not in plain and _unpacked(path) not in unpacked]
+    left = [str(path) for path in found if not _is_shard(path.name) and _unpacked(path) not in unpacked]
     if left:
         raise _compressed(left)
     return plain

@@ -15,7 +15,7 @@ from typing import overload
 
 import numpy as np
 
-from threetowers.data.copies import describe_copies
+from threetowers.data.copies import describe_copies, middle_key
 from threetowers.data.shards.groups import Reading
 from threetowers.data.shards.handles import read_extent
 from threetowers.data.shards.index import Shard, TarIndex
@@ -96,8 +96,7 @@ class ShardSource:
         return self.index.columns.array("sizes")
 
     def image_middles(self, indices: np.ndarray) -> np.ndarray:
-        pictures: np.ndarray = self.index.columns.array("pictures")[indices]
-        return pictures
+        return np.array([middle_key(self.image(index)) for index in indices.tolist()], np.uint64)
 
     def split_draws(self, seed: int) -> np.ndarray | None:
         """`hash64("split", seed, id)` of every sample, uint64 [n]; it is stored for seed 0 only."""
