@@ -14,7 +14,14 @@ from kit.runs import Config
 from threetowers.commands import validate
 from threetowers.data import copies
 from threetowers.data.open import open_source, splits
-from threetowers.data.overlap import near_copies, normalised, shared_captions, shared_images
+from threetowers.data.overlap import (
+    SIMILAR,
+    near_copies,
+    normalised,
+    shared_captions,
+    shared_images,
+    thumbnail,
+)
 from threetowers.data.shards.write import ShardSample, write_shards
 from threetowers.data.source import Source, Subset, check_problems, describe
 from threetowers.errors import BadSample, DataError
@@ -157,6 +164,19 @@ def test_shared_captions_are_found_apart_from_case_and_punctuation(tmp_path: Pat
     assert shared_captions(train, test) == 0.5
     assert shared_captions(test, train) == 1.0
     assert normalised("...") == "..." and normalised("Ä–b, C") == "ä b c"
+
+
+def test_thumbnails_tell_near_equal_images_from_different_ones() -> None:
+    images = [picture(i, 96) for i in range(100)]
+    rows = np.stack([row for image in images if (row := thumbnail(image)) is not None])
+    assert len(rows) == len(images)
+    for size, quality in ((96, 30), (48, 60)):
+        files = [encoded(image.resize((size, size)), "JPEG", quality=quality) for image in images]
+        others = np.stack([thumbnail(Image.open(io.BytesIO(file))) for file in files])  # type: ignore[arg-type]
+        assert (rows * others).sum(1).min() > SIMILAR
+    different = rows @ rows.T
+    np.fill_diagonal(different, -1)
+    assert different.max() < SIMILAR - 0.05
 
 
 def test_validate_says_what_test_data_share_with_training_data(tmp_path: Path, tiny_config: Config) -> None:

@@ -19,7 +19,7 @@ SCANNED = 300_000
 THUMBNAIL = 16
 """Side in pixels of the thumbnails by which near-equal images are found."""
 SIMILAR = 0.97
-"""Correlation of two thumbnails from which images count as near-equal; half the size or JPEG quality 30 keep it."""
+"""Correlation of two thumbnails from which images count as near-equal."""
 _BLOCK = 1024
 
 
@@ -80,6 +80,14 @@ def near_copies(train: Source, test: Source) -> list[NearCopy]:
     return found
 
 
+def thumbnail(image: Image.Image) -> np.ndarray | None:
+    """An RGB image as a centred unit vector, float32 [3 · THUMBNAIL²]; None when it has one colour."""
+    row = np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel()
+    row -= row.mean()
+    norm = float(np.linalg.norm(row))
+    return row / norm if norm > 1.0 else None
+
+
 def _thumbnails(source: Source, name: str) -> tuple[list[int], np.ndarray]:
     """The samples whose images can be compared, and their thumbnails as centred unit rows, float32 [n, 3 · side²]."""
     indices: list[int] = []
@@ -90,13 +98,10 @@ def _thumbnails(source: Source, name: str) -> tuple[list[int], np.ndarray]:
             image = decode(source.image(index), str(index), shrink=lambda size: min(size) / THUMBNAIL)
         except BadSample:
             continue
-        small = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-        row = np.asarray(small, np.float32).ravel()
-        row -= row.mean()
-        norm = float(np.linalg.norm(row))
-        if norm > 1.0:
+        row = thumbnail(image)
+        if row is not None:
             indices.append(index)
-            rows.append(row / norm)
+            rows.append(row)
         if time.monotonic() - start > QUIET_SECONDS:
             bar.update(index + 1)
     return indices, np.stack(rows) if rows else np.empty((0, 3 * THUMBNAIL**2), np.float32)
