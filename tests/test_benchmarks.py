@@ -29,6 +29,8 @@ TOY = {
     "loader": "--samples 96 --workers 1 --batch-size 8 --rounds 1",
     "loss": "--num 16 --dim 8 --rounds 1 --errors-at 8 --memory 16",
     "methods": "--batch-size 4 --rounds 1",
+    "ranks": "--sizes 200 --width 8 --rounds 1",
+    "pieces": "--images 6 --rounds 1 --models test_vit",
     "precision": "--seeds 0 --steps 6 --device cpu",
     "scale": "--sizes 200 --shard-size 100",
     "step": "--batch-size 2 --rounds 1",

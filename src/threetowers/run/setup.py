@@ -67,7 +67,17 @@ def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, else the CPU; raises UsageError for a device that is not there."""
+    """`auto` is the first CUDA device, else the CPU; raises UsageError for a device that is not there.
+
+    Every command that computes comes here before it does: for a CPU the allocator is set.
+    """
+    device = _device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -181,8 +191,6 @@ def assemble(config: RunConfig, folder: Path, *, saved_tokenizer: Path | None = 
     """
     check_settings(config)
     device = pick_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     objective(config)  # a table that cannot be built should fail before anything is read
     train, val, test = open_data(config)
     tokenizer = make_tokenizer(config, train, saved_tokenizer)

@@ -15,6 +15,7 @@ from threetowers.data.loader import Batch
 from threetowers.data.source import Source, Subset
 from threetowers.data.transforms import ImageSpec
 from threetowers.model import ThreeTowers
+from threetowers.run.allocator import return_freed_memory
 from threetowers.store.embed import find_or_make_store, store_for_training
 from threetowers.store.read import FIXED, Store, Views, find_store, is_store
 from threetowers.towers.frozen.base import FrozenTower
@@ -99,10 +100,12 @@ class Thirds:
             store, _ = find_store(self.named, fingerprints, source, views)
             if store is not None:
                 return store
-        return find_or_make_store(
+        store = find_or_make_store(
             tower, source, self.folder, self.device,
             views=views, fingerprints=fingerprints, workers=self.inputs.workers,
         )  # fmt: skip
+        return_freed_memory()
+        return store
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """The features [B, P] of a batch by view name: as stored, or computed now from its pixels."""

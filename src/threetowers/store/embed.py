@@ -23,6 +23,7 @@ from threetowers.data.transforms import ImageSpec, cropped_view, fixed_view, ran
 from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError, UsageError
 from threetowers.progress import Progress
+from threetowers.store.pieces import Pieces
 from threetowers.store.read import (
     DESCRIPTION_FILE,
     FIXED,
@@ -179,10 +180,11 @@ def _fill(
             show(len(work.samples(number)))
         return
     parts: list[tuple[_Task, _Read, Tensor]] = []
+    pieces = Pieces(tower, device)
     if work.too_wide():
         raise _TooWide
     for task, read in _read(work, mine, tower, source, batch_size, workers):
-        parts.append((task, read, _features(tower, read.pixels, device)))
+        parts.append((task, read, _features(pieces, read.pixels)))
         if task.last:
             _write_images(work, task.chunk, parts, source)
             parts = []
@@ -266,11 +268,11 @@ def stored_crops(views: Views, id: str, size: tuple[int, int]) -> np.ndarray:
     return np.array([[*crop.box, crop.flip] for crop in drawn], dtype=np.float32)
 
 
-def _features(tower: FrozenTower, pixels: Tensor, device: torch.device) -> Tensor:
+def _features(pieces: Pieces, pixels: Tensor) -> Tensor:
     """Features float32 [B, V, P] of pixels [B, V, 3, H, W]."""
     if not len(pixels):
         return torch.empty(0)
-    values = tower(pixels.flatten(0, 1).to(device)).cpu()
+    values = pieces(pixels.flatten(0, 1))
     return values.view(*pixels.shape[:2], -1)
 
 

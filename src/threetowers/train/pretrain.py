@@ -24,7 +24,6 @@ from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError, UsageError
 from threetowers.files import disk_errors, write_whole, writing_aside
 from threetowers.progress import Progress
-from threetowers.run.allocator import keep_freed_memory
 from threetowers.run.setup import pick_device, world
 from threetowers.towers.frozen.timm import near_timm
 from threetowers.towers.heads import initialised
@@ -52,8 +51,6 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
     _check(config)
     image_spec(config)  # refuses a mean that does not fit before anything is read
     device = pick_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     path = str(world() / config.data) if config.data in ("objects", "scenes") else config.data
     train, val, _ = splits(path, val_fraction=config.inputs.val_fraction, test_fraction=0.0)
     if not train.class_names:
