@@ -5,8 +5,8 @@
 The networks have random weights. The JPEGs have 320 × 240 pixels. `bare` is the network on float tensors in memory, in
 batches of one size. `timm loop` is what timm's documentation shows: its transform, a DataLoader with 2 workers and
 batches of 256, features in fp32. It runs in this process, which keeps freed memory (`run/allocator.py`), and in fresh
-processes with the allocator as it is. `ours` writes the store, reading, decoding and resizing included. Contenders in this
-process take turns. The bits of the bare network's features are compared with those of the largest batch.
+processes with the allocator as it is. `ours` writes the store, reading, decoding and resizing included. Contenders in
+this process take turns. The bits of the bare network's features are compared with those of the largest batch.
 """
 
 import argparse
