@@ -1,7 +1,10 @@
 """Weights, towers and checkpoints as people have them on disk: what is not what its name says is named or read."""
 
+import errno
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,15 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from kit.runs import Config, interrupt_at
 from threetowers.commands.convert import convert
+from threetowers.commands.validate import validate
+from threetowers.compare.comparison import compare
+from threetowers.config import CompareConfig, RunConfig
 from threetowers.data.tokenize import load_tokenizer
-from threetowers.errors import CheckpointError, UsageError
+from threetowers.errors import CheckpointError, DataError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.run import thirds
+from threetowers.towers import weights
+from threetowers.towers.frozen import load as frozen
 from threetowers.towers.frozen.hf import local_folder
 from threetowers.towers.frozen.load import load_frozen
 from threetowers.towers.weights import read_safetensors
@@ -93,10 +102,13 @@ def test_tensors_that_safetensors_cannot_hold_are_named(kind: str, tmp_path: Pat
 
 def test_parts_of_one_model_are_joined_and_missing_ones_named(tmp_path: Path) -> None:
     for number, name in enumerate(PAIR, start=1):
-        torch.save({name: PAIR[name]}, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
+        torch.save(
+            {f"model.{name}" if number == 1 else name: PAIR[name]},
+            tmp_path / f"pytorch_model-0000{number}-of-00002.bin",
+        )
     first = tmp_path / "pytorch_model-00001-of-00002.bin"
     convert(first, tmp_path / "out.safetensors")
-    assert load_file(tmp_path / "out.safetensors").keys() == PAIR.keys()
+    assert load_file(tmp_path / "out.safetensors").keys() == {"model.a.weight", "a.bias"}
     (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(CheckpointError, match="00002-of-00002"):
         convert(first, tmp_path / "other.safetensors")
@@ -207,3 +219,51 @@ def test_a_run_does_not_continue_with_another_tower(
     other_weights(own_tower)
     with pytest.raises(CheckpointError, match="third tower"):
         train(config, tmp_path / "run")
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(PAIR, path)
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def missing(*_: object) -> None:
+        raise FileNotFoundError("No such file or directory")  # the library's answer to either
+
+    monkeypatch.setattr(weights, "load_file", missing)
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        read_safetensors(path)
+
+
+def few_photos(photos: Path, folder: Path, num: int) -> str:
+    rows = photos.read_text().splitlines()[: num + 1]
+    for row in rows[1:]:
+        shutil.copy(photos.parent / row.partition(",")[0], folder)
+    (folder / "captions.csv").write_text("\n".join(rows))
+    return str(folder / "captions.csv")
+
+
+def comparing(config: RunConfig, out: Path) -> object:
+    return compare(config, CompareConfig(methods=("3t",), lrs=(1e-3,)), out)
+
+
+@pytest.mark.parametrize("command", [train, lambda *each: list(validate(*each)), comparing])
+def test_too_little_data_for_one_batch_is_said_before_anything_is_embedded(
+    command: Callable[[RunConfig, Path], object],
+    tiny_config: Config,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(thirds, "find_or_make_store", lambda *_, **__: pytest.fail("embedded"))
+    monkeypatch.setattr(frozen, "load_frozen", lambda *_, **__: pytest.fail("loaded"))
+    config = tiny_config(data=few_photos(photos, tmp_path, 12))
+    with pytest.raises(UsageError, match="batch_size is 16"):
+        command(config, tmp_path / "run")
+    every = replace(config.inputs, val_fraction=0.5, test_fraction=0.49)
+    with pytest.raises(DataError, match="no image is left to train on"):
+        command(replace(config, inputs=every), tmp_path / "run")

@@ -101,11 +101,12 @@ def convert(path: Path, out: Path, key: str | None = None) -> Converted:
         raise UsageError(f"--out: {out} should end in .safetensors, by which loaders know it")
     notes: list[str] = []
     safe = path.suffix == ".safetensors"
-    state: dict[str, Tensor] = {}
     parts = _parts(path)
-    for part in parts:
-        notes.clear()  # what is done to one part is done to all
-        state |= _tensors(read_safetensors(part) if safe else _weights_only(part), part, key, notes)
+    contents = [read_safetensors(part) if safe else _weights_only(part) for part in parts]
+    whole = contents[0]
+    for more in contents[1:]:
+        whole = {**whole, **more}
+    state = _tensors(whole, path, key, notes)
     if len(parts) > 1:
         notes.append(f"joined from {len(parts)} files")
     if "text_projection" in state and "positional_embedding" in state:
@@ -148,7 +149,7 @@ def _weights_only(path: Path) -> Any:
             f"convert: torch {torch.__version__} is too old to open foreign files; {SAFE_SINCE} or newer"
         )
     try:
-        if found := no_weights(path):
+        if found := path.exists() and no_weights(path):
             raise CheckpointError(f"{path}: {found}")
         archive = zipfile.is_zipfile(path)
         members = zipfile.ZipFile(path).namelist() if archive else []

@@ -25,7 +25,7 @@ from threetowers.evaluate.zero_shot import check_prompts, class_embeddings, zero
 from threetowers.files import write_whole
 from threetowers.progress import warn
 from threetowers.run.finished import changed_parts, read_description, restore_trained
-from threetowers.run.setup import Setup, autocast, open_data, prepare, world
+from threetowers.run.setup import Setup, autocast, check_enough, open_data, prepare, world
 from threetowers.towers.weights import write_safetensors
 
 SCHEMA = 1
@@ -138,10 +138,11 @@ def _check_thirds(setup: Setup, described: dict[str, Any], folder: Path) -> None
 
 
 def check_evaluation(config: RunConfig) -> list[str]:
-    """Looks at what the evaluation of a run will need, before training; returns lines about the labelled images.
+    """Looks at whether a run can train and be evaluated, before it begins; returns lines about the labelled images.
 
     Raises DataError or UsageError for what would be raised only after training.
     """
+    check_enough(config)
     labelled = open_labelled(config)
     for part in (*open_data(config)[1:], labelled):
         if part is not None and len(part):

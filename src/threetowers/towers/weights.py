@@ -114,8 +114,11 @@ def no_weights(path: Path) -> str:
     """What a file is that cannot hold weights, and what to do about it; empty when its first bytes do not tell."""
     if path.is_dir():
         return "is a folder; name the file with the weights in it"
-    with path.open("rb") as file:
-        head = file.read(512)
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     text = head.lstrip().lower()
     if not head:
         return "is empty; fetch it again"
@@ -146,9 +149,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     refuse_pickle(path)
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
+        if not Path(path).exists():
+            raise CheckpointError(f"{path}: no such file") from None
         if found := no_weights(Path(path)):
             raise CheckpointError(f"{path}: {found}") from None
         raise CheckpointError(
