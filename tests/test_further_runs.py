@@ -1,6 +1,7 @@
 """Weights, towers and checkpoints as people have them on disk: what is not what its name says is named or read."""
 
 import errno
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from tokenizers import AddedToken, models, pre_tokenizers, processors, trainers
@@ -22,9 +24,11 @@ from threetowers.commands.convert import convert
 from threetowers.commands.validate import validate
 from threetowers.compare.comparison import compare
 from threetowers.config import CompareConfig, RunConfig
+from threetowers.data.decode import decode
 from threetowers.data.tokenize import load_tokenizer
 from threetowers.errors import CheckpointError, DataError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.export.open_clip import CARD
 from threetowers.run import thirds
 from threetowers.towers import weights
 from threetowers.towers.frozen import load as frozen
@@ -267,3 +271,43 @@ def test_too_little_data_for_one_batch_is_said_before_anything_is_embedded(
     every = replace(config.inputs, val_fraction=0.5, test_fraction=0.49)
     with pytest.raises(DataError, match="no image is left to train on"):
         command(replace(config, inputs=every), tmp_path / "run")
+
+
+def test_the_function_of_an_export_lays_transparent_16_bit_grey_on_white() -> None:
+    code = CARD.format(folder="exported", differences="")
+    names: dict[str, Any] = {"np": np, "Image": Image, "ImageOps": ImageOps}
+    exec(code[code.index("def to_rgb") : code.index("pixels = ")], names)
+    file = io.BytesIO()
+    wide = np.array([[515, 60_000], [515, 7]], np.uint16)
+    Image.fromarray(wide).save(file, "PNG", transparency=515)
+    theirs = names["to_rgb"](Image.open(file))
+    assert np.array_equal(np.asarray(theirs), np.asarray(decode(file.getvalue(), "a.png")))
+
+
+def vision_folder(folder: Path, prefix: str = "") -> str:
+    """A vision tower of CLIP with its projection, as transformers saves it; prefix: before every name."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    transformers.CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    state = {f"{prefix}{name}": value for name, value in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+    return f"hf:{folder}"
+
+
+def test_a_transformers_model_with_a_projection_gives_its_pooled_features(tmp_path: Path) -> None:
+    assert load_frozen(vision_folder(tmp_path)).width == 32
+
+
+def test_a_prefix_in_a_transformers_folder_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"'module\.' stands before every name, `threetowers convert`"):
+        load_frozen(vision_folder(tmp_path, "module."))
