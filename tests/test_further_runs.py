@@ -311,3 +311,21 @@ def test_a_transformers_model_with_a_projection_gives_its_pooled_features(tmp_pa
 def test_a_prefix_in_a_transformers_folder_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'module\.' stands before every name, `threetowers convert`"):
         load_frozen(vision_folder(tmp_path, "module."))
+
+
+@pytest.mark.parametrize("name", ["epoch_1.pth.tar", "weights.pkl", "weights", "model.th"])
+def test_checkpoints_under_other_endings_are_never_opened_as_towers(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    torch.save(PAIR, path)
+    with pytest.raises(CheckpointError, match=r"only safetensors are read.*threetowers convert"):
+        load_frozen(f"open_clip:ViT-B-32@{path}")
+
+
+def test_a_runs_own_model_as_weights_of_the_pair_is_named_with_the_remedy(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    config = tiny_config(steps=1)
+    train(config, tmp_path / "run")
+    own = replace(config, pair=replace(config.pair, weights=str(tmp_path / "run" / "model.safetensors")))
+    with pytest.raises(CheckpointError, match="threetowers export"):
+        train(own, tmp_path / "other")

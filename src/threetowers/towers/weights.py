@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from threetowers.errors import CheckpointError
 from threetowers.files import disk_errors, writing_aside
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".pkl")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "_forward_module.")
 """What FSDP, activation checkpointing, torch.compile and DeepSpeed put before the names of a module, at any depth."""
 

@@ -107,7 +107,12 @@ def known_tag(model_name: str, tag: str, prefix: str) -> None:
         raise UsageError(
             f"third: say which weights, {prefix}:{model_name}@TAG or @FILE. Published tags: {', '.join(tags) or 'none'}"
         )
-    if tag.lower().replace("-", "_") not in tags and not Path(tag).exists():
+    if tag.lower().replace("-", "_") in tags:
+        return
+    if Path(tag).exists() and not tag.endswith(".safetensors"):
+        found = no_weights(Path(tag)) or "only safetensors are read; `threetowers convert` writes them"
+        raise CheckpointError(f"{tag}: {found}")
+    if not Path(tag).exists():
         raise UsageError(
             f"third: {prefix}:{model_name}@{tag}: no published tag and no file{did_you_mean(tag, tags)}"
         )
