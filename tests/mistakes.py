@@ -19,6 +19,7 @@ import torch
 
 from kit.awkward import as_compressed_shard, as_jxl, as_parquet, as_shard, rows_of
 from kit.checkpoints import own_class, several_nests
+from kit.further import POINTER, other_tower, replaced_by, without_pooling
 from kit.machines import without_locks, without_processes
 from kit.mistakes import (
     Answer,
@@ -211,6 +212,16 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
                 ("resnet.pt", "safetensors"), (as_pt,)),
         Mistake("weights cut off by a broken download", f"{TRAIN} --out new", 3, ("tower/model.safetensors", "again"),
                 (cut("tower/model.safetensors"),)),
+        Mistake("an @ with nothing behind it", f"{TRAIN} --third timm:test_resnet@ --out new", 2,
+                ("timm:test_resnet@", "no file behind the @", "timm:test_resnet@FILE")),
+        Mistake("a Git LFS pointer in place of weights", f"{TRAIN} --out new", 3,
+                ("tower/model.safetensors", "Git LFS pointer", "git lfs pull"), (replaced_by(POINTER),)),
+        Mistake("a web page in place of weights", "convert page.pt --out x.safetensors", 3,
+                ("page.pt", "is a web page", "fetch the file itself"), (write("page.pt", "<!DOCTYPE html><html>"),)),
+        Mistake("one of several files of a model", "convert pytorch_model-00001-of-00002.bin --out x.safetensors", 3,
+                ("pytorch_model-00002-of-00002.bin", "fetch"), (write("pytorch_model-00001-of-00002.bin", "-"),)),
+        Mistake("a tower without pooling", f"{TRAIN} --third timm:local-dir:unpooled --out new", 2,
+                ("timm:local-dir:unpooled", "does not pool", "third_features = mean"), (without_pooling,)),
         Mistake("a checkpoint with a class of one's own", "convert own.pt --out own.safetensors", 3,
                 ("own.pt", "nothing in it was run", "content = torch.load('own.pt', weights_only=False)",
                  "torch.save(content['state_dict'], 'own-weights.pt')"), (own_class,)),
@@ -247,6 +258,10 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
     "Runs and comparisons": (
         Mistake("other settings for a run that is there", f"{TRAIN} --out run --seed 1", 3,
                 ("run", "seed: 0 → 1", "--fresh")),
+        Mistake("a tower replaced since the run was stopped", f"{TRAIN} --out stopped", 3,
+                ("stopped", "timm:local-dir:tower is not what it was", "--fresh"), (other_tower,)),
+        Mistake("a tower replaced since the run was trained", "evaluate run", 0,
+                ("run", "timm:local-dir:tower is not the one", "put it back"), (other_tower,)),
         Mistake("every checkpoint damaged", f"{TRAIN} --out stopped", 3, ("stopped/checkpoints", "SHA-256", "--fresh"),
                 (flip("stopped/checkpoints/*/model.safetensors"),)),
         Mistake("the newest checkpoint damaged", f"{TRAIN} --out stopped", 0,

@@ -10,6 +10,7 @@ import argparse
 import datetime
 import pathlib
 import pickle
+import re
 import types
 import warnings
 import zipfile
@@ -25,14 +26,24 @@ from packaging.version import Version
 from torch import Tensor
 
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.towers.weights import read_safetensors, write_safetensors
+from threetowers.towers.weights import (
+    WRAPPERS,
+    no_weights,
+    read_safetensors,
+    without_inner_wrappers,
+    write_safetensors,
+)
 
 SAFE_SINCE = Version("2.10")
 """The first torch whose weights_only reader is trusted here."""
 NESTS = ("state_dict", "model_state_dict", "model", "module", "ema", "model_ema")
 """Keys under which trainers keep the weights, in the order in which they are looked for."""
-WRAPPERS = ("module.", "_orig_mod.", "model.", "visual.trunk.")
-"""What DataParallel, torch.compile, Lightning and open_clip's timm towers put before every name."""
+PREFIXES = ("module.", "model.", "visual.trunk.", *WRAPPERS)
+"""What DataParallel, Lightning, open_clip's timm towers and WRAPPERS put before every name."""
+REASONS = ("GLOBAL", "nsupported", "Can only build")
+"""Words of the line in which torch says what it refuses."""
+PART = re.compile(r"(.+-)\d{5}(-of-(\d{5})\..+)")
+"""The name of one of the files over which transformers spreads large models."""
 
 
 def _without_default(factory: object = None) -> dict[Any, Any]:
@@ -90,13 +101,20 @@ def convert(path: Path, out: Path, key: str | None = None) -> Converted:
         raise UsageError(f"--out: {out} should end in .safetensors, by which loaders know it")
     notes: list[str] = []
     safe = path.suffix == ".safetensors"
-    state = _tensors(read_safetensors(path) if safe else _weights_only(path), path, key, notes)
+    parts = _parts(path)
+    contents = [read_safetensors(part) if safe else _weights_only(part) for part in parts]
+    whole = contents[0]
+    for more in contents[1:]:
+        whole = {**whole, **more}
+    state = _tensors(whole, path, key, notes)
+    if len(parts) > 1:
+        notes.append(f"joined from {len(parts)} files")
     if "text_projection" in state and "positional_embedding" in state:
         state = convert_to_custom_text_state_dict(state)
         notes.append("laid out as open_clip's CustomTextCLIP (visual.*, text.*)")
-    if safe and len(notes) == 1:
+    if safe and len(notes) == 1 and len(parts) == 1:
         raise UsageError(
-            f"{path}: is safetensors already, and its names are not all behind one of {', '.join(WRAPPERS)}"
+            f"{path}: is safetensors already, and its names are not all behind one of {', '.join(PREFIXES)}"
         )
     tensors = _on_their_own(state)
     write_safetensors(out, tensors, sync=True)
@@ -110,14 +128,34 @@ def convert(path: Path, out: Path, key: str | None = None) -> Converted:
     )
 
 
+def _parts(path: Path) -> list[Path]:
+    """All files of the model of which this is one; raises CheckpointError when some are missing."""
+    found = PART.fullmatch(path.name)
+    if not found:
+        return [path]
+    paths = [path.with_name(f"{found[1]}{number:05}{found[2]}") for number in range(1, int(found[3]) + 1)]
+    missing = [each.name for each in paths if not each.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path}: is one of {len(paths)} files of a model, and {len(missing)} are not beside it, such as "
+            f"{missing[0]}; fetch them"
+        )
+    return paths
+
+
 def _weights_only(path: Path) -> Any:
     if Version(torch.__version__).release < SAFE_SINCE.release:
         raise UsageError(
             f"convert: torch {torch.__version__} is too old to open foreign files; {SAFE_SINCE} or newer"
         )
     try:
+        if found := path.exists() and no_weights(path):
+            raise CheckpointError(f"{path}: {found}")
         archive = zipfile.is_zipfile(path)
-        if archive and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        members = zipfile.ZipFile(path).namelist() if archive else []
+        if archive and not any(name.endswith("data.pkl") for name in members):
+            raise CheckpointError(f"{path}: is an archive; unpack it, and name the file in it")
+        if any(name.endswith("/constants.pkl") for name in members):
             raise CheckpointError(
                 f"{path}: is a TorchScript program, which holds code. Ask its publisher for a state dict, or name the "
                 "model as open_clip:NAME@TAG"
@@ -131,7 +169,7 @@ def _weights_only(path: Path) -> Any:
         raise CheckpointError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
         said = str(error).replace("WeightsUnpickler error: ", "").splitlines()
-        reason = next((line for line in said if "GLOBAL" in line or "nsupported" in line), said[-1])
+        reason = next((line for line in said if any(word in line for word in REASONS)), said[0])
         reason = reason.partition(". Please use")[0]  # torch advises to trust it
         raise CheckpointError(
             f"{path}: is no file of plain weights, and nothing in it was run ({reason.strip()}). Ask its publisher "
@@ -186,13 +224,22 @@ def _tensors(content: Any, path: Path, key: str | None, notes: list[str]) -> dic
     left = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if left:
         notes.append(f"left out, no tensors: {', '.join(left[:8])}" + (" …" if len(left) > 8 else ""))
+    for name, value in state.items():
+        if value.is_meta or value.is_quantized or value.layout is not torch.strided:
+            kind = "empty (meta)" if value.is_meta else "quantised" if value.is_quantized else "sparse"
+            raise CheckpointError(
+                f"{path}: the tensor {name} is {kind}, which safetensors cannot hold; save the model with plain weights"
+            )
     if "n_averaged" in state and len(state) > 1:
         del state["n_averaged"]
         notes.append("left out: n_averaged, which counts the steps of an average of weights")
-    while wrapper := next((each for each in WRAPPERS if all(name.startswith(each) for name in state)), ""):
+    while wrapper := next((each for each in PREFIXES if all(name.startswith(each) for name in state)), ""):
         state = {name.removeprefix(wrapper): value for name, value in state.items()}
         notes.append(f"{wrapper!r} taken off every name")
-    return state
+    inner = without_inner_wrappers(state)
+    if inner.keys() != state.keys():
+        notes.append("wrappers such as _fsdp_wrapped_module taken out of the midst of names")
+    return inner
 
 
 def _holds_weights(value: Any) -> bool:

@@ -133,7 +133,12 @@ class FileTokenizer:
         specials = {t.content: id for id, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         # the end token need not be declared as special
         specials[str(tokenizer.id_to_token(self.end_id))] = self.end_id
-        self._marks = marks_in_text(specials, lambda text: self._encode([text])[0].ids)
+        self._marks = marks_in_text(specials, self._ids)
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids of a text without the padding behind it."""
+        entry = self._encode([text])[0]
+        return [id for id, mask in zip(entry.ids, entry.attention_mask, strict=True) if mask]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return torch.from_numpy(np.array([entry.ids for entry in self._encode(texts)], dtype=np.int64))

@@ -15,7 +15,7 @@ from threetowers.config import RunConfig, read_config
 from threetowers.data.decode import decode
 from threetowers.data.open import open_source
 from threetowers.data.source import Source, Subset, count_reasons
-from threetowers.errors import BadSample, DataError
+from threetowers.errors import BadSample, CheckpointError, DataError
 from threetowers.evaluate.clip_benchmark import clip_benchmark_result
 from threetowers.evaluate.combine import combination
 from threetowers.evaluate.encode import Encoded, EvaluationData, Labelled, encode, encode_texts
@@ -25,7 +25,7 @@ from threetowers.evaluate.zero_shot import check_prompts, class_embeddings, zero
 from threetowers.files import write_whole
 from threetowers.progress import warn
 from threetowers.run.finished import changed_parts, read_description, restore_trained
-from threetowers.run.setup import Setup, autocast, open_data, prepare, world
+from threetowers.run.setup import Setup, autocast, check_enough, open_data, prepare, world
 from threetowers.towers.weights import write_safetensors
 
 SCHEMA = 1
@@ -106,6 +106,7 @@ def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None =
             f"{folder}: the data has changed since this run was trained: {', '.join(changed)}. The figures are of the "
             "data as it is, and not comparable with earlier ones"
         )
+    _check_thirds(setup, described, folder)
     test = other or setup.test
     encoded = encode_all(setup, test, labelled)
     evaluation, saved = evaluate(encoded, test.name, len(setup.val), len(test))
@@ -119,11 +120,29 @@ def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None =
     return evaluation
 
 
+def _check_thirds(setup: Setup, described: dict[str, Any], folder: Path) -> None:
+    """Says which frozen towers are not those of the training.
+
+    Raises CheckpointError where such a tower is the main image tower.
+    """
+    replaced = setup.thirds.changed({third["view"]: third["fingerprint"] for third in described["thirds"]})
+    if not replaced:
+        return
+    text = (
+        f"{folder}: third tower {', '.join(replaced)} is not the one that this run was trained with: weights or "
+        "preprocessing differ"
+    )
+    if setup.model.img is None:
+        raise CheckpointError(f"{text}. It is the image tower of the trained model; put it back")
+    warn(f"{text}. Figures in which it takes part say nothing about the trained model; put it back")
+
+
 def check_evaluation(config: RunConfig) -> list[str]:
-    """Looks at what the evaluation of a run will need, before training; returns lines about the labelled images.
+    """Looks at whether a run can train and be evaluated, before it begins; returns lines about the labelled images.
 
     Raises DataError or UsageError for what would be raised only after training.
     """
+    check_enough(config)
     labelled = open_labelled(config)
     for part in (*open_data(config)[1:], labelled):
         if part is not None and len(part):

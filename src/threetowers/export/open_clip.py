@@ -39,7 +39,10 @@ def to_rgb(image):
     \"\"\"A PIL image as in training: upright, transparency on white, 16-bit grey by its high byte.\"\"\"
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
+        wide = np.asarray(image)
+        grey = (wide >> 8).astype("uint8")
+        grey[wide == image.info.get("transparency")] = 255
+        image = Image.fromarray(grey)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

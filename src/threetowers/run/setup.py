@@ -16,7 +16,7 @@ from threetowers.data.open import splits
 from threetowers.data.order import Order
 from threetowers.data.source import Source, check_problems, describe
 from threetowers.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
-from threetowers.errors import UsageError
+from threetowers.errors import DataError, UsageError
 from threetowers.model import Architecture, ThreeTowers, build
 from threetowers.objective.pairs import METHODS, objective
 from threetowers.progress import Progress
@@ -131,6 +131,17 @@ def open_data(config: RunConfig) -> tuple[Source, Source, Source]:
     )
     check_problems(parts, limit=inputs.max_bad_share)
     return parts
+
+
+def check_enough(config: RunConfig) -> None:
+    """Raises DataError or UsageError when fewer images are left to train on than one batch has."""
+    train, val, test = open_data(config)
+    if not len(train):
+        raise DataError(
+            f"{train.name}: no image is left to train on: {len(val):,} are for validation and {len(test):,} for tests, "
+            "and equal images stay in one part. Give more data, or --inputs.val-fraction 0 --inputs.test-fraction 0"
+        )
+    Order(config.seed, len(train), config.batch_size)
 
 
 @lru_cache(maxsize=2)  # a comparison opens the same data for every run

@@ -18,7 +18,7 @@ from threetowers.model import ThreeTowers
 from threetowers.run.allocator import return_freed_memory
 from threetowers.store.embed import find_or_make_store, store_for_training
 from threetowers.store.read import FIXED, Store, Views, find_store, is_store
-from threetowers.towers.frozen.base import FrozenTower
+from threetowers.towers.frozen.base import FrozenTower, digest_of
 from threetowers.towers.frozen.load import load_frozen
 
 NORM_SAMPLES = 1_024
@@ -90,10 +90,7 @@ class Thirds:
         return found
 
     def _store(self, view: str, source: Source, views: Views, training: bool) -> Store:
-        tower = self.towers[view]
-        if view not in self._fingerprints:
-            self._fingerprints[view] = tower.fingerprints()
-        fingerprints = self._fingerprints[view]
+        tower, fingerprints = self.towers[view], self._fingerprints_of(view)
         if self.named is not None:
             if training:
                 return store_for_training(self.named, tower, fingerprints, source, views)
@@ -106,6 +103,22 @@ class Thirds:
         )  # fmt: skip
         return_freed_memory()
         return store
+
+    def _fingerprints_of(self, view: str) -> dict[str, str]:
+        if view not in self._fingerprints:
+            self._fingerprints[view] = self.towers[view].fingerprints()
+        return self._fingerprints[view]
+
+    def changed(self, before: Mapping[str, str]) -> list[str]:
+        """The names of the towers that are other ones than those whose fingerprints were recorded by view name."""
+        after = self.fingerprints()
+        return [
+            self.towers[view].spec for view, was in before.items() if view in after and after[view] != was
+        ]
+
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of every tower that the model reads, by view name."""
+        return {view: digest_of(self._fingerprints_of(view)) for view in self.used}
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """The features [B, P] of a batch by view name: as stored, or computed now from its pixels."""

@@ -1,6 +1,7 @@
 """The two main towers: open_clip modules, kept so that what is left after training is an open_clip checkpoint."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -172,6 +173,11 @@ def load_pair_weights(image: nn.Module, text: nn.Module, path: str) -> None:
     towers = {f"{prefix}.": tower for prefix, tower in (("visual", image), ("text", text))}
     names = [prefix + name for prefix, tower in towers.items() for name in tower.state_dict()]
     state, wrapper = unwrapped(read_safetensors(path), names)
+    if "log_scale" in state and "third_norms" in state:
+        raise CheckpointError(
+            f"{path}: is the model of a run; `threetowers export {Path(path).parent} --to open_clip --out DIR` writes "
+            "open_clip_model.safetensors, which is read here"
+        )
     say_unwrapped(wrapper, path)
     if "text_projection" in state and "positional_embedding" in state:
         state = convert_to_custom_text_state_dict(state)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from threetowers.errors import CheckpointError
 from threetowers.files import disk_errors, writing_aside
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".pkl")
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "_forward_module.")
+"""What FSDP, activation checkpointing, torch.compile and DeepSpeed put before the names of a module, at any depth."""
 
 POSITIONS = ("pos_embed", "positional_embedding", "position_embedding.weight", "position_embeddings.weight")
 
@@ -22,9 +23,15 @@ def unwrapped(state: Mapping[str, Tensor], expected: Iterable[str]) -> tuple[dic
 
     expected: the names that the model has. A prefix ends in a dot, such as `module.`, `_orig_mod.` or `visual.trunk.`.
     It is taken off when more names fit without it than with it and with any other; else the weights come back as they
-    are, with an empty prefix.
+    are, with an empty prefix. WRAPPERS in the midst of names are taken out too.
     """
     names = set(expected)
+    plain, prefix = _without_prefix(state, names)
+    inner = without_inner_wrappers(plain)
+    return (inner, prefix) if prefix or inner.keys() == plain.keys() else _without_prefix(inner, names)
+
+
+def _without_prefix(state: Mapping[str, Tensor], names: set[str]) -> tuple[dict[str, Tensor], str]:
     first, last = min(state, default=""), max(state, default="")
     dotted = [first[: place + 1] for place, letter in enumerate(first) if letter == "."]
     prefixes = [
@@ -35,6 +42,14 @@ def unwrapped(state: Mapping[str, Tensor], expected: Iterable[str]) -> tuple[dic
     if not best or list(fits.values()).count(fits[best]) > 1:
         return dict(state), ""
     return {key.removeprefix(best): value for key, value in state.items()}, best
+
+
+def without_inner_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without WRAPPERS in the midst of their names; as they are where two names would become one."""
+    names = list(state)
+    for wrapper in WRAPPERS:
+        names = [name.replace(f".{wrapper}", ".") for name in names]
+    return dict(zip(names if len(set(names)) == len(state) else state, state.values(), strict=True))
 
 
 def say_unwrapped(prefix: str, source: str | Path) -> None:
@@ -95,14 +110,50 @@ def refuse_pickle(path: str | Path) -> None:
         )
 
 
+def no_weights(path: Path) -> str:
+    """What a file is that cannot hold weights, and what to do about it; empty when its first bytes do not tell."""
+    if path.is_dir():
+        return "is a folder; name the file with the weights in it"
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    text = head.lstrip().lower()
+    if not head:
+        return "is empty; fetch it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, which only names the weights; `git lfs pull` in its folder fetches them"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<")):
+        return (
+            "is a web page, such as the answer to a wrong address or a missing login; fetch the file itself"
+        )
+    if path.name.endswith(".index.json"):
+        return "lists the files that hold the weights; name the first of these"
+    if text.startswith((b"{", b"[")):
+        return "is text in JSON, without weights; name or fetch the file that holds them"
+    if head.startswith(b"\x1f\x8b") or head[257:262] == b"ustar":
+        return "is an archive; unpack it, and name the file in it"
+    if head.startswith(b"\x89HDF"):
+        return "is an HDF5 file, which Keras writes; save the weights from there as safetensors"
+    is_pickle = head.startswith((b"PK", b"\x80\x02"))
+    if is_pickle and path.suffix == ".safetensors":
+        return "is a PyTorch checkpoint, whatever its name says; rename it to .pt, and `threetowers convert` reads it"
+    if head[8:10] == b'{"' and path.suffix != ".safetensors":
+        return "is a safetensors file, whatever its name says; rename it to .safetensors"
+    return ""
+
+
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; raises CheckpointError when it is missing, damaged or of another kind."""
     refuse_pickle(path)
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
+        if not Path(path).exists():
+            raise CheckpointError(f"{path}: no such file") from None
+        if found := no_weights(Path(path)):
+            raise CheckpointError(f"{path}: {found}") from None
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error}); fetch or write it again"
         ) from None

@@ -96,6 +96,7 @@ class Session:
             "bad": self.bad.state(),
             "data": self.setup.train.fingerprint,
             "parts": self.setup.parts(),
+            "thirds": self.setup.thirds.fingerprints(),
         }
         self.saver.save(
             self.state.step, self.setup.model, self.take_step.optimizer, state,
@@ -109,6 +110,12 @@ class Session:
             raise CheckpointError(
                 f"{self.folder}: the training data is not what it was when this run stopped (step {found.step}): "
                 "files, captions or the split differ. Put it back, or give --fresh to start this run again"
+            )
+        replaced = self.setup.thirds.changed(state.get("thirds", {}))
+        if replaced:
+            raise CheckpointError(
+                f"{self.folder}: third tower {', '.join(replaced)} is not what it was when this run stopped (step "
+                f"{found.step}): weights or preprocessing differ. Put it back, or give --fresh to start this run again"
             )
         changed = changed_parts(state.get("parts", {}), self.setup.parts())
         if changed:

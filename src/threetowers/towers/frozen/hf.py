@@ -25,12 +25,21 @@ from threetowers.towers.frozen.base import (
     num_parameters,
     token_mean,
 )
+from threetowers.towers.weights import no_weights
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 """Where transformers looks for the settings of an image processor: nested in the first, or in a file of its own."""
 REMEDY = "Offline, give a folder that save_pretrained wrote"
 # heads that a checkpoint may bring and a tower does not have; leaving them out loses nothing
-HEADS = ("classifier.", "cls.", "lm_head.", "decoder.", "qa_outputs.")
+HEADS = (
+    "classifier.",
+    "cls.",
+    "lm_head.",
+    "decoder.",
+    "qa_outputs.",
+    "visual_projection.",
+    "text_projection.",
+)
 # steps of an image processor that ImageSpec can say; any other `do_…` that is on is refused
 KNOWN_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 
@@ -116,6 +125,9 @@ def local_folder(name: str, source: str, needs: Sequence[str] = ()) -> str:
         raise CheckpointError(
             f"{source}: no safetensors weights in the folder; write them with save_pretrained"
         )
+    for path in folder.glob("*.safetensors"):
+        if found := no_weights(path):
+            raise CheckpointError(f"{source}: {path} {found}")
     return name
 
 
@@ -145,7 +157,13 @@ def load_model(name: str, source: str) -> tuple[Any, bool]:
     )
     if any(keys for _, keys in parts):
         listing = "; ".join(f"{word}: {', '.join(keys[:8])}" for word, keys in parts if keys)
-        raise CheckpointError(f"{source}: these weights do not fit the model ({listing})")
+        wrapped = {key.partition(".")[0] for key in info["unexpected_keys"]}
+        remedy = ""
+        if missing and len(wrapped) == 1:
+            remedy = (
+                f". If {wrapped.pop() + '.'!r} stands before every name, `threetowers convert` takes it off"
+            )
+        raise CheckpointError(f"{source}: these weights do not fit the model ({listing}){remedy}")
     return model.eval(), bool(pooler)
 
 

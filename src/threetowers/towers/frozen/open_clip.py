@@ -25,6 +25,7 @@ from threetowers.towers.frozen.base import (
 )
 from threetowers.towers.weights import (
     load_strictly,
+    no_weights,
     read_safetensors,
     refuse_pickle,
     say_unwrapped,
@@ -61,7 +62,11 @@ def load_pair(name: str, source: str, **options: bool) -> tuple[Any, dict[str, A
             raise CheckpointError(
                 f"{source}: {folder} holds no open_clip_config.json with safetensors weights"
             )
-        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+        with foreign(source, "open_clip_config.json"):
+            config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+        for path in folder.glob("*.safetensors"):
+            if found := no_weights(path):
+                raise CheckpointError(f"{source}: {path} {found}")
     else:
         config = known_config(model_name)
         refuse_pickle(tag)
@@ -102,7 +107,12 @@ def known_tag(model_name: str, tag: str, prefix: str) -> None:
         raise UsageError(
             f"third: say which weights, {prefix}:{model_name}@TAG or @FILE. Published tags: {', '.join(tags) or 'none'}"
         )
-    if tag.lower().replace("-", "_") not in tags and not Path(tag).exists():
+    if tag.lower().replace("-", "_") in tags:
+        return
+    if Path(tag).exists() and not tag.endswith(".safetensors"):
+        found = no_weights(Path(tag)) or "only safetensors are read; `threetowers convert` writes them"
+        raise CheckpointError(f"{tag}: {found}")
+    if not Path(tag).exists():
         raise UsageError(
             f"third: {prefix}:{model_name}@{tag}: no published tag and no file{did_you_mean(tag, tags)}"
         )

@@ -2,14 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from threetowers.config import did_you_mean
-from threetowers.data.transforms import ImageSpec
+from threetowers.data.transforms import ImageSpec, Interpolation
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.frozen.base import (
     Card,
@@ -65,6 +65,11 @@ def load_timm(name: str, features: str) -> Loaded:
             )
     else:
         known_name(name)
+        if at and not file:
+            raise UsageError(
+                f"third: timm:{name}@: no file behind the @, for example because a shell variable is empty; give "
+                f"timm:{name}@FILE, or timm:{name} for the published weights"
+            )
     with foreign(f"timm:{name}", "the weights", "Offline, give them as timm:NAME@FILE or timm:local-dir:DIR"):
         # with its classifier, so that timm checks the published weights key by key before the classifier goes
         trunk = timm.create_model(name, pretrained=not (local or at))
@@ -82,6 +87,7 @@ def load_timm(name: str, features: str) -> Loaded:
     if features != "pooled":
         width = _unpooled_width(trunk, name, features, spec)
         return Loaded(TimmTrunk(trunk, features), width, spec)
+    _check_pooled(trunk, name, spec, width)
     vision_cfg = None
     if (
         width == trunk.num_features and len(spec.mean) == 3 and (not local or _as_timm_builds_it(trunk))
@@ -103,6 +109,18 @@ def known_name(name: str) -> None:
 def pooled_width(trunk: Any) -> int:
     """P of the pooled features; some heads widen what they pool."""
     return int(getattr(trunk, "head_hidden_size", None) or trunk.num_features)
+
+
+@torch.no_grad()
+def _check_pooled(trunk: Any, name: str, image: ImageSpec, width: int) -> None:
+    """Raises UsageError for a network that gives something else than one vector of `width` for an image."""
+    found = trunk.eval()(torch.zeros(1, len(image.mean), image.size, image.size))
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != (1, width):
+        raise UsageError(
+            f"third: timm:{name}: this network does not pool its features (it gives {shape} for an image, not "
+            f"{(1, width)}); take third_features = mean, or set global_pool in its config.json"
+        )
 
 
 @torch.no_grad()
@@ -156,6 +174,11 @@ def timm_image_spec(trunk: nn.Module, name: str) -> ImageSpec:
         raise UsageError(
             f"third: timm:{name} wants {height}×{width} pixels with crop mode {config['crop_mode']!r}; "
             "only square inputs with crop mode center or squash are supported"
+        )
+    if config["interpolation"] not in get_args(Interpolation):
+        raise UsageError(
+            f"third: timm:{name}: its interpolation {config['interpolation']!r} is none of "
+            f"{', '.join(get_args(Interpolation))}; set one in its config.json"
         )
     return ImageSpec(
         size=height,
