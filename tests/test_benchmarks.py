@@ -24,6 +24,7 @@ TOY = {
     "accumulate": "--num 4 --micro 2",
     "allocator": "--rounds 1 --batch-size 2",
     "attention": "--rounds 1 --shapes 1",
+    "busy": "--rounds 1 --seconds 0.1",
     "decode": "--sizes 64x48 --images 2 --rounds 1",
     "embed": "--images 8 --batch-size 4 --workers 1 --rounds 1",
     "loader": "--samples 96 --workers 1 --batch-size 8 --rounds 1",

@@ -3,6 +3,7 @@
 Nothing heavy is imported before a verb is known, so that --help is immediate.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,12 +28,17 @@ from threetowers.export.formats import FORMATS, formats_help
 from threetowers.recipes import PRESETS
 
 STOPPED = 75  # stopped on request; the same command continues
+SPINS = 1_000
+"""Turns that a thread of GNU OpenMP waits actively at a barrier. By default it waits so long that a run beside one busy
+process falls to a fraction of its speed; see benchmarks/busy.py. Results do not depend on it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `threetowers`; exits with 0 or the code of what went wrong, without a traceback of a mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read once, when torch is imported
         # as an interrupt from the keyboard, until a training run handles them
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.default_int_handler)
