@@ -1,6 +1,7 @@
 """A folder of images with a text file beside each, or with one subfolder per class."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -26,6 +27,8 @@ _NO_CAPTIONS = {
 }  # fmt: skip
 """Names of .txt files at the top of a folder that are about the folder, not about an image."""
 
+_CAPTIONS = re.compile(r"(?i).*captions?.*\.json|dataset_.*\.json|.*\.token|captions\.txt")
+
 
 def open_folder(path: str | Path) -> FileSource:
     """The images below a folder: with captions from `NAME.txt` beside them, else one class per subfolder.
@@ -43,20 +46,35 @@ def open_folder(path: str | Path) -> FileSource:
         return source.fill(_captioned(source, images))
     left_out[:] = [problem for problem in left_out if problem.reason != "no image"]
     classes = sorted({image.split("/")[0] for image, _ in images if "/" in image})
-    tables = tables_in(folder)
+    tables = tables_in(folder) or _captions_in(folder)
     if len(classes) < 2:
         tables = tables or [table for sub in sorted(folder.glob("*/")) for table in tables_in(sub)]
     if tables:
         names = [str(table.relative_to(folder)) for table in tables]
+        example = min(tables, key=lambda table: "train" not in table.name)
         raise DataError(
             f"{path} holds {', '.join(names[:8])}, and no image has a .txt beside it; open one of them, for example "
-            f"{tables[0]}"
+            f"{example}"
         )
     if len(classes) < 2:
         return source.fill(_captioned(source, images))
     source.layout = f"folder with {len(classes)} class folders"
     source.class_names = [path_id(name) for name in classes]
     return source.fill(_classified(source, images, {name: label for label, name in enumerate(classes)}))
+
+
+def _captions_in(folder: Path) -> list[Path]:
+    """Files of captions for many images, as COCO, Karpathy and Flickr name them, in a folder and its subfolders.
+
+    Without them `train2017/` and `val2017/` of COCO would be two classes.
+    """
+    files = [
+        *folder.glob("*.*"),
+        *folder.glob("*/*.json"),
+        *folder.glob("*/*.token"),
+        *folder.glob("*/captions.txt"),
+    ]
+    return sorted(file for file in files if _CAPTIONS.fullmatch(file.name) and file.is_file())
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str, list[str]]]:

@@ -12,6 +12,7 @@ _IMAGE_FOLDERS = (
     "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset",
 )  # fmt: skip
 _NUM_TRIED = 100  # names that a folder is recognised by
+_MOST_FOLDERS = 200  # with names of their own that are looked into
 
 
 _ADDRESS = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+://|www\.|data:image/)")
@@ -69,14 +70,32 @@ def image_folders(file: Path) -> list[Path]:
 def image_folder(file: Path, names: Sequence[str]) -> tuple[Path, int]:
     """The folder with most of the names, the first of equals, and how many of the names that were tried it holds.
 
-    After `image_folders`, every folder above the file and the one that the program runs in are tried.
+    After `image_folders`, every folder above the file and the one that the program runs in are tried. Where none of
+    these has any of the names, the only folder below the file's that has some is taken.
     All names are resolved in one folder, since equal names in two folders can be different images.
     """
     above = [*file.resolve().parent.parents[1:], Path.cwd()]
     tried = names[:: max(len(names) // _NUM_TRIED, 1)]
-    hits = {
-        folder: sum(find_file(str(folder), local_path(name)) is not None for name in tried)
-        for folder in [*image_folders(file), *above]
-    }
+
+    def num_hits(folder: Path) -> int:
+        return sum(find_file(str(folder), local_path(name)) is not None for name in tried)
+
+    hits = {folder: num_hits(folder) for folder in [*image_folders(file), *above]}
+    if not any(hits.values()):
+        below = {folder: num for folder in _folders_below(file.parent) if (num := num_hits(folder))}
+        hits |= below if len(below) == 1 else {}
     best = max(hits, key=hits.__getitem__)
     return best, hits[best]
+
+
+def _folders_below(folder: Path) -> list[Path]:
+    """The folders in a folder and in those; at most _MOST_FOLDERS of them, and none that is hidden."""
+    found: list[Path] = []
+    for place, names, _ in os.walk(folder):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        found += [Path(place, name) for name in names]
+        if Path(place) != folder:
+            names.clear()
+        if len(found) > _MOST_FOLDERS:
+            break
+    return found[:_MOST_FOLDERS]

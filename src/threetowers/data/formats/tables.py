@@ -53,8 +53,10 @@ def open_table_parts(path: str | Path, columns: ColumnNames) -> dict[str, Source
 
 def _has_split(file: Path, columns: ColumnNames) -> bool:
     with _readable(file):
-        names = dict.fromkeys(name for _, row in _head(file) for name in row)
-    return split_column(file, list(names), columns) is not None
+        rows = [row for _, row in _head(file)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    some = lambda name: [row[name] for row in rows if name in row]  # noqa: E731
+    return split_column(file, list(names), columns, some) is not None
 
 
 def _read(files: Sequence[Path], columns: ColumnNames, path: Path) -> Merged:
