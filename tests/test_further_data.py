@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from kit.pictures import picture
+from kit.sources import captions
+from threetowers.data.cells import cell_texts
 from threetowers.data.open import open_source, splits
 from threetowers.errors import DataError
 
@@ -30,7 +32,7 @@ def table(path: Path, columns: Mapping[str, Callable[[int], Any]], num: int = 24
     return str(path)
 
 
-def shard(path: Path, members: Mapping[str, bytes | str]) -> str:
+def shard(path: Path, members: Mapping[str, Any]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
@@ -105,3 +107,150 @@ def test_names_that_two_folders_below_have_are_not_guessed(tmp_path: Path) -> No
     path = table(tmp_path / "captions.jsonl", {"image": image, "caption": caption})
     with pytest.raises(DataError, match="missing file: 24"):
         open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("cell", "texts"),
+    [
+        ("b'a dog'", ["a dog"]),
+        ("[b'a dog', b\"it's b\"]", ["a dog", "it's b"]),
+        ("[b'a dog' b'b']", ["a dog", "b"]),
+        (b"a dog", ["a dog"]),
+        ([b"a dog", "b"], ["a dog", "b"]),
+        ('{"0": "a dog", "1": "b"}', ["a dog", "b"]),
+        ({"0": "a dog", "1": "b"}, ["a dog", "b"]),
+    ],
+)
+def test_bytes_and_numbered_items_are_texts(cell: Any, texts: list[str]) -> None:
+    assert cell_texts(cell) == texts
+
+
+@pytest.mark.parametrize("text", ["b'a' and b'b'", "b'", "band", "[b'a', __import__('os')]"])
+def test_what_only_begins_like_bytes_is_a_text(text: str) -> None:
+    assert cell_texts(text) == [text]
+
+
+def test_a_cell_without_a_text_is_named_with_what_it_holds(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    cells = [{"blip": "a dog", "score": 1}, "", "nan", *map(caption, range(24))]
+    source = open_source(table(tmp_path / "t.jsonl", {"image": image, "caption": lambda n: cells[n]}))
+    assert list(map(str, source.problems)) == [
+        "0.png: empty caption (t.jsonl:1: `caption` holds {'blip': 'a dog', 'score': 1})",
+        "1.png: empty caption (t.jsonl:2)",
+        "2.png: empty caption (t.jsonl:3)",
+    ]
+
+
+TEXT_FILES = {
+    b"a dog\nb": ("a dog", "b"),
+    b"\xff\xfe" + "ein gro\u00dfer Hund\r\nb".encode("utf-16-le"): ("ein gro\u00dfer Hund", "b"),
+    b"\xfe\xff" + "a dog".encode("utf-16-be"): ("a dog",),
+    b'["a dog", "b"]\n': ("a dog", "b"),
+    b'{"en": "a dog",\n "de": "b"}': ("a dog", "b"),
+    b"[untitled]\nb": ("[untitled]", "b"),
+}
+
+
+@pytest.mark.parametrize("text", TEXT_FILES)
+def test_text_files_in_utf_16_and_with_a_list_are_read(tmp_path: Path, text: bytes) -> None:
+    put(tmp_path / "folder" / "a.png", picture(0))
+    put(tmp_path / "folder" / "a.txt", text)
+    shard(tmp_path / "a.tar", {"a.png": picture(0), "a.txt": text})
+    for place, id in (("folder", "a.png"), ("a.tar", "a/a")):
+        source = open_source(str(tmp_path / place))
+        assert captions(source) == {id: TEXT_FILES[text]} and not source.problems
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        (["a dog", "b"], ("a dog", "b")),
+        ("a dog", ("a dog",)),
+        ([{"caption": "a dog"}, {"raw": "b"}], ("a dog", "b")),
+    ],
+)
+def test_the_json_of_a_shard_may_be_the_captions_themselves(
+    tmp_path: Path, document: Any, expected: tuple[str, ...]
+) -> None:
+    members = {"a.png": picture(0), "a.json": json.dumps(document)}
+    assert captions(open_source(shard(tmp_path / "a.tar", members))) == {"a/a": expected}
+    with_text = shard(tmp_path / "b.tar", members | {"a.txt": "beside"})
+    assert captions(open_source(with_text)) == {"b/a": ("beside",)}
+
+
+def test_a_list_of_numbers_in_the_json_of_a_shard_is_no_caption(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", {"a.png": picture(0), "a.json": "[[1, 2], [3, 4]]"})
+    with pytest.raises(DataError, match="empty caption"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("text", ["0.txt", "0.caption.txt"])
+def test_images_with_two_endings_of_a_sample_belong_to_its_text(tmp_path: Path, text: str) -> None:
+    members = {"0.rgb.png": picture(0), "0.mask.png": picture(1), text: "a dog"}
+    source = open_source(shard(tmp_path / "a.tar", members))
+    assert captions(source) == {"a/0": ("a dog",)} and source.image(0) == picture(0)
+    assert str(source.problems[0]).startswith("a/0: further image (rgb.png is used; has rgb.png, mask.png")
+
+
+def test_numbered_images_without_captions_are_no_sample_of_a_text(tmp_path: Path) -> None:
+    members = {f"DSC.{n:04d}.png": picture(n) for n in range(3)} | {"DSC.txt": "a dog"}
+    with pytest.raises(DataError, match="no caption: 3"):
+        open_source(shard(tmp_path / "a.tar", members))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        lambda n: {"path": f"{n}.png", "width": 3},
+        lambda n: [f"{n}.png"],
+        lambda n: {"bytes": None, "path": f"{n}.png"},
+        lambda n: [{"file_name": f"{n}.png"}],
+    ],
+)
+def test_paths_of_images_in_objects_and_lists_are_read(tmp_path: Path, cell: Callable[[int], Any]) -> None:
+    pictures(tmp_path)
+    source = open_source(table(tmp_path / "t.jsonl", {"image": cell, "caption": caption}))
+    assert captions(source)["3.png"] == ("thing number 3",) and not source.problems
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        (["0.png", "1.png"], "column `image` holds ['0.png', '1.png']"),
+        (3, "column `image` holds 3"),
+        (None, "column `image` is empty"),
+        ("/9j/" * 2000, "column `image` holds 8000 characters, which are no path; write images in base64"),
+    ],
+)
+def test_a_cell_without_a_path_is_named_with_what_it_holds(tmp_path: Path, cell: Any, said: str) -> None:
+    pictures(tmp_path)
+    path = table(tmp_path / "t.jsonl", {"image": lambda n: cell if n == 2 else image(n), "caption": caption})
+    (problem,) = open_source(path).problems
+    assert problem.reason == "no path" and problem.detail.startswith(said) and len(str(problem)) < 200
+
+
+@pytest.mark.parametrize(("name", "there"), [("a.PNG", "a.png"), ("A", "a.png"), ("sub\\b.jpg", "b.JPG")])
+def test_a_missing_image_is_named_with_the_file_that_is_there(tmp_path: Path, name: str, there: str) -> None:
+    for file in ("a.png", "sub/b.JPG"):
+        put(tmp_path / file, picture(0))
+    path = table(tmp_path / "t.jsonl", {"image": lambda n: (name, "a.png")[n], "caption": caption}, 2)
+    (problem,) = open_source(path).problems
+    assert problem.detail.endswith(f"; there is {there}")
+
+
+@pytest.mark.parametrize("name", ["train.json", "t.jsonl", "T.JSON"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_list_of_objects_is_a_table(tmp_path: Path, name: str, indent: int | None) -> None:
+    pictures(tmp_path / "images")
+    rows = [{"image": image(n // 2), "caption": caption(n)} for n in range(48)]
+    put(tmp_path / name, "\ufeff " + json.dumps([*rows, 3], indent=indent))
+    source = open_source(str(tmp_path / name))
+    assert captions(source)["1.png"] == (caption(2), caption(3)) and len(source) == 24
+    assert list(map(str, source.problems)) == [f"{name}:49: damaged json (not an object)"]
+
+
+def test_a_json_list_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    put(tmp_path / "t.json", '[{"image": "0.png", "caption": "a dog"}, {"image"')
+    with pytest.raises(DataError, match="a damaged one"):
+        open_source(str(tmp_path / "t.json"))

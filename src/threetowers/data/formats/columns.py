@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from threetowers.config import did_you_mean
 from threetowers.data.cells import cell_texts
-from threetowers.data.formats.places import find_file, is_address
+from threetowers.data.formats.places import find_file, image_path, is_address
 from threetowers.data.parts import part_of
 from threetowers.data.source import SPLIT_COLUMN, ColumnNames, is_picture_name
 from threetowers.errors import UsageError
@@ -92,7 +92,8 @@ def find_columns(path: Path, rows: Sequence[Mapping[str, Any]], columns: ColumnN
         if column not in names:
             raise UsageError(f"{path}: there is no column `{column}`{_hint(column, names)}")
     cells = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
-    image = columns.image or _path_column(path, cells)
+    paths = {name: [image_path(cell) or cell for cell in cells[name]] for name in names}
+    image = columns.image or _path_column(path, paths)
     if image is None:
         raise UsageError(f"{path}: no column holds paths of images. Name it as image_column. {listed}")
     texts = Captions(path, {name: cells[name] for name in names if name not in (image, split)})
@@ -202,7 +203,7 @@ def _content(cells: Sequence[Any]) -> _Content:
     texts = [text for cell in cells for text in cell_texts(cell) if text.strip()]
     if not texts:
         return _Content()
-    if not any(isinstance(cell, str | list | dict) for cell in cells):
+    if not any(isinstance(cell, str | bytes | list | dict) for cell in cells):
         return _Content(len(texts), len(set(texts)), "values")
     kinds = [_kind(text.strip()) for text in texts]
     kind = max(dict.fromkeys(["texts", *kinds]), key=kinds.count)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from threetowers.data.cells import file_texts
 from threetowers.data.formats.files import FileSource, path_id
 from threetowers.data.formats.rows import tables_in
 from threetowers.data.source import (
@@ -168,7 +169,7 @@ def _captioned(source: FileSource, images: list[tuple[str, str]]) -> Iterator[tu
         except OSError as error:
             source.add_problem(image, "unreadable", f"{error.filename}: {error.strerror}")
             continue
-        captions, damaged = clean_captions(text.split("\n"))
+        captions, damaged = clean_captions(file_texts(text))
         if damaged:
             source.add_problem(image, "caption is not UTF-8")
         if captions:

@@ -6,11 +6,15 @@ import stat
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from threetowers.data.source import is_picture_name
 
 _IMAGE_FOLDERS = (
     "images", "Images", "train2017", "val2017", "train2014", "val2014",
     "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset",
 )  # fmt: skip
+_PATH_KEYS = ("path", "image_path", "file_path", "filepath", "file_name", "filename", "file", "image", "name")
 _NUM_TRIED = 100  # names that a folder is recognised by
 _MOST_FOLDERS = 200  # with names of their own that are looked into
 
@@ -30,6 +34,28 @@ def local_path(text: str) -> str:
         path = re.sub(r"(?i)^file:(//[^/]*)?", "", text).encode("utf-8", "surrogateescape")
         return os.fsdecode(re.sub(rb"%([0-9A-Fa-f]{2})", lambda byte: bytes.fromhex(byte[1].decode()), path))
     return os.path.expanduser(text) if text.startswith("~") else text  # noqa: PTH111 - a Path costs more
+
+
+def image_path(cell: Any) -> str | None:
+    """The path in a cell: a text, an object that has it under a usual key, or a list of one of these; else None."""
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, list | tuple) and len(cell) == 1:
+        return image_path(cell[0])
+    paths = (cell.get(key) for key in _PATH_KEYS) if isinstance(cell, dict) else ()
+    return next((path for path in paths if isinstance(path, str)), None)
+
+
+def near_file(folder: str, path: str) -> str | None:
+    """A file that a path may have meant: one with its name in other case, or with an ending after it."""
+    place = Path(folder, local_path(path).replace("\\", "/"))
+    try:
+        names = sorted(os.listdir(place.parent))  # noqa: PTH208 - names are enough
+    except (OSError, ValueError):
+        return None
+    plain = place.name.lower()
+    same = (name for name in names if name.lower() == plain or name.rpartition(".")[0].lower() == plain)
+    return next((name for name in same if is_picture_name(name)), None)
 
 
 def find_file(folder: str, path: str) -> tuple[str, int] | None:

@@ -12,7 +12,7 @@ from threetowers.data.formats.files import FileSource
 from threetowers.data.formats.folders import has_captions, image_names
 from threetowers.data.formats.merge import Merged
 from threetowers.data.formats.parquet_images import open_parquet_images, parquet_image_parts
-from threetowers.data.formats.places import find_file, image_folder, is_address, local_path
+from threetowers.data.formats.places import find_file, image_folder, image_path, is_address, local_path
 from threetowers.data.formats.rows import TABLE_ENDINGS, Row, read_rows, spread_rows, tables_in
 from threetowers.data.parts import check_known, part_of, subsets
 from threetowers.data.source import ANY_COLUMNS, ColumnNames, Format, Source, check_parts
@@ -115,7 +115,7 @@ def _readable(file: Path) -> Iterator[None]:
 
 def _folder(table: Path, head: list[Row], image_column: str) -> Path:
     """The folder that the paths in a table are relative to."""
-    cells = [cell for _, row in head if isinstance(cell := row.get(image_column), str) and cell.strip()]
+    cells = [cell for _, row in head if (cell := image_path(row.get(image_column))) and cell.strip()]
     names = [cell for cell in cells if not is_address(cell)]
     if not names or any(find_file(str(table.parent), local_path(name)) for name in names):
         return table.parent
@@ -128,8 +128,8 @@ def _check_addresses(file: Path, merged: Merged, column: str) -> None:
     if len(merged.addresses) <= len(merged.files):
         return
     raise DataError(
-        f"{file}: its column `{column}` holds {len(merged.addresses)} addresses, for example {merged.addresses[0]}, "
-        f"and nothing is fetched from them. Download the images first, for example with img2dataset --url_list {file} "
+        f"{file}: its column `{column}` holds {len(merged.addresses)} addresses, for example "
+        f"{merged.addresses[0][:80]}, and nothing is fetched from them. Download the images first, for example with img2dataset --url_list {file} "
         f"--url_col {column} --output_folder shards --output_format webdataset, and give its folder"
     )
 
