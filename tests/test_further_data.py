@@ -254,3 +254,93 @@ def test_a_json_list_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "t.json", '[{"image": "0.png", "caption": "a dog"}, {"image"')
     with pytest.raises(DataError, match="a damaged one"):
         open_source(str(tmp_path / "t.json"))
+
+
+def shard_of(path: Path, first: int, num: int = 8) -> None:
+    samples = range(first, first + num)
+    shard(
+        path,
+        {f"{n}.png": picture(n) for n in samples}
+        | {f"{n}.txt": caption(n) for n in samples}
+        | {"x.txt": "x"},
+    )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cc3m-train-0000", "cc3m-validation-0000", "cc3m-test-0000"),
+        ("train2017/00000", "val2017/00000", "test2017/00000"),
+        ("train_a/00000", "valid_a/00001", "test_a/00002"),
+    ],
+)
+def test_the_names_of_shards_say_their_parts(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for number, name in enumerate(names):
+        shard_of(tmp_path / f"{name}.tar", 100 * number, 8 + number)
+    parts = splits(str(tmp_path))
+    assert list(map(len, parts)) == [8, 9, 10]
+    assert parts[1].record(0).captions == (caption(100),)
+    assert [len(part.problems) for part in parts] == [1, 1, 1]
+    assert "the names of its shards say their parts" in parts[0].layout
+    assert len(splits(str(tmp_path), split_column=None)[1]) < 9
+
+
+@pytest.mark.parametrize(
+    "names", [("a-train-0", "b-train-1"), ("a", "test"), ("train-0", "other"), ("val", "test")]
+)
+def test_other_names_of_shards_are_no_parts(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for number, name in enumerate(names):
+        shard_of(tmp_path / f"{name}.tar", 100 * number)
+    assert len(splits(str(tmp_path), val_fraction=0, test_fraction=0)[0]) == 16
+
+
+@pytest.mark.parametrize("names", [("training", "dev"), ("Train", "Test")])
+def test_folders_of_shards_are_parts_by_all_their_names(tmp_path: Path, names: tuple[str, str]) -> None:
+    for number, name in enumerate(names):
+        shard_of(tmp_path / name / "0.tar", 100 * number, 8 + number)
+    parts = splits(str(tmp_path), val_fraction=0, test_fraction=0)
+    assert sorted(map(len, parts)) == [0, 8, 9] and len(parts[0]) == 8
+
+
+def test_what_lies_beside_shards_is_named(tmp_path: Path) -> None:
+    shard_of(tmp_path / "0.tar", 0)
+    assert "not read" not in open_source(str(tmp_path)).layout
+    pictures(tmp_path, 3)
+    shard_of(tmp_path / "more" / "1.tar", 100)
+    for name in ("2.tar.part", "0_stats.json.bak", "x.parquet"):
+        put(tmp_path / name, "")
+    layout = open_source(str(tmp_path)).layout
+    assert layout.endswith("; not read: 3 images beside the shards, 1 shards in subfolders, 2.tar.part")
+    assert "not read" not in open_source(str(tmp_path / "0.tar")).layout
+
+
+def test_a_table_beside_images_with_texts_is_named(tmp_path: Path) -> None:
+    pictures(tmp_path, 3)
+    for number in range(3):
+        put(tmp_path / f"{number}.txt", caption(number))
+    table(tmp_path / "captions.jsonl", {"image": image, "caption": caption})
+    assert "not read: captions.jsonl" in open_source(str(tmp_path)).layout
+
+
+@pytest.mark.parametrize("beside", ["README.md", "__MACOSX/x", ".DS_Store"])
+def test_parts_in_the_only_folder_of_an_archive_are_kept(tmp_path: Path, beside: str) -> None:
+    put(tmp_path / beside, "")
+    for number, part in enumerate(("train", "val", "test")):
+        pictures(tmp_path / "set" / part, 5, 100 * number)
+        table(tmp_path / "set" / part / "metadata.jsonl", {"image": image, "caption": caption}, 5)
+    assert list(map(len, splits(str(tmp_path)))) == [5, 5, 5]
+    assert len(open_source(str(tmp_path))) == 15
+
+
+def test_a_folder_that_holds_only_a_link_to_itself_ends(tmp_path: Path) -> None:
+    (tmp_path / "again").symlink_to(tmp_path)
+    with pytest.raises(DataError):
+        open_source(str(tmp_path))
+
+
+def test_a_file_of_captions_beside_the_only_folder_is_named(tmp_path: Path) -> None:
+    pictures(tmp_path / "images" / "train", 3)
+    pictures(tmp_path / "images" / "val", 3)
+    put(tmp_path / "captions.json", "{}")
+    with pytest.raises(DataError, match=r"for example .*captions\.json"):
+        open_source(str(tmp_path))

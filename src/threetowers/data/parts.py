@@ -3,6 +3,7 @@
 import bisect
 import hashlib
 import itertools
+import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,12 @@ def part_of(name: Any) -> str | None:
     """The part that a name means: train, val or test; None for any other name."""
     plain = str(name).strip().lower()
     return next((part for part, names in PART_NAMES.items() if plain in names), None)
+
+
+def name_part(name: str) -> str | None:
+    """The part that a word in a name says, as in `cc3m-train-0000` and `val2017/00000`; None for none or several."""
+    parts = {part_of(word) for word in re.split(r"[^A-Za-z]+", name)} - {None}
+    return parts.pop() if len(parts) == 1 else None
 
 
 def check_known(path: str, column: str | None, unknown: Mapping[str, int]) -> None:

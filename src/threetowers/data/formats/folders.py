@@ -44,10 +44,12 @@ def open_folder(path: str | Path) -> FileSource:
         folder.resolve().name, "folder of images with .txt files", str(folder), _problems=left_out
     )
     if any(text for _, text in images):
+        if unused := tables_in(folder):
+            source.layout += f"; not read: {', '.join(table.name for table in unused[:8])}"
         return source.fill(_captioned(source, images))
     left_out[:] = [problem for problem in left_out if problem.reason != "no image"]
     classes = sorted({image.split("/")[0] for image, _ in images if "/" in image})
-    tables = tables_in(folder) or _captions_in(folder)
+    tables = tables_in(folder) or captions_in(folder)
     if len(classes) < 2:
         tables = tables or [table for sub in sorted(folder.glob("*/")) for table in tables_in(sub)]
     if tables:
@@ -64,7 +66,7 @@ def open_folder(path: str | Path) -> FileSource:
     return source.fill(_classified(source, images, {name: label for label, name in enumerate(classes)}))
 
 
-def _captions_in(folder: Path) -> list[Path]:
+def captions_in(folder: Path) -> list[Path]:
     """Files of captions for many images, as COCO, Karpathy and Flickr name them, in a folder and its subfolders.
 
     Without them `train2017/` and `val2017/` of COCO would be two classes.

@@ -14,7 +14,7 @@ from threetowers.data.formats.merge import Merged
 from threetowers.data.formats.parquet_images import open_parquet_images, parquet_image_parts
 from threetowers.data.formats.places import find_file, image_folder, image_path, is_address, local_path
 from threetowers.data.formats.rows import TABLE_ENDINGS, Row, read_rows, spread_rows, tables_in
-from threetowers.data.parts import check_known, part_of, subsets
+from threetowers.data.parts import check_known, name_part, subsets
 from threetowers.data.source import ANY_COLUMNS, ColumnNames, Format, Source, check_parts
 from threetowers.errors import BadSample, DataError
 
@@ -129,7 +129,8 @@ def _check_addresses(file: Path, merged: Merged, column: str) -> None:
         return
     raise DataError(
         f"{file}: its column `{column}` holds {len(merged.addresses)} addresses, for example "
-        f"{merged.addresses[0][:80]}, and nothing is fetched from them. Download the images first, for example with img2dataset --url_list {file} "
+        f"{merged.addresses[0][:80]}, and nothing is fetched from them. Download the images first, for example with "
+        f"img2dataset --url_list {file} "
         f"--url_col {column} --output_folder shards --output_format webdataset, and give its folder"
     )
 
@@ -169,8 +170,7 @@ def _piece(table: Path) -> str:
 
 def file_part(table: Path) -> str | None:
     """The part that a file's name says, as `train-00000-of-00002.parquet` and `captions_val.csv` do."""
-    parts = {part_of(word) for word in re.split(r"[^A-Za-z]+", table.stem)} - {None}
-    return parts.pop() if len(parts) == 1 else None
+    return name_part(table.stem)
 
 
 TABLES = Format(
