@@ -344,3 +344,48 @@ def test_a_file_of_captions_beside_the_only_folder_is_named(tmp_path: Path) -> N
     put(tmp_path / "captions.json", "{}")
     with pytest.raises(DataError, match=r"for example .*captions\.json"):
         open_source(str(tmp_path))
+
+
+SIDECARS = {
+    "{}.caption": "a dog {}",
+    "{}.png.txt": "a dog {}",
+    "{}.json": '{{"caption": "a dog {}", "tags": "x"}}',
+    "{}.JSON": '["a dog {}"]',
+}
+
+
+@pytest.mark.parametrize("name", SIDECARS)
+def test_captions_beside_images_have_other_endings(tmp_path: Path, name: str) -> None:
+    for folder in ("10_dog", "5_cat"):  # which would be classes
+        pictures(tmp_path / folder, 3)
+        for number in range(3):
+            put(tmp_path / folder / name.format(number), SIDECARS[name].format(number))
+    source = open_source(str(tmp_path))
+    assert captions(source)["5_cat/2.png"] == ("a dog 2",) and len(source) == 6 and not source.problems
+
+
+def test_of_several_files_beside_an_image_the_txt_is_read_first(tmp_path: Path) -> None:
+    pictures(tmp_path, 3)
+    for number, endings in enumerate((("txt", "caption", "json"), ("caption", "json"), ("json",))):
+        for ending in endings:
+            put(tmp_path / f"{number}.{ending}", '{"text": "json"}' if ending == "json" else ending)
+    assert captions(open_source(str(tmp_path))) == {
+        "0.png": ("txt",),
+        "1.png": ("caption",),
+        "2.png": ("json",),
+    }
+
+
+def test_json_without_captions_leaves_folders_classes(tmp_path: Path) -> None:
+    for folder in ("cat", "dog"):
+        pictures(tmp_path / folder, 3)
+        put(tmp_path / folder / "0.json", '{"shapes": [], "imageHeight": 3}')
+    assert open_source(str(tmp_path)).class_names == ["cat", "dog"]
+
+
+def test_an_image_whose_json_has_no_caption_is_named(tmp_path: Path) -> None:
+    pictures(tmp_path, 2)
+    put(tmp_path / "0.txt", "a dog")
+    put(tmp_path / "1.json", '{"blip": "a cat"}')
+    (problem,) = open_source(str(tmp_path)).problems
+    assert str(problem) == "1.png: empty caption (1.json holds no text under a usual key)"

@@ -19,6 +19,20 @@ TEXT_KEYS = (
 )
 """Keys that an object has its text under, the most usual first."""
 
+CAPTION_KEYS = (
+    "captions",
+    "caption",
+    "text",
+    "TEXT",
+    "sentence",
+    "description",
+    "title",
+    "alt",
+    "alt_text",
+    "prompt",
+)
+"""Keys of a sample's json that can hold its captions, the first that does counts."""
+
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 _OPENINGS = {
     *_BRACKETS,
@@ -45,6 +59,18 @@ def cell_texts(cell: Any) -> list[str]:
         written = _read_written(cell.strip())
         return [cell] if written is None else written
     return _texts(cell, 0)
+
+
+def json_texts(text: str) -> list[str]:
+    """The captions in the json of one image: under the first of CAPTION_KEYS that has any, or the whole of it."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(document, dict):
+        items = document if isinstance(document, list) else [document]
+        return cell_texts(items) if all(isinstance(item, str | dict) for item in items) else []
+    return next((texts for key in CAPTION_KEYS if (texts := cell_texts(document.get(key)))), [])
 
 
 def _texts(value: Any, depth: int) -> list[str]:

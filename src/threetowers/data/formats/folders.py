@@ -1,12 +1,13 @@
 """A folder of images with a text file beside each, or with one subfolder per class."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from threetowers.data.cells import file_texts
+from threetowers.data.cells import file_texts, json_texts
 from threetowers.data.formats.files import FileSource, path_id
 from threetowers.data.formats.rows import tables_in
 from threetowers.data.source import (
@@ -20,6 +21,7 @@ from threetowers.data.source import (
 from threetowers.errors import BadSample, DataError
 
 _NUM_LOOKED_AT = 1000
+_NUM_JSON = 20  # of which one has to hold captions
 _NO_CAPTIONS = {
     "about", "attribution", "authors", "captions", "categories", "changelog", "changes", "classes", "classnames",
     "copying", "credits", "description", "files", "index", "info", "labels", "licence", "license", "licenses", "list",
@@ -28,13 +30,16 @@ _NO_CAPTIONS = {
 }  # fmt: skip
 """Names of .txt files at the top of a folder that are about the folder, not about an image."""
 
+_RANKS = {"txt": 3, "caption": 2, "json": 1}
+"""Endings of the files beside images that hold their captions; of several the first is read."""
 _CAPTIONS = re.compile(r"(?i).*captions?.*\.json|dataset_.*\.json|.*\.token|captions\.txt")
 
 
 def open_folder(path: str | Path) -> FileSource:
     """The images below a folder: with captions from `NAME.txt` beside them, else one class per subfolder.
 
-    A `.txt` file holds one caption per line. Classes are the sorted names of at least two subfolders.
+    A `.txt` file holds one caption per line. Without one, `NAME.caption`, `NAME.json` and `NAME.jpg.txt` are read.
+    Classes are the sorted names of at least two subfolders.
     Raises DataError when the folder holds tables instead, or a subfolder cannot be read.
     """
     folder = Path(path)
@@ -43,7 +48,7 @@ def open_folder(path: str | Path) -> FileSource:
     source = FileSource(
         folder.resolve().name, "folder of images with .txt files", str(folder), _problems=left_out
     )
-    if any(text for _, text in images):
+    if _has_texts(folder, images):
         if unused := tables_in(folder):
             source.layout += f"; not read: {', '.join(table.name for table in unused[:8])}"
         return source.fill(_captioned(source, images))
@@ -110,17 +115,18 @@ def image_files(folder: Path, left_out: list[BadSample]) -> Iterator[tuple[str, 
     """
     for parent, prefix, names in _walk(folder):
         parted = [(name, *_stem_and_ending(name)) for name in sorted(names)]
-        texts = {stem: name for name, stem, ending in reversed(parted) if ending == "txt"}  # .txt before .TXT
+        ranked = sorted(parted, key=lambda each: -_RANKS.get(each[2], 0))  # .txt before .TXT before .json
+        texts = {stem: name for name, stem, ending in reversed(ranked) if ending in _RANKS}
         images = {stem for _, stem, ending in parted if ending in IMAGE_ENDINGS}
         others = {stem for _, stem, ending in parted if ending in PICTURE_ENDINGS} - images
         for name, stem, ending in parted:
             if ending in IMAGE_ENDINGS:
-                yield prefix + name, texts.get(stem, "")
+                yield prefix + name, texts.get(stem) or texts.get(name, "")
             elif stem in images:
                 continue  # its caption, or the same picture in another format
             elif ending in PICTURE_ENDINGS:
                 left_out.append(_unread(prefix + name, texts.get(stem, "")))
-            elif ending == "txt" and stem not in others:
+            elif ending == "txt" and stem not in others and not is_image_name(stem):
                 if prefix or ((images or others) and stem.lower() not in _NO_CAPTIONS):
                     detail = "a text file without an image of the same name"
                     left_out.append(BadSample(path_id(prefix + name), "no image", detail))
@@ -153,6 +159,26 @@ def has_captions(folder: Path) -> bool:
     return False
 
 
+def _texts_of(path: Path) -> list[str]:
+    """The captions in a file beside an image, not yet cleaned; raises OSError."""
+    text = decode_text(path.read_bytes())
+    return json_texts(text) if path.suffix.lower() == ".json" else file_texts(text)
+
+
+def _has_texts(folder: Path, images: list[tuple[str, str]]) -> bool:
+    """Whether captions lie beside images. A .json may hold anything, so that one with captions has to be found."""
+    num_json = 0
+    for image, text in images:
+        num_json += bool(text)
+        if text and not text.lower().endswith(".json"):
+            return True
+        if text and num_json <= _NUM_JSON:
+            with contextlib.suppress(OSError):
+                if clean_captions(_texts_of(Path(folder, image).with_name(text)))[0]:
+                    return True
+    return False
+
+
 def _unread(path: str, text: str) -> BadSample:
     caption = f", its caption is {text}" if text else ""
     detail = f"read are {', '.join(IMAGE_ENDINGS)}; convert it{caption}"
@@ -166,18 +192,21 @@ def _captioned(source: FileSource, images: list[tuple[str, str]]) -> Iterator[tu
             continue
         path = os.path.join(source.folder, image)  # noqa: PTH118 - Paths would take a third of the time
         try:
-            text = decode_text(Path(os.path.dirname(path), text_name).read_bytes())  # noqa: PTH120
+            texts = _texts_of(Path(os.path.dirname(path), text_name))  # noqa: PTH120
             size = os.stat(path).st_size  # noqa: PTH116
         except OSError as error:
             source.add_problem(image, "unreadable", f"{error.filename}: {error.strerror}")
             continue
-        captions, damaged = clean_captions(file_texts(text))
+        captions, damaged = clean_captions(texts)
         if damaged:
             source.add_problem(image, "caption is not UTF-8")
         if captions:
             yield image, size, "\n".join(captions), -1
         else:
-            source.add_problem(image, "empty caption")
+            detail = (
+                "" if text_name.lower().endswith(".txt") else f"{text_name} holds no text under a usual key"
+            )
+            source.add_problem(image, "empty caption", detail)
 
 
 def _classified(

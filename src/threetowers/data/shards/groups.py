@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from threetowers.data.cells import cell_texts, file_texts
+from threetowers.data.cells import CAPTION_KEYS, cell_texts, file_texts
 from threetowers.data.copies import middle, middle_key
 from threetowers.data.shards.tar import MAX_TEXT_BYTES, Member, walk
 from threetowers.data.source import IMAGE_ENDINGS, REMARKS, clean_captions, decode_text
@@ -21,19 +21,6 @@ from threetowers.errors import BadSample
 PREFERRED_ENDINGS = ("jpg", "png", "jpeg", "webp")
 """Which image of a sample is used, in open_clip's order; after these come other endings in the order of the shard."""
 _RANKS = {ending: rank for rank, ending in enumerate(PREFERRED_ENDINGS)}
-CAPTION_KEYS = (
-    "captions",
-    "caption",
-    "text",
-    "TEXT",
-    "sentence",
-    "description",
-    "title",
-    "alt",
-    "alt_text",
-    "prompt",
-)
-"""Keys of a sample's json that can hold its captions, the first that does counts."""
 _TEXT_ENDINGS = ("txt", "json", "cls")
 _SHOWN_MEMBERS = 8
 
