@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from kit.pictures import picture
 from kit.sources import captions
 from threetowers.data.cells import cell_texts
 from threetowers.data.open import open_source, splits
-from threetowers.errors import DataError
+from threetowers.errors import DataError, UsageError
 
 
 def put(path: Path, content: bytes | str) -> None:
@@ -389,3 +391,34 @@ def test_an_image_whose_json_has_no_caption_is_named(tmp_path: Path) -> None:
     put(tmp_path / "1.json", '{"blip": "a cat"}')
     (problem,) = open_source(str(tmp_path)).problems
     assert str(problem) == "1.png: empty caption (1.json holds no text under a usual key)"
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    put(tmp_path / "0.tar", "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n")
+    with pytest.raises(DataError, match="git lfs pull"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["tar", "jsonl", "parquet"])
+def test_missing_files_of_a_counted_set_are_said(tmp_path: Path, kind: str) -> None:
+    pictures(tmp_path / "data" / "images", 8)
+    for number in (0, 2):
+        name = tmp_path / "data" / f"train-{number:05d}-of-00003.{kind}"
+        if kind == "tar":
+            shard_of(name, 10 * number)
+        elif kind == "jsonl":
+            table(name, {"image": image, "caption": caption}, 8)
+        else:
+            rows = [{"image": {"bytes": picture(n)}, "caption": caption(n)} for n in range(8)]
+            parquet.write_table(pyarrow.Table.from_pylist(rows), name)
+    said = "only 2 of the 3 files train-* are there"
+    assert said in open_source(str(tmp_path / "data")).layout
+    (tmp_path / "data" / f"train-00001-of-00003.{kind}").write_bytes(name.read_bytes())
+    assert said not in open_source(str(tmp_path / "data")).layout
+
+
+def test_an_image_in_a_list_in_a_cell_is_no_missing_file(tmp_path: Path) -> None:
+    rows = [{"images": [{"bytes": picture(n), "path": image(n)}], "caption": caption(n)} for n in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    with pytest.raises((DataError, UsageError), match=r"no column holds paths of images|no path: 3"):
+        open_source(str(tmp_path / "t.parquet"))

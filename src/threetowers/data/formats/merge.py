@@ -1,6 +1,7 @@
 """Merges the rows of tables and annotation files by image."""
 
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from threetowers.data.formats.rows import Row
 from threetowers.data.parts import PART_NAMES, part_of
 from threetowers.data.source import MISSING_CAPTIONS, clean_captions
 
-_LONGEST_PATH = 4096
+_LONGEST_PATH = 1024
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother = 70, 40
 _EMPTY = "is empty"
 _NUM_HINTS = 10  # missing files for which a similar name is looked for
 
@@ -25,8 +28,7 @@ def _held(cell: object) -> str:
         return _EMPTY
     if isinstance(cell, str) and len(cell) > _LONGEST_PATH:
         return f"holds {len(cell)} characters, which are no path; write images in base64 to files first"
-    text = repr(cell)
-    return f"holds {text[:80]}{'…' if len(text) > 80 else ''}"
+    return f"holds {_SHORT.repr(cell)}"
 
 
 @dataclass

@@ -42,7 +42,8 @@ def image_path(cell: Any) -> str | None:
         return cell
     if isinstance(cell, list | tuple) and len(cell) == 1:
         return image_path(cell[0])
-    paths = (cell.get(key) for key in _PATH_KEYS) if isinstance(cell, dict) else ()
+    in_cell = isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes)  # the image itself
+    paths = (cell.get(key) for key in _PATH_KEYS) if isinstance(cell, dict) and not in_cell else ()
     return next((path for path in paths if isinstance(path, str)), None)
 
 

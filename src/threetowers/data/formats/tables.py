@@ -14,7 +14,7 @@ from threetowers.data.formats.merge import Merged
 from threetowers.data.formats.parquet_images import open_parquet_images, parquet_image_parts
 from threetowers.data.formats.places import find_file, image_folder, image_path, is_address, local_path
 from threetowers.data.formats.rows import TABLE_ENDINGS, Row, read_rows, spread_rows, tables_in
-from threetowers.data.parts import check_known, name_part, subsets
+from threetowers.data.parts import check_known, missing_pieces, name_part, subsets
 from threetowers.data.source import ANY_COLUMNS, ColumnNames, Format, Source, check_parts
 from threetowers.errors import BadSample, DataError
 
@@ -86,6 +86,8 @@ def _read(files: Sequence[Path], columns: ColumnNames, path: Path) -> Merged:
             part = file_part(file) if by_name else None
             merged.add(file.name, read_rows(file, problems), each, prefix=prefix, part=part)
     _check_addresses(files[0], merged, found[0].image)
+    if path.is_dir():
+        source.layout += missing_pieces([file.name for file in files])
     if unused := [table.name for table in tables_in(files[0].parent) if path.is_dir() and table not in files]:
         source.layout += f"; not read: {', '.join(unused)}"
     if path.is_dir() and path == folder:

@@ -17,7 +17,7 @@ from typing import overload
 import numpy as np
 
 from threetowers.data.copies import describe_copies, middle_key
-from threetowers.data.parts import PART_NAMES
+from threetowers.data.parts import PART_NAMES, missing_pieces
 from threetowers.data.shards.groups import Reading
 from threetowers.data.shards.handles import read_extent
 from threetowers.data.shards.index import Shard, TarIndex
@@ -133,7 +133,8 @@ def open_shards(path: str, caption_keys: tuple[str, ...] = ()) -> ShardSource:
         template.replace("{c}", "{}")
         for template in _lines_beside(places[0], folder, "zeroshot_classification_templates.txt")
     ]
-    beside = not_read(Path(path)) if Path(path).is_dir() and Path(path) == Path(places[0]).parent else ""
+    beside = missing_pieces([Path(stem).name for stem in stems]) if Path(path).is_dir() else ""
+    beside += not_read(Path(path)) if Path(path).is_dir() and Path(path) == Path(places[0]).parent else ""
     name = Path(stems[0]).name if len(places) == 1 else folder_name(folder)
     title = f"indexing {name}"
     reading = Reading(len(class_names), caption_keys)
