@@ -128,7 +128,7 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
                 ("photos/dataset_photos.json", "no image has a .txt", "open one of them"),
                 (remove("photos/*.csv"), write("photos/dataset_photos.json", "{}"))),
         Mistake("captions in objects without a usual key", TRAIN, 3,
-                ("photos/captions.csv", "empty caption: 40", "captions.csv:2", '`caption` holds \'{"blip": "a photo"}\''),
+                ("photos/captions.csv", "empty caption: 40", "captions.csv:2", '`caption` holds \'{"blip"'),
                 (rows_of("image,caption", lambda n: f'{n:02d}.jpg,"{{""blip"": ""a photo""}}"'),)),
         Mistake("images in the cells of a table in base64", TRAIN, 3,
                 ("photos/captions.csv", "no path: 40", "captions.csv:2", "8000 characters", "to files first"),

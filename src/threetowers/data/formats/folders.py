@@ -224,7 +224,7 @@ def _classified(
 
 
 FOLDERS = Format(
-    have="a folder of images with a `.txt` beside each",
+    have="a folder of images with a `.txt`, `.caption` or `.json` beside each",
     give="the folder",
     accepts=lambda path: Path(path).is_dir(),
     open=lambda path, columns, opener: open_folder(path),

@@ -176,7 +176,7 @@ def file_part(table: Path) -> str | None:
 
 
 TABLES = Format(
-    have="a CSV, TSV, JSONL or parquet table with image paths, or images in parquet, and one or more captions",
+    have="a CSV, TSV, JSON, JSONL or parquet table with image paths, or images in parquet, and one or more captions",
     give="its path, or the folder that holds it; a `split` column and tables named `train`, `val`, `test` are kept",
     accepts=lambda path: bool(table_files(Path(path))),
     open=lambda path, columns, opener: open_table(path, columns),
