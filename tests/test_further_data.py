@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from array import array
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from pyarrow import parquet
 from kit.pictures import picture
 from kit.sources import captions
 from threetowers.data.cells import cell_texts
-from threetowers.data.open import open_source, splits
+from threetowers.data.open import open_source, split, splits
+from threetowers.data.source import Drawn, Subset
 from threetowers.errors import DataError, UsageError
 
 
@@ -422,3 +424,32 @@ def test_an_image_in_a_list_in_a_cell_is_no_missing_file(tmp_path: Path) -> None
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     with pytest.raises((DataError, UsageError), match=r"no column holds paths of images|no path: 3"):
         open_source(str(tmp_path / "t.parquet"))
+
+
+def test_a_part_of_shards_is_divided_by_the_stored_hashes_as_by_its_ids(tmp_path: Path) -> None:
+    for number, name in enumerate(("train-0", "test-0", "train-1")):
+        shard_of(tmp_path / f"{name}.tar", 100 * number, 30)
+    train, val, _ = splits(str(tmp_path), val_fraction=0.3)
+    whole = Subset(
+        open_source(str(tmp_path)), array("q", [*range(30, 90)]), "set/train"
+    )  # the names are sorted
+    plain = split(whole, val_fraction=0.3, test_fraction=0.0)
+    assert [captions(part) for part in (train, val)] == [captions(part) for part in plain[:2]]
+    assert len(train) + len(val) == 60 and len(val) > 5
+    assert isinstance(train, Subset) and isinstance(train.source, Drawn)
+
+
+def test_what_is_said_of_equal_images_is_true_of_given_parts(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    put(tmp_path / "copy.png", picture(0))
+    path = table(
+        tmp_path / "t.jsonl",
+        {
+            "image": lambda n: "copy.png" if n == 24 else image(n),
+            "caption": caption,
+            "split": lambda n: "test" if n == 24 else "train",
+        },
+        25,
+    )
+    assert len(splits(path)[2]) == 1
+    assert "parts that are drawn keep them together" in open_source(path).layout

@@ -31,7 +31,7 @@ from threetowers.data.shards.places import (
     stems_of,
 )
 from threetowers.data.shards.remote import is_address, text_beside
-from threetowers.data.source import ColumnNames, Format, Record, Source, Subset, check_parts
+from threetowers.data.source import ColumnNames, Drawn, Format, Record, Source, Subset, check_parts
 from threetowers.errors import BadSample, UsageError
 
 
@@ -178,6 +178,14 @@ def _open(path: str, columns: ColumnNames) -> ShardSource:
     return open_shards(path, columns.captions)
 
 
+class _ShardPart(Subset):
+    """Some of the shards of a set, which knows the stored hashes by which samples are drawn."""
+
+    def split_draws(self, seed: int) -> np.ndarray | None:
+        draws = self.source.split_draws(seed) if isinstance(self.source, Drawn) else None
+        return None if draws is None else draws[np.asarray(self.indices)]
+
+
 def _parts(path: str, columns: ColumnNames) -> dict[str, Source]:
     """The parts that the shards' names say, as `cc3m-train-0000.tar` and `cc3m-validation-0000.tar` do."""
     if columns.split is None or not (labels := parts_by_name(expand(path))):
@@ -198,7 +206,9 @@ def _parts(path: str, columns: ColumnNames) -> dict[str, Source]:
     problems: dict[str, list[BadSample]] = {part: [] for part in indices}
     for problem in source.problems:
         problems[part_of_problem(problem)].append(problem)
-    return {part: Subset(source, indices[part], f"{source.name}/{part}", problems[part]) for part in indices}
+    return {
+        part: _ShardPart(source, indices[part], f"{source.name}/{part}", problems[part]) for part in indices
+    }
 
 
 SHARDS = Format(
