@@ -453,3 +453,23 @@ def test_what_is_said_of_equal_images_is_true_of_given_parts(tmp_path: Path) -> 
     )
     assert len(splits(path)[2]) == 1
     assert "parts that are drawn keep them together" in open_source(path).layout
+
+
+def test_blanks_before_the_quotes_of_a_csv_are_no_part_of_its_fields(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    rows = "".join(f'{n}.png, "a dog, {n}"\n' for n in range(24))
+    put(tmp_path / "t.csv", f"image, caption\n{rows}")
+    source = open_source(str(tmp_path / "t.csv"))
+    assert captions(source)["3.png"] == ("a dog, 3",) and len(source) == 24 and not source.problems
+    put(tmp_path / "u.csv", 'image,caption\n0.png, "red" dog\n1.png, a 5" nail\n')
+    assert captions(open_source(str(tmp_path / "u.csv"))) == {
+        "0.png": ('"red" dog',),
+        "1.png": ('a 5" nail',),
+    }
+
+
+@pytest.mark.parametrize("name", ["*.tar", "0000?.tar"])
+def test_wildcards_are_answered_with_what_to_give(tmp_path: Path, name: str) -> None:
+    shard_of(tmp_path / "00000.tar", 0)
+    with pytest.raises(DataError, match="wildcards mean nothing here: give the folder"):
+        open_source(str(tmp_path / name))
