@@ -64,7 +64,7 @@ def test_a_caption_that_only_looks_like_a_list_stays_text(cell: str) -> None:
         (3, ["3"]),
         (None, []),
         (True, []),
-        (b"a", []),
+        (b"\xff\xd8", []),
     ],
 )
 def test_values_of_json_and_parquet(value: Any, texts: list[str]) -> None:

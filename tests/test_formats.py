@@ -167,7 +167,7 @@ def test_coco_problems_are_named(tmp_path: Path) -> None:
     [
         ("{", "no JSON, or a damaged one"),
         ("[" * 100_000, "no JSON, or a damaged one"),
-        ('[{"image": "a.jpg", "caption": "x"}]', "a list of 1 entries.*JSONL"),
+        ('["a.jpg"]', "no row in it that can be read.*not an object"),
         ("3", "a single value"),
         ('{"model": 1, "x": 2}', "its keys are `model`, `x`"),
         ('{"images": [], "annotations": []}', "annotations hold no `caption`; give the captions file"),

@@ -19,13 +19,27 @@ TEXT_KEYS = (
 )
 """Keys that an object has its text under, the most usual first."""
 
+CAPTION_KEYS = (
+    "captions",
+    "caption",
+    "text",
+    "TEXT",
+    "sentence",
+    "description",
+    "title",
+    "alt",
+    "alt_text",
+    "prompt",
+)
+"""Keys of a sample's json that can hold its captions, the first that does counts."""
+
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 _OPENINGS = {
     *_BRACKETS,
     *" \t\r\n",
     "a",
 }  # first characters of what may be a list; an array begins with its name
-_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_QUOTED = r"""b?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\")"""
 _ITEM = re.compile(rf"({_QUOTED}|None|nan|null|\.\.\.)|[\s,\[\]()]+|array\(|dtype=[\w<>|']+", re.DOTALL)
 _LANGUAGE = re.compile(r"(?!(?:alt|img|key|md5|sha|src|tag|url)\b)[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 _MAX_DEPTH = 8  # lists in lists; nothing that people write is deeper
@@ -41,10 +55,22 @@ def cell_texts(cell: Any) -> list[str]:
     """
     if isinstance(cell, str):
         if cell[:1] not in _OPENINGS:
-            return [cell]
+            return _bytes_texts(cell) if cell[:2] in ("b'", 'b"') else [cell]
         written = _read_written(cell.strip())
         return [cell] if written is None else written
     return _texts(cell, 0)
+
+
+def json_texts(text: str) -> list[str]:
+    """The captions in the json of one image: under the first of CAPTION_KEYS that has any, or the whole of it."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(document, dict):
+        items = document if isinstance(document, list) else [document]
+        return cell_texts(items) if all(isinstance(item, str | dict) for item in items) else []
+    return next((texts for key in CAPTION_KEYS if (texts := cell_texts(document.get(key)))), [])
 
 
 def _texts(value: Any, depth: int) -> list[str]:
@@ -57,7 +83,24 @@ def _texts(value: Any, depth: int) -> list[str]:
         return [text for item in value for text in _texts(item, depth + 1)]
     if isinstance(value, dict):
         return _object_texts(value, depth)
-    return [] if isinstance(value, bool | bytes) else [str(value)]
+    if isinstance(value, bytes):
+        try:
+            return [value.decode()]
+        except UnicodeError:
+            return []
+    return [] if isinstance(value, bool) else [str(value)]
+
+
+def _bytes_texts(cell: str) -> list[str]:
+    """The text in bytes that Python has written, such as `b'a dog'`; any other cell is a text itself."""
+    value = _literal(cell.strip())
+    return (_texts(value, 1) if isinstance(value, bytes) else []) or [cell]
+
+
+def file_texts(text: str) -> list[str]:
+    """The captions in a file's text: those of a list or an object that is the whole file, else one a line."""
+    whole = text.strip()
+    return (_read_written(whole) if whole[:1] in ("[", "{") else None) or text.split("\n")
 
 
 def _object_texts(value: dict[Any, Any], depth: int) -> list[str]:
@@ -66,7 +109,10 @@ def _object_texts(value: dict[Any, Any], depth: int) -> list[str]:
     for key in TEXT_KEYS:
         if key in keys and (texts := _texts(value[keys[key]], depth + 1)):
             return texts
-    languages = set(keys) != {"id"} and all(map(_LANGUAGE.fullmatch, keys))
+    languages = set(keys) != {"id"} and (
+        all(map(_LANGUAGE.fullmatch, keys))
+        or all(map(str.isdigit, keys))  # pandas numbers the items of a list
+    )
     return _texts(list(value.values()), depth) if languages else []
 
 
@@ -107,9 +153,10 @@ def _quoted_items(inner: str) -> list[str] | None:
         if item is None:
             return None
         position, num_items = item.end(), num_items + (item[1] is not None)
-        if item[1] and item[1][0] in "'\"":
+        if item[1] and item[1][-1] in "'\"":
             try:
-                texts.append(ast.literal_eval(item[1].replace("\n", "\\n").replace("\r", "\\r")))
+                value = ast.literal_eval(item[1].replace("\n", "\\n").replace("\r", "\\r"))
+                texts.append(value.decode() if isinstance(value, bytes) else value)
             except (ValueError, SyntaxError):
                 return None
     return texts if num_items else None

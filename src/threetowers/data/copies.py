@@ -137,4 +137,5 @@ def describe_copies(num_copies: int) -> str:
     if not num_copies:
         return ""
     samples = "1 sample repeats" if num_copies == 1 else f"{num_copies:,} samples repeat"
-    return f"; {samples} the image of another (equal images stay in one part and count once in evaluation)"
+    what = "equal images count once in evaluation, and parts that are drawn keep them together"
+    return f"; {samples} the image of another ({what})"

@@ -172,6 +172,8 @@ def split(
 def _siblings(place: Path) -> str:
     """What a mistyped path may have meant: the nearest name in its folder, or that the folder is missing too."""
     folder = place.parent
+    if "*" in place.name or "?" in place.name:
+        return "; wildcards mean nothing here: give the folder, or a range such as '{00000..00011}.tar'"
     if not folder.is_dir():
         return f"; the folder {folder} does not exist either"
     names = sorted(entry.name for entry in folder.iterdir())

@@ -3,7 +3,9 @@
 import bisect
 import hashlib
 import itertools
+import re
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,10 +29,27 @@ KNOWN_PARTS = ", ".join(itertools.chain.from_iterable(PART_NAMES.values()))
 """All names of parts, for error messages."""
 
 
+_PIECE = re.compile(r"-\d+-of-(\d+)\b")
+
+
 def part_of(name: Any) -> str | None:
     """The part that a name means: train, val or test; None for any other name."""
     plain = str(name).strip().lower()
     return next((part for part, names in PART_NAMES.items() if plain in names), None)
+
+
+def name_part(name: str) -> str | None:
+    """The part that a word in a name says, as in `cc3m-train-0000` and `val2017/00000`; None for none or several."""
+    parts = {part_of(word) for word in re.split(r"[^A-Za-z]+", name)} - {None}
+    return parts.pop() if len(parts) == 1 else None
+
+
+def missing_pieces(names: Sequence[str]) -> str:
+    """Which files are not there of sets whose names count them, `train-00000-of-00002`; empty when all are."""
+    pieces = [match for name in names if (match := _PIECE.search(name))]
+    sets = Counter((name.string[: name.start()], int(name[1])) for name in pieces)
+    left = [f"{found} of the {num} files {start}-*" for (start, num), found in sets.items() if found < num]
+    return f"; only {', '.join(left[:4])} are there" if left else ""
 
 
 def check_known(path: str, column: str | None, unknown: Mapping[str, int]) -> None:

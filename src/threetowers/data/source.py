@@ -114,7 +114,12 @@ def clean_captions(texts: Iterable[str]) -> tuple[tuple[str, ...], bool]:
 
 
 def decode_text(data: bytes) -> str:
-    """A text file's content for `clean_captions`: no byte-order mark, invalid bytes as lone surrogates."""
+    """A text file's content for `clean_captions`: no byte-order mark, invalid bytes as lone surrogates.
+
+    It is in UTF-8, or in UTF-16 where it begins with that mark, as Windows writes it.
+    """
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace")
     return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
 
 

@@ -18,7 +18,7 @@ from threetowers.data.formats.columns import Found
 from threetowers.data.formats.files import FileSource
 from threetowers.data.formats.merge import Merged
 from threetowers.data.formats.places import image_folder, image_folders
-from threetowers.data.formats.rows import Row
+from threetowers.data.formats.rows import Row, is_json_list
 from threetowers.data.parts import KNOWN_PARTS, part_of
 from threetowers.data.source import Format, check_parts, decode_text
 from threetowers.errors import BadSample, DataError
@@ -46,7 +46,7 @@ def names_annotations(path: str | Path) -> bool:
     if not path.is_file():
         return False
     if path.suffix.lower() in (".json", ".token"):
-        return True
+        return path.suffix.lower() == ".token" or not is_json_list(path)
     if path.suffix.lower() != ".txt":
         return False
     with path.open("rb") as file:
@@ -132,8 +132,6 @@ def _read(file: Path) -> _Annotations:
 
 def _content(document: Any) -> str:
     """What a JSON document of an unknown format holds, for the error message."""
-    if isinstance(document, list):
-        return f"it is a list of {len(document)} entries, which no caption format is"
     if isinstance(document, dict):
         keys = ", ".join(f"`{key}`" for key in list(document)[:8])
         return f"its keys are {keys or 'none'}, which fit no caption format"

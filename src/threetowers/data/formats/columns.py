@@ -1,14 +1,15 @@
 """Finds the columns of a table that hold images and captions, by name and by content."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from threetowers.config import did_you_mean
 from threetowers.data.cells import cell_texts
-from threetowers.data.formats.places import find_file, is_address
+from threetowers.data.formats.places import find_file, image_path, is_address
+from threetowers.data.parts import part_of
 from threetowers.data.source import SPLIT_COLUMN, ColumnNames, is_picture_name
 from threetowers.errors import UsageError
 
@@ -28,7 +29,12 @@ _CAPTION_NAMES = (
     "alt_text",
     "txt",
 )
+_SPLIT_NAMES = (
+    "splits", "subset", "partition", "set", "part", "fold", "phase", "usage", "mode", "stage", "data_split",
+    "dataset_split", "split_name", "split_type", "train_test_split", "train_val_test", "split_set",
+)  # fmt: skip
 NUM_SNIFFED = 100  # rows at the beginning that columns are recognised by
+_NUM_PARTS = 16  # cells that a column named `subset` or the like is recognised by
 _ENOUGH = 20  # texts from which on it means something that all are the same
 _NUMBER = re.compile(r"[\d\s.,:;+\-/%()\[\]eETZ]+")  # dates and lists of numbers too
 _HASH = re.compile(r"(?=.*\d)(?:[0-9a-fA-F-]{16,}|[0-9A-Za-z+/=]{22,})")
@@ -81,12 +87,13 @@ def find_columns(path: Path, rows: Sequence[Mapping[str, Any]], columns: ColumnN
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     listed = f"Its columns: {', '.join(names)}"
-    split = split_column(path, names, columns)
+    split = split_column(path, names, columns, lambda name: [row[name] for row in rows if name in row])
     for column in columns.captions if columns.image is None else (columns.image, *columns.captions):
         if column not in names:
             raise UsageError(f"{path}: there is no column `{column}`{_hint(column, names)}")
     cells = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
-    image = columns.image or _path_column(path, cells)
+    paths = {name: [image_path(cell) or cell for cell in cells[name]] for name in names}
+    image = columns.image or _path_column(path, paths)
     if image is None:
         raise UsageError(f"{path}: no column holds paths of images. Name it as image_column. {listed}")
     texts = Captions(path, {name: cells[name] for name in names if name not in (image, split)})
@@ -96,15 +103,26 @@ def find_columns(path: Path, rows: Sequence[Mapping[str, Any]], columns: ColumnN
     return Found(image, captions, split, texts.note(captions))
 
 
-def split_column(path: str | Path, names: Sequence[str], columns: ColumnNames) -> str | None:
-    """The column that says each row's part; None without one. Raises UsageError for a name that is not there."""
+def split_column(
+    path: str | Path, names: Sequence[str], columns: ColumnNames, cells: Callable[[str], list[Any]]
+) -> str | None:
+    """The column that says each row's part; None without one. Raises UsageError for a name that is not there.
+
+    cells: the first cells of a column. One named `subset` or the like says the parts where all of these are parts.
+    """
     if columns.split is None:
         return None
     if columns.split in names:
         return columns.split
     if columns.split != SPLIT_COLUMN:
         raise UsageError(f"{path}: there is no column `{columns.split}`{_hint(columns.split, names)}")
-    return next((name for name in names if _plain(name) == SPLIT_COLUMN), None)
+    named = next((name for name in names if _plain(name) == SPLIT_COLUMN), None)
+    if named is not None:
+        return named
+    for name in names:
+        if _plain(name) in _SPLIT_NAMES and (some := cells(name)[:_NUM_PARTS]) and all(map(part_of, some)):
+            return name
+    return None
 
 
 def _hint(column: str, names: Sequence[str]) -> str:
@@ -185,7 +203,7 @@ def _content(cells: Sequence[Any]) -> _Content:
     texts = [text for cell in cells for text in cell_texts(cell) if text.strip()]
     if not texts:
         return _Content()
-    if not any(isinstance(cell, str | list | dict) for cell in cells):
+    if not any(isinstance(cell, str | bytes | list | dict) for cell in cells):
         return _Content(len(texts), len(set(texts)), "values")
     kinds = [_kind(text.strip()) for text in texts]
     kind = max(dict.fromkeys(["texts", *kinds]), key=kinds.count)

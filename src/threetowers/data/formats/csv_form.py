@@ -16,16 +16,18 @@ _NUM_LINES = 50  # that a delimiter is recognised by
 
 @dataclass(frozen=True)
 class CsvForm:
-    """num_skipped: lines before the header; Excel's `sep=;` is one."""
+    """num_skipped: lines before the header; Excel's `sep=;` is one. blanks: they stand between delimiter and quote."""
 
     encoding: str
     delimiter: str
     num_skipped: int = 0
+    blanks: bool = False
 
     def reader(self, lines: Iterable[str], *, strict: bool) -> Any:
         """A csv.reader. Tab-separated files have no quoting."""
-        quoting = csv.QUOTE_NONE if self.delimiter == "\t" else csv.QUOTE_MINIMAL
-        return csv.reader(lines, delimiter=self.delimiter, strict=strict, quoting=quoting)  # type: ignore[arg-type]
+        form: dict[str, Any] = {"quoting": csv.QUOTE_NONE if self.delimiter == "\t" else csv.QUOTE_MINIMAL}
+        form |= {"delimiter": self.delimiter, "skipinitialspace": self.blanks}
+        return csv.reader(lines, strict=strict, **form)
 
 
 def csv_form(path: Path) -> CsvForm:
@@ -41,7 +43,7 @@ def csv_form(path: Path) -> CsvForm:
         return CsvForm(encoding, excel[1], 1)
     found = [delimiter for delimiter in _DELIMITERS if delimiter in header]
     best = max(found, key=lambda d: (_share(lines, d), header.count(d)), default=",")
-    return CsvForm(encoding, best)
+    return CsvForm(encoding, best, blanks=_share(lines, best, blanks=True) > _share(lines, best))
 
 
 def _encoding(path: Path) -> str:
@@ -60,11 +62,11 @@ def _encoding(path: Path) -> str:
     return "utf-8-sig"
 
 
-def _share(lines: list[str], delimiter: str) -> float:
+def _share(lines: list[str], delimiter: str, *, blanks: bool = False) -> float:
     """The share of the first rows that a delimiter divides into as many fields as the header, which are several."""
     rows: list[int] = []
     with contextlib.suppress(csv.Error):  # a field that is too long
-        rows.extend(len(cells) for cells in CsvForm("", delimiter).reader(lines, strict=False))
+        rows.extend(len(cells) for cells in CsvForm("", delimiter, blanks=blanks).reader(lines, strict=False))
     widths = [width for width in rows if width]
     if not widths or widths[0] < 2:
         return -1.0

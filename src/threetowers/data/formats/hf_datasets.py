@@ -17,7 +17,7 @@ import numpy as np
 
 from threetowers.data.cells import cell_texts
 from threetowers.data.copies import describe_copies, middle_key
-from threetowers.data.formats.columns import split_column
+from threetowers.data.formats.columns import NUM_SNIFFED, split_column
 from threetowers.data.formats.hf_columns import find_dataset_columns
 from threetowers.data.parts import PART_NAMES, JoinedSource, check_known, part_of, parts_of, subsets
 from threetowers.data.source import ColumnNames, Format, Record, Source, Texts, check_parts, clean_captions
@@ -112,7 +112,7 @@ def open_dataset_parts(path: str, columns: ColumnNames) -> dict[str, Source]:
     if len(folders) < 2:
         place = place.joinpath(*folders)
         rows = _load(place)
-        if split_column(place, list(rows.features), columns) is None:
+        if _split_column(rows, place, columns) is None:
             return {}
         source, parts = dataset_source(rows, place, columns, folder=place, name=_name(place.resolve()))
         return parts.subsets(source, str(place))
@@ -152,14 +152,23 @@ class RowParts:
         return subsets(source, self.samples, self.problems)
 
 
+def _split_column(rows: Any, place: Path, columns: ColumnNames) -> str | None:
+    return split_column(place, list(rows.features), columns, lambda name: _values(rows, name, NUM_SNIFFED))
+
+
+def _values(rows: Any, column: str, num: int) -> list[str]:
+    """The first values of a column as texts, those of a ClassLabel by name."""
+    cells = rows.select_columns([column])[:num].column(column).to_pylist()
+    names = getattr(rows.features[column], "names", None)
+    return [
+        names[cell] if names and cell is not None and 0 <= cell < len(names) else str(cell) for cell in cells
+    ]
+
+
 def _parts_by_column(rows: Any, column: str | None) -> RowParts:
     if column is None:
         return RowParts()
-    cells = rows.select_columns([column])[:].column(column).to_pylist()
-    names = getattr(rows.features[column], "names", None)  # of a ClassLabel
-    values = [
-        names[cell] if names and cell is not None and 0 <= cell < len(names) else str(cell) for cell in cells
-    ]
+    values = _values(rows, column, rows.num_rows)
     parts = {value: part_of(value) for value in dict.fromkeys(values)}
     unknown = Counter(value for value in values if parts[value] is None)
     return RowParts(column, [parts[value] for value in values], unknown)
@@ -173,7 +182,7 @@ def dataset_source(
     place: what messages name. folder: that image paths are relative to. parts: of the rows, where their files say
     them; else a column can. Raises UsageError for a column that is not there.
     """
-    split = None if parts else split_column(place, list(rows.features), columns)
+    split = None if parts else _split_column(rows, place, columns)
     parts = parts or _parts_by_column(rows, split)
     image, captions, label, note = find_dataset_columns(place, rows, columns, split)
     named = (

@@ -1,6 +1,7 @@
 """Merges the rows of tables and annotation files by image."""
 
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,10 +10,25 @@ from pathlib import Path
 from threetowers.data.cells import cell_texts
 from threetowers.data.formats.columns import Found
 from threetowers.data.formats.files import FileSource
-from threetowers.data.formats.places import find_file, is_address, local_path
+from threetowers.data.formats.places import find_file, image_path, is_address, local_path, near_file
 from threetowers.data.formats.rows import Row
 from threetowers.data.parts import PART_NAMES, part_of
 from threetowers.data.source import MISSING_CAPTIONS, clean_captions
+
+_LONGEST_PATH = 1024
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother = 70, 40
+_EMPTY = "is empty"
+_NUM_HINTS = 10  # missing files for which a similar name is looked for
+
+
+def _held(cell: object) -> str:
+    """What a cell holds that is of no use, in a few words."""
+    if cell is None or (isinstance(cell, str) and cell.strip() in MISSING_CAPTIONS):
+        return _EMPTY
+    if isinstance(cell, str) and len(cell) > _LONGEST_PATH:
+        return f"holds {len(cell)} characters, which are no path; write images in base64 to files first"
+    return f"holds {_SHORT.repr(cell)}"
 
 
 @dataclass
@@ -61,14 +77,17 @@ class Merged:
                     size, before = self.files[file]
                     self.files[file] = size, "\n".join((before, *captions) if before else captions)
                 else:
-                    self.source.add_problem(file, "empty caption", where)
+                    held = ((name, _held(row.get(name))) for name in columns.captions)
+                    odd = "".join(f": `{name}` {what}" for name, what in held if what != _EMPTY)
+                    self.source.add_problem(file, "empty caption", where + odd[:200])
             if len(problems) > len(self.problem_parts):
                 self.problem_parts += [own or "train"] * (len(problems) - len(self.problem_parts))
 
     def _file(self, where: str, cell: object, column: str, prefix: str) -> str:
         """The path on the disk that a cell names; empty when it names none."""
-        if not isinstance(cell, str) or cell.strip() in MISSING_CAPTIONS:
-            self.source.add_problem(where, "no path", f"column `{column}` is empty")
+        given, cell = cell, image_path(cell)
+        if cell is None or cell.strip() in MISSING_CAPTIONS or len(cell) > _LONGEST_PATH:
+            self.source.add_problem(where, "no path", f"column `{column}` {_held(given)}")
             return ""
         known = self._spelled.get(cell)
         if known is not None:
@@ -84,7 +103,10 @@ class Merged:
             self.addresses.append(cell)
             self.source.add_problem(cell, "missing file", f"{where}: an address, and nothing is fetched")
         else:
-            self.source.add_problem(cell, "missing file", f"{where}: {Path(self.source.folder, path)}")
+            few = len(self.source.problems) < _NUM_HINTS
+            near = near_file(self.source.folder, path) if few else None
+            hint = f"; there is {near}" if near else ""
+            self.source.add_problem(cell, "missing file", f"{where}: {Path(self.source.folder, path)}{hint}")
         return self._spelled[cell]
 
     def _set_part(self, file: str, part: str, where: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from threetowers.data.formats.hf_columns import holds_bytes
 from threetowers.data.formats.hf_datasets import DatasetSource, RowParts, dataset_source
+from threetowers.data.parts import missing_pieces
 from threetowers.data.source import ColumnNames, Source
 from threetowers.errors import DataError, UsageError, of_system
 from threetowers.files import cache_folder
@@ -90,6 +91,8 @@ def _read(
     source, parts = dataset_source(
         rows, Path(path), columns, folder=files[0].parent, name=_name(files), parts=parts
     )
+    if Path(path).is_dir():
+        source.layout += missing_pieces([file.name for file in files])
     if failed:
         source.layout += f"; {len(failed)} rows that were not downloaded are left out"
     return source, parts

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from threetowers.data.formats.csv_form import CsvForm, csv_form
-from threetowers.data.source import is_image_name
+from threetowers.data.source import decode_text, is_image_name
 from threetowers.errors import BadSample, DataError, UsageError
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -31,8 +31,8 @@ def read_rows(path: Path, problems: list[BadSample]) -> Iterator[Row]:
     """
     if path.suffix.lower() == ".parquet":
         return _parquet_rows(path)
-    if path.suffix.lower() in _JSON_ENDINGS:
-        return _jsonl_rows(path, problems)
+    if path.suffix.lower() in (*_JSON_ENDINGS, ".json"):
+        return _json_rows(path, problems) if is_json_list(path) else _jsonl_rows(path, problems)
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         return _csv_rows(path, problems)
     raise DataError(
@@ -142,6 +142,25 @@ def _header(path: Path, cells: list[str]) -> list[str]:
     return columns
 
 
+def is_json_list(path: Path) -> bool:
+    """Whether a file begins as a JSON list does."""
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _json_rows(path: Path, problems: list[BadSample]) -> Iterator[Row]:
+    """The objects of a JSON list, counted from 1. Raises DataError when it is damaged."""
+    try:
+        rows = json.loads(decode_text(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: it is no JSON, or a damaged one: {error}. Fetch it again") from error
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            problems.append(BadSample(f"{path.name}:{number}", "damaged json", "not an object"))
+
+
 def _jsonl_rows(path: Path, problems: list[BadSample]) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for line, text in enumerate(file, 1):
@@ -182,7 +201,8 @@ def spread_rows(path: Path, head: list[Row]) -> list[dict[str, Any]]:
     if path.suffix.lower() == ".parquet":
         return _spread_parquet(path)
     size, rows = path.stat().st_size, [row for _, row in head]
-    if size <= _NUM_PLACES * _PLACE_BYTES:
+    whole = path.suffix.lower() not in (".csv", ".tsv", ".txt") and is_json_list(path)
+    if size <= _NUM_PLACES * _PLACE_BYTES or whole:
         return [row for _, row in read_rows(path, [])]
     form = None if path.suffix.lower() in _JSON_ENDINGS else csv_form(path)
     encoding = form.encoding if form else "utf-8"

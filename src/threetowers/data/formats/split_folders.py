@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from threetowers.data.formats.folders import captions_in
+from threetowers.data.formats.rows import tables_in
 from threetowers.data.formats.tables import table_files
 from threetowers.data.parts import JoinedSource, part_of, parts_of
 from threetowers.data.source import ColumnNames, Format, Opener, Source, is_image_name
@@ -17,6 +19,8 @@ def has_split_folders(path: str) -> bool:
     folder = Path(path)
     if not folder.is_dir():
         return False
+    if (within := _within(folder)) is not None:
+        return has_split_folders(str(within))
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     parts = {part_of(name) for name in names}
@@ -30,8 +34,30 @@ def has_split_folders(path: str) -> bool:
     return not (any(map(is_image_name, train)) and table_files(folder))
 
 
+def _within(folder: Path) -> Path | None:
+    """The only folder in a folder without images and tables, which an archive was unpacked into; else None."""
+    with os.scandir(folder) as entries:
+        names = {
+            entry.name: entry.is_dir(follow_symlinks=False)
+            for entry in entries
+            if not entry.name.startswith((".", "__MACOSX"))
+        }
+    folders = [name for name, is_folder in names.items() if is_folder]
+    if (
+        len(folders) != 1
+        or part_of(folders[0]) is not None
+        or tables_in(folder)
+        or captions_in(folder)
+        or any(map(is_image_name, names))
+    ):
+        return None
+    return folder / folders[0]
+
+
 def _folders(path: str) -> dict[str, str]:
     """The folder of each part; raises DataError where two are the same part."""
+    if (within := _within(Path(path))) is not None:
+        return _folders(str(within))
     found: dict[str, str] = {}
     for entry in sorted(Path(path).iterdir()):
         part = part_of(entry.name) if entry.is_dir() else None
@@ -44,6 +70,8 @@ def _folders(path: str) -> dict[str, str]:
 
 def _others(path: str) -> str:
     """The folders beside the parts, in words for the user."""
+    if (within := _within(Path(path))) is not None:
+        return _others(str(within))
     names = [
         entry.name for entry in sorted(Path(path).iterdir()) if entry.is_dir() and part_of(entry.name) is None
     ]

@@ -12,9 +12,9 @@ from threetowers.data.formats.files import FileSource
 from threetowers.data.formats.folders import has_captions, image_names
 from threetowers.data.formats.merge import Merged
 from threetowers.data.formats.parquet_images import open_parquet_images, parquet_image_parts
-from threetowers.data.formats.places import find_file, image_folder, is_address, local_path
+from threetowers.data.formats.places import find_file, image_folder, image_path, is_address, local_path
 from threetowers.data.formats.rows import TABLE_ENDINGS, Row, read_rows, spread_rows, tables_in
-from threetowers.data.parts import check_known, part_of, subsets
+from threetowers.data.parts import check_known, missing_pieces, name_part, subsets
 from threetowers.data.source import ANY_COLUMNS, ColumnNames, Format, Source, check_parts
 from threetowers.errors import BadSample, DataError
 
@@ -53,8 +53,10 @@ def open_table_parts(path: str | Path, columns: ColumnNames) -> dict[str, Source
 
 def _has_split(file: Path, columns: ColumnNames) -> bool:
     with _readable(file):
-        names = dict.fromkeys(name for _, row in _head(file) for name in row)
-    return split_column(file, list(names), columns) is not None
+        rows = [row for _, row in _head(file)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    some = lambda name: [row[name] for row in rows if name in row]  # noqa: E731
+    return split_column(file, list(names), columns, some) is not None
 
 
 def _read(files: Sequence[Path], columns: ColumnNames, path: Path) -> Merged:
@@ -84,6 +86,8 @@ def _read(files: Sequence[Path], columns: ColumnNames, path: Path) -> Merged:
             part = file_part(file) if by_name else None
             merged.add(file.name, read_rows(file, problems), each, prefix=prefix, part=part)
     _check_addresses(files[0], merged, found[0].image)
+    if path.is_dir():
+        source.layout += missing_pieces([file.name for file in files])
     if unused := [table.name for table in tables_in(files[0].parent) if path.is_dir() and table not in files]:
         source.layout += f"; not read: {', '.join(unused)}"
     if path.is_dir() and path == folder:
@@ -113,7 +117,7 @@ def _readable(file: Path) -> Iterator[None]:
 
 def _folder(table: Path, head: list[Row], image_column: str) -> Path:
     """The folder that the paths in a table are relative to."""
-    cells = [cell for _, row in head if isinstance(cell := row.get(image_column), str) and cell.strip()]
+    cells = [cell for _, row in head if (cell := image_path(row.get(image_column))) and cell.strip()]
     names = [cell for cell in cells if not is_address(cell)]
     if not names or any(find_file(str(table.parent), local_path(name)) for name in names):
         return table.parent
@@ -126,8 +130,9 @@ def _check_addresses(file: Path, merged: Merged, column: str) -> None:
     if len(merged.addresses) <= len(merged.files):
         return
     raise DataError(
-        f"{file}: its column `{column}` holds {len(merged.addresses)} addresses, for example {merged.addresses[0]}, "
-        f"and nothing is fetched from them. Download the images first, for example with img2dataset --url_list {file} "
+        f"{file}: its column `{column}` holds {len(merged.addresses)} addresses, for example "
+        f"{merged.addresses[0][:80]}, and nothing is fetched from them. Download the images first, for example with "
+        f"img2dataset --url_list {file} "
         f"--url_col {column} --output_folder shards --output_format webdataset, and give its folder"
     )
 
@@ -167,12 +172,11 @@ def _piece(table: Path) -> str:
 
 def file_part(table: Path) -> str | None:
     """The part that a file's name says, as `train-00000-of-00002.parquet` and `captions_val.csv` do."""
-    parts = {part_of(word) for word in re.split(r"[^A-Za-z]+", table.stem)} - {None}
-    return parts.pop() if len(parts) == 1 else None
+    return name_part(table.stem)
 
 
 TABLES = Format(
-    have="a CSV, TSV, JSONL or parquet table with image paths, or images in parquet, and one or more captions",
+    have="a CSV, TSV, JSON, JSONL or parquet table with image paths, or images in parquet, and one or more captions",
     give="its path, or the folder that holds it; a `split` column and tables named `train`, `val`, `test` are kept",
     accepts=lambda path: bool(table_files(Path(path))),
     open=lambda path, columns, opener: open_table(path, columns),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from threetowers.data.cells import cell_texts
+from threetowers.data.cells import CAPTION_KEYS, cell_texts, file_texts
 from threetowers.data.copies import middle, middle_key
 from threetowers.data.shards.tar import MAX_TEXT_BYTES, Member, walk
 from threetowers.data.source import IMAGE_ENDINGS, REMARKS, clean_captions, decode_text
@@ -21,19 +21,6 @@ from threetowers.errors import BadSample
 PREFERRED_ENDINGS = ("jpg", "png", "jpeg", "webp")
 """Which image of a sample is used, in open_clip's order; after these come other endings in the order of the shard."""
 _RANKS = {ending: rank for rank, ending in enumerate(PREFERRED_ENDINGS)}
-CAPTION_KEYS = (
-    "captions",
-    "caption",
-    "text",
-    "TEXT",
-    "sentence",
-    "description",
-    "title",
-    "alt",
-    "alt_text",
-    "prompt",
-)
-"""Keys of a sample's json that can hold its captions, the first that does counts."""
 _TEXT_ENDINGS = ("txt", "json", "cls")
 _SHOWN_MEMBERS = 8
 
@@ -133,6 +120,7 @@ def _separate(
 
     dotted: these members, each with its key up to the first dot. `0001.seg.png` beside `0001.jpg` stays a further file
     of 0001. `DSC.0001.jpg` is an image of its own if there is no image `DSC.jpg`, or a caption `DSC.0001.txt`.
+    `0001.rgb.png`, `0001.mask.png` and `0001.txt` are one sample.
     """
     own: dict[str, _Group] = {}
     base: dict[str, str] = {}
@@ -140,14 +128,38 @@ def _separate(
         whole, _, ending = member.name.removeprefix("./").rpartition(".")
         base[whole] = key
         own.setdefault(whole, _Group()).add(file, member, ending.lower(), lambda text: None)
+    complete = {
+        whole
+        for whole, group in own.items()
+        if group.images and (_captions(group.texts, Reading())[0] or "cls" in group.texts)
+    }
+    wholes: dict[str, list[str]] = {}
+    for whole, key in base.items():
+        wholes.setdefault(key, []).append(whole)
+    joined = {
+        key
+        for key, names in wholes.items()
+        if not (groups[key].images or complete.intersection(names))
+        and len(groups[key].members) <= _SHOWN_MEMBERS
+        and not any(name[len(key) + 1 :].isdigit() for name in names)
+    }
     for whole, group in own.items():
-        complete = group.images and (_captions(group.texts, Reading())[0] or "cls" in group.texts)
-        if groups[base[whole]].images and not complete:
+        suffix = whole[len(base[whole]) + 1 :].lower()
+        if (
+            base[whole] in joined
+        ):  # 0001.rgb.png, 0001.mask.png and 0001.txt, of which none is a sample of its own
+            rest = groups[base[whole]]
+            rest.images += [image._replace(ending=f"{suffix}.{image.ending}") for image in group.images]
+            for ending, text in group.texts.items():
+                rest.texts.setdefault(ending, text)
+                digest(text)
+            continue
+        if groups[base[whole]].images and whole not in complete:
             continue
         groups[whole] = group
         for text in group.texts.values():
             digest(text)
-        moved = {f"{whole[len(base[whole]) + 1 :]}.{ending}".lower() for ending in group.members}
+        moved = {f"{suffix}.{ending}".lower() for ending in group.members}
         rest = groups[base[whole]]
         rest.members = [ending for ending in rest.members if ending not in moved]
     for key in set(base.values()):
@@ -208,13 +220,23 @@ def _without_caption(texts: Mapping[str, bytes]) -> tuple[str, str]:
 
 
 def _document(texts: Mapping[str, bytes]) -> tuple[dict[str, Any], bool]:
-    """The object in a sample's json, and whether the json is damaged."""
+    """The object in a sample's json, and whether the json is damaged.
+
+    A json that is a text or a list, in a sample without a .txt, holds the captions themselves.
+    """
     if "json" not in texts:
         return {}, False
     try:
         document = json.loads(decode_text(texts["json"]))
     except (ValueError, RecursionError):
         return {}, True
+    items = document if isinstance(document, list) else [document]
+    if (
+        "txt" not in texts
+        and not isinstance(document, dict)
+        and all(isinstance(each, str | dict) for each in items)
+    ):
+        return {"captions": items}, False
     return (document, False) if isinstance(document, dict) else ({}, False)
 
 
@@ -230,7 +252,7 @@ def _captions(texts: Mapping[str, bytes], reading: Reading) -> tuple[tuple[str, 
     beside: tuple[str, ...] = ()
     bad_beside = False
     if "txt" in texts and not reading.caption_keys:
-        beside, bad_beside = clean_captions(decode_text(texts["txt"]).split("\n"))
+        beside, bad_beside = clean_captions(file_texts(decode_text(texts["txt"])))
     captions, bad = beside, bad_beside
     if within and (set(beside) <= set(within) or " ".join(beside) in within):
         captions, bad = within, bad_within

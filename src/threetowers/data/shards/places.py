@@ -1,10 +1,12 @@
 """The tar shards that a path means: a folder, a shard, a range of shards, or several joined by `::`."""
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from threetowers.data.parts import name_part, part_of
 from threetowers.data.shards.remote import is_address, redacted
 from threetowers.data.source import is_image_name
 from threetowers.errors import DataError, UsageError
@@ -19,8 +21,6 @@ _COMPRESSED = {
 }
 """Endings of compressed shards, and the command that unpacks one."""
 _DEPTH = 3  # levels of subfolders, which also ends circles of links
-_PARTS = {"train", "val", "valid", "validation", "test"}
-"""Folders whose shards are parts of a set that is split already."""
 
 
 def names_shards(path: str) -> bool:
@@ -54,7 +54,7 @@ def _shards_in(folder: Path) -> list[Path]:
         shards = [name for name in shards if _is_shard(name) or _is_compressed(name)]
         found += [Path(parent, name) for name in shards]
         top = parent == str(folder)
-        if top and (found or _PARTS & set(folders)):
+        if top and (found or any(map(part_of, folders))):
             break
         if not shards and any(is_image_name(name) for name in files):
             return []
@@ -74,6 +74,37 @@ def _all_shards(folder: Path) -> list[Path]:
     if left:
         raise _compressed(left)
     return plain
+
+
+def parts_by_name(places: Sequence[str]) -> list[str]:
+    """The part of each shard, where every name says one and they are several with train; else empty.
+
+    A name is that of the file with the folders that differ, as in `train-0000.tar` and `val2017/00000.tar`.
+    """
+    folders = [place.rpartition("/")[0] + "/" for place in places]
+    common = os.path.commonprefix(folders).rpartition("/")[0]  # noqa: RUF071 - addresses too; of whole folders
+    parts = [name_part(place.partition("?")[0][len(common) :].removesuffix(ENDING)) for place in places]
+    named = [part for part in parts if part is not None]
+    return named if len(named) == len(parts) and {"train"} < set(named) else []
+
+
+def not_read(folder: Path) -> str:
+    """What lies in a folder of shards that is not read, in words for the user; empty when it is nothing."""
+    images, others, within = 0, [], 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                with contextlib.suppress(OSError):
+                    within += sum(map(_is_shard, os.listdir(entry)))  # noqa: PTH208 - names are enough
+            elif is_image_name(entry.name):
+                images += 1
+            elif f"{ENDING}." in entry.name.lower() and not _is_compressed(entry.name):
+                others.append(entry.name)  # a download that has not ended
+    counts = ((images, "images beside the shards"), (within, "shards in subfolders"))
+    said = [f"{number} {what}" for number, what in counts if number] + sorted(others)[:8]
+    return f"; not read: {', '.join(said)}" if said else ""
 
 
 def _unpacked(path: Path) -> Path:

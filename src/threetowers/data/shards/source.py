@@ -7,6 +7,7 @@ one above. Nothing in a shard is executed: there is no pickle and no `pipe:`, an
 """
 
 import hashlib
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,21 @@ from typing import overload
 import numpy as np
 
 from threetowers.data.copies import describe_copies, middle_key
+from threetowers.data.parts import PART_NAMES, missing_pieces
 from threetowers.data.shards.groups import Reading
 from threetowers.data.shards.handles import read_extent
 from threetowers.data.shards.index import Shard, TarIndex
 from threetowers.data.shards.indexing import find_shards, open_index
-from threetowers.data.shards.places import expand, folder_name, names_shards, stems_of
+from threetowers.data.shards.places import (
+    expand,
+    folder_name,
+    names_shards,
+    not_read,
+    parts_by_name,
+    stems_of,
+)
 from threetowers.data.shards.remote import is_address, text_beside
-from threetowers.data.source import ColumnNames, Format, Record
+from threetowers.data.source import ColumnNames, Drawn, Format, Record, Source, Subset, check_parts
 from threetowers.errors import BadSample, UsageError
 
 
@@ -124,6 +133,8 @@ def open_shards(path: str, caption_keys: tuple[str, ...] = ()) -> ShardSource:
         template.replace("{c}", "{}")
         for template in _lines_beside(places[0], folder, "zeroshot_classification_templates.txt")
     ]
+    beside = missing_pieces([Path(stem).name for stem in stems]) if Path(path).is_dir() else ""
+    beside += not_read(Path(path)) if Path(path).is_dir() and Path(path) == Path(places[0]).parent else ""
     name = Path(stems[0]).name if len(places) == 1 else folder_name(folder)
     title = f"indexing {name}"
     reading = Reading(len(class_names), caption_keys)
@@ -135,9 +146,10 @@ def open_shards(path: str, caption_keys: tuple[str, ...] = ()) -> ShardSource:
     keys = (
         f", captions in {', '.join(f'`{key}`' for key in caption_keys)} of the json" if caption_keys else ""
     )
+    repeated = describe_copies(index.num_copies)
     return ShardSource(
         name=name,
-        layout=f"{len(places)} tar shard{'s' if len(places) > 1 else ''}{keys}{describe_copies(index.num_copies)}",
+        layout=f"{len(places)} tar shard{'s' if len(places) > 1 else ''}{keys}{repeated}{beside}",
         class_names=class_names,
         templates=templates,
         shards=shards,
@@ -166,11 +178,45 @@ def _open(path: str, columns: ColumnNames) -> ShardSource:
     return open_shards(path, columns.captions)
 
 
+class _ShardPart(Subset):
+    """Some of the shards of a set, which knows the stored hashes by which samples are drawn."""
+
+    def split_draws(self, seed: int) -> np.ndarray | None:
+        draws = self.source.split_draws(seed) if isinstance(self.source, Drawn) else None
+        return None if draws is None else draws[np.asarray(self.indices)]
+
+
+def _parts(path: str, columns: ColumnNames) -> dict[str, Source]:
+    """The parts that the shards' names say, as `cc3m-train-0000.tar` and `cc3m-validation-0000.tar` do."""
+    if columns.split is None or not (labels := parts_by_name(expand(path))):
+        return {}
+    source = _open(path, columns)
+    source.layout += "; the names of its shards say their parts"
+    of_stem = {shard.stem: label for shard, label in zip(source.shards, labels, strict=True)}
+
+    def part_of_problem(problem: BadSample) -> str:
+        ends = (place for place, letter in enumerate(problem.id) if letter == "/")
+        return next(of_stem[stem] for end in ends if (stem := problem.id[:end]) in of_stem)
+
+    indices = {part: array("q") for part in PART_NAMES if part in labels}
+    start = 0
+    for label, count in zip(labels, source.index.counts.tolist(), strict=True):
+        indices[label].extend(range(start, start + count))
+        start += count
+    problems: dict[str, list[BadSample]] = {part: [] for part in indices}
+    for problem in source.problems:
+        problems[part_of_problem(problem)].append(problem)
+    return {
+        part: _ShardPart(source, indices[part], f"{source.name}/{part}", problems[part]) for part in indices
+    }
+
+
 SHARDS = Format(
     have="webdataset or img2dataset tar shards",
     give="the folder, or `'shards/{00000..00099}.tar'`; also `s3://…` and other addresses "
     "(`pip install 'threetowers[remote]'`)",
     accepts=names_shards,
     open=lambda path, columns, opener: _open(path, columns),
+    parts=lambda path, columns, opener: check_parts(path, _parts(path, columns)),
     takes_columns=True,
 )

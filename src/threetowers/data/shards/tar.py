@@ -48,6 +48,10 @@ def walk(path: Path | str, file: int, file_size: int, digest: Callable[[bytes], 
     override: dict[str, str] = {}  # name and size for the next member, from a GNU or PAX header
     while (header := os.pread(file, _BLOCK, offset)) != _ZERO_BLOCK:
         found = f"found {count} files in {file_size} bytes"
+        if offset == 0 and header.startswith(b"version https://git-lfs"):
+            raise DataError(
+                f"{path}: it is a pointer of Git LFS, not the shard itself; fetch it with git lfs pull"
+            )
         if len(header) < _BLOCK:
             raise _damaged(
                 path, f"it is cut short: expected another file or the end mark at byte {offset}, {found}"
