@@ -67,7 +67,9 @@ def half_a_message() -> None:
     frame: Any = sys._getframe()
     while "data_queue" not in frame.f_locals:
         frame = frame.f_back
-    os.write(frame.f_locals["data_queue"]._writer.fileno(), struct.pack("!i", 100_000) + b"x")
+    queue = frame.f_locals["data_queue"]
+    queue._wlock.acquire()  # else the message could fall into the middle of another worker's
+    os.write(queue._writer.fileno(), struct.pack("!i", 100_000) + b"x")
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -32,7 +32,7 @@ from threetowers.export.open_clip import CARD
 from threetowers.run import thirds
 from threetowers.towers import weights
 from threetowers.towers.frozen import load as frozen
-from threetowers.towers.frozen.hf import local_folder
+from threetowers.towers.frozen.hf import load_model
 from threetowers.towers.frozen.load import load_frozen
 from threetowers.towers.weights import read_safetensors
 from threetowers.train.loop import train
@@ -68,7 +68,7 @@ def test_folders_with_a_pointer_in_place_of_weights_say_so(prefix: str, tmp_path
     (tmp_path / "model.safetensors").write_bytes(NO_WEIGHTS["git lfs"][0])
     with pytest.raises(CheckpointError, match="git lfs pull"):
         if prefix == "hf":
-            local_folder(str(tmp_path), "hf:x")
+            load_model(str(tmp_path), "hf:x")
         else:
             load_frozen(f"open_clip:local-dir:{tmp_path}")
 

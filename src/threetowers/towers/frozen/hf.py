@@ -125,17 +125,17 @@ def local_folder(name: str, source: str, needs: Sequence[str] = ()) -> str:
         raise CheckpointError(
             f"{source}: no safetensors weights in the folder; write them with save_pretrained"
         )
-    for path in folder.glob("*.safetensors"):
-        if found := no_weights(path):
-            raise CheckpointError(f"{source}: {path} {found}")
     return name
 
 
 def load_model(name: str, source: str) -> tuple[Any, bool]:
     """transformers' model of that name, every weight accounted for, and whether it came without its pooler.
 
-    Raises CheckpointError that lists the missing, unexpected and misshapen keys.
+    Raises CheckpointError that lists the missing, unexpected and misshapen keys, or names a file without weights.
     """
+    for path in Path(name).glob("*.safetensors") if Path(name).is_dir() else ():
+        if found := no_weights(path):
+            raise CheckpointError(f"{source}: {path} {found}")
     transformers = import_transformers(source)
     with quiet(transformers), foreign(source, "the weights", REMEDY):
         model, info = transformers.AutoModel.from_pretrained(
