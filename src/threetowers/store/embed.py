@@ -23,7 +23,6 @@ from threetowers.data.transforms import ImageSpec, cropped_view, fixed_view, ran
 from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError, UsageError
 from threetowers.progress import Progress
-from threetowers.store.pieces import Pieces
 from threetowers.store.read import (
     DESCRIPTION_FILE,
     FIXED,
@@ -42,6 +41,9 @@ from threetowers.towers.frozen.base import FrozenTower, digest_of
 
 FP16_LIMIT = 60_000.0  # just below the largest fp16 number
 CHUNK_SAMPLES = 4_096
+CPU_PIECE = 16
+"""Images at a time on a CPU, where the activations of more do not fit into the cache (`benchmarks/pieces.py`). A size
+that is found by timing would change the last bits of features from one run to the next."""
 
 
 class _TooWide(Exception):  # noqa: N818 - the work starts again in fp32; nothing has failed
@@ -180,11 +182,10 @@ def _fill(
             show(len(work.samples(number)))
         return
     parts: list[tuple[_Task, _Read, Tensor]] = []
-    pieces = Pieces(tower, device)
     if work.too_wide():
         raise _TooWide
     for task, read in _read(work, mine, tower, source, batch_size, workers):
-        parts.append((task, read, _features(pieces, read.pixels)))
+        parts.append((task, read, _features(tower, read.pixels, device)))
         if task.last:
             _write_images(work, task.chunk, parts, source)
             parts = []
@@ -268,11 +269,13 @@ def stored_crops(views: Views, id: str, size: tuple[int, int]) -> np.ndarray:
     return np.array([[*crop.box, crop.flip] for crop in drawn], dtype=np.float32)
 
 
-def _features(pieces: Pieces, pixels: Tensor) -> Tensor:
+def _features(tower: FrozenTower, pixels: Tensor, device: torch.device) -> Tensor:
     """Features float32 [B, V, P] of pixels [B, V, 3, H, W]."""
     if not len(pixels):
         return torch.empty(0)
-    values = pieces(pixels.flatten(0, 1))
+    images = pixels.flatten(0, 1)
+    pieces = images.split(CPU_PIECE) if device.type == "cpu" else (images,)
+    values = torch.cat([tower(piece.to(device)).cpu() for piece in pieces])
     return values.view(*pixels.shape[:2], -1)
 
 
