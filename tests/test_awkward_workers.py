@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from threetowers import progress
 from threetowers.data import workers
 from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError
@@ -83,7 +84,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
     monkeypatch.setattr(workers, "STALL_SECONDS", 0.4)
     monkeypatch.setattr(workers, "HUNG_SECONDS", 0.8)
-    monkeypatch.setattr(workers, "_said", set())
+    monkeypatch.setattr(progress, "_said", set())
 
 
 @pytest.fixture(autouse=True)

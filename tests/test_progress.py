@@ -35,5 +35,16 @@ def test_the_rate_counts_only_what_this_process_did() -> None:
     assert "0.1/s" in stream.getvalue()
 
 
+def test_work_that_ends_soon_shows_nothing() -> None:
+    stream = io.StringIO()
+    bar = Progress("work", 10, "rows", every_seconds=0.0, quiet_seconds=5.0, stream=stream)
+    bar.update(5)
+    bar.update(10)
+    assert not stream.getvalue()
+    bar._start -= 5  # as if five seconds had passed
+    bar.update(10)
+    assert "work: 10/10 rows" in stream.getvalue()
+
+
 def test_glibc_takes_the_settings() -> None:
     assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")

@@ -1,8 +1,8 @@
 """Progress of long work: one line that rewrites itself on a terminal, plain lines now and then elsewhere."""
 
-import functools
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 
@@ -26,32 +26,39 @@ def warn(text: str) -> None:
     print(f"threetowers: {text}", file=sys.stderr, flush=True)
 
 
-@functools.cache
-def warn_once(text: str) -> None:
-    """As `warn`, but the same line is shown once in a process."""
-    warn(text)
+_said: set[str] = set()
+
+
+def warn_once(text: str, say: Callable[[str], None] = warn) -> None:
+    """Says a line, as `warn` unless told otherwise, the first time in a process that it is given."""
+    if text not in _said:
+        _said.add(text)
+        say(text)
 
 
 class Progress:
     """Shows how much of a piece of work is done, its rate and the remaining time.
 
-    done and total count `unit`s. Off a terminal, a line is written every `every_seconds` and at the end.
+    done and total count `unit`s. Off a terminal, a line is written every `every_seconds` and at the end. Work that ends
+    within `quiet_seconds` shows nothing.
     """
 
     def __init__(
         self, title: str, total: int, unit: str, *, done: int = 0, every_seconds: float = 10.0,
-        stream: TextIO | None = None,
+        quiet_seconds: float = 0.0, stream: TextIO | None = None,
     ) -> None:  # fmt: skip
         self.title, self.total, self.unit = title, total, unit
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._every = 0.2 if self._terminal else every_seconds
-        self._first = done
+        self._first, self._quiet = done, quiet_seconds
         self._start = self._last = time.monotonic()
 
     def update(self, done: int, extra: str = "", *, force: bool = False) -> None:
         """Shows the state when a new line is due; `extra` is put at the end of the line."""
         now = time.monotonic()
+        if now - self._start < self._quiet:
+            return
         finished = done >= self.total
         if not (finished or force) and now - self._last < self._every:
             return

@@ -5,7 +5,7 @@ where these agree the whole files are read.
 """
 
 import hashlib
-import time
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -24,20 +24,24 @@ Place = tuple[int, int]
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, so that different sizes stay different
 
 
-def middle(size: int) -> tuple[int, int]:
-    """Offset and number of the bytes that `middle_key` takes from an image of `size` bytes."""
-    return max(size - MIDDLE_BYTES, 0) // 2, min(size, MIDDLE_BYTES)
-
-
 def middle_key(data: bytes | memoryview) -> int:
-    """A checksum of the middle of an image's bytes. data: the whole image, or its middle alone.
+    """A checksum of the middle of an image's bytes.
 
     It only says which images to compare, so that CRC-32 is enough: a hash takes longer than reading the bytes.
     """
-    if len(data) > MIDDLE_BYTES:
-        start, length = middle(len(data))
-        data = data[start : start + length]
-    return zlib.crc32(data)
+    start, length = _middle(len(data))
+    return zlib.crc32(data[start : start + length])
+
+
+def middle_key_at(file: int, offset: int, size: int) -> int:
+    """The `middle_key` of an image of `size` bytes at an offset in an open file, of which nothing else is read."""
+    start, length = _middle(size)
+    return zlib.crc32(os.pread(file, length, offset + start))
+
+
+def _middle(size: int) -> tuple[int, int]:
+    """Offset and number of the bytes in the middle of an image of `size` bytes."""
+    return max(size - MIDDLE_BYTES, 0) // 2, min(size, MIDDLE_BYTES)
 
 
 def of_equal_size(sizes: np.ndarray) -> np.ndarray:
@@ -67,10 +71,9 @@ def find_copies(
     copies: list[int] = []
     firsts: list[int] = []
     seen: dict[bytes, int] = {}
-    bar, start = Progress("comparing images of equal size", len(samples), "images"), time.monotonic()
+    bar = Progress("comparing images of equal size", len(samples), "images", quiet_seconds=QUIET_SECONDS)
     for done, index in enumerate(samples.tolist(), 1):
-        if time.monotonic() - start > QUIET_SECONDS:
-            bar.update(done)
+        bar.update(done)
         try:
             digest = hashlib.blake2b(read(index), digest_size=16).digest()
         except (BadSample, OSError):

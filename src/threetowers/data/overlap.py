@@ -1,7 +1,6 @@
 """What training and test data share, so that a test measures less than it seems to: captions and images."""
 
 import re
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -92,7 +91,7 @@ def _thumbnails(source: Source, name: str) -> tuple[list[int], np.ndarray]:
     """The samples whose images can be compared, and their thumbnails as centred unit rows, float32 [n, 3 · side²]."""
     indices: list[int] = []
     rows: list[np.ndarray] = []
-    bar, start = Progress(f"thumbnails of {name} images", len(source), "images"), time.monotonic()
+    bar = Progress(f"thumbnails of {name} images", len(source), "images", quiet_seconds=QUIET_SECONDS)
     for index in range(len(source)):
         try:
             image = decode(source.image(index), str(index), shrink=lambda size: min(size) / THUMBNAIL)
@@ -102,14 +101,13 @@ def _thumbnails(source: Source, name: str) -> tuple[list[int], np.ndarray]:
         if row is not None:
             indices.append(index)
             rows.append(row)
-        if time.monotonic() - start > QUIET_SECONDS:
-            bar.update(index + 1)
+        bar.update(index + 1)
     return indices, np.stack(rows) if rows else np.empty((0, 3 * THUMBNAIL**2), np.float32)
 
 
 def describe_overlap(train: Source, test: Source) -> Iterator[str]:
     """Lines for people: the share of test captions and the number of test images that the training data has too."""
-    if any(test.record(index).captions for index in range(min(len(test), 1))):
+    if len(test) and test.record(0).captions:
         share = shared_captions(train, test)
         at_least = "at least " if len(train) > SCANNED else ""
         yield f"test captions: {at_least}{share:.1%} are training captions too, apart from case and punctuation"

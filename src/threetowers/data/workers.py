@@ -22,7 +22,7 @@ from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from threetowers.errors import DataError, ThreeTowersError
-from threetowers.progress import warn
+from threetowers.progress import warn, warn_once
 
 MAX_DEATHS = 3  # of workers in a row, before anything arrives
 STALL_SECONDS = 30.0
@@ -62,9 +62,9 @@ def read_ahead(
         try:
             iterator = _start(_Packing(reads, name, shared), tasks[done:], workers, pin_memory)
         except (OSError, ImportError, RuntimeError) as error:  # no process, thread or semaphore to be had
-            _once(
-                say,
+            warn_once(
                 f"loader workers cannot be started ({error}); reading without them. To avoid this, {REMEDY}",
+                say,
             )
             break
         with _Watch(iterator, say, can_block=not pin_memory) as watch:
@@ -79,7 +79,7 @@ def read_ahead(
                     raise item
                 if packed.short and shared:
                     shared = False
-                    _once(say, _short_of_shared_memory(packed.short))
+                    warn_once(_short_of_shared_memory(packed.short), say)
                 yield item
                 done, deaths = done + 1, 0
             else:
@@ -96,16 +96,6 @@ def read_ahead(
     for task in tasks[done:]:
         item = reads[task]
         yield item.pin_memory() if pin_memory else item  # type: ignore[attr-defined]
-
-
-_said: set[str] = set()
-
-
-def _once(say: Callable[[str], None], text: str) -> None:
-    """Says what is about the machine, and would be said again by every reading, once in a process."""
-    if text not in _said:
-        _said.add(text)
-        say(text)
 
 
 def _short_of_shared_memory(reason: str) -> str:

@@ -38,16 +38,7 @@ def both_ranks(
     scorer = _Scorer([(image.to(device), text.to(device)) for image, text in systems], weightings)
     owner = text_image.to(device)
     num_images, num_texts = len(systems[0][0]), len(owner)
-    right = torch.cat(
-        [
-            scorer.exact(
-                owner[start : start + _PAIRS],
-                torch.arange(start, min(start + _PAIRS, num_texts), device=device),
-            )
-            for start in range(0, num_texts, _PAIRS)
-        ],
-        dim=1,
-    )  # [W, M]
+    right = scorer.exact(owner, torch.arange(num_texts, device=device))  # [W, M]
     best = right.new_full((len(weightings), num_images), -torch.inf)
     best.scatter_reduce_(1, owner.expand_as(right), right, "amax")
     i2t = torch.zeros(len(weightings), num_images, dtype=torch.int64, device=device)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from threetowers.data.copies import describe_copies, find_copies, middle, middle_key, of_equal_size
+from threetowers.data.copies import describe_copies, find_copies, middle_key_at, of_equal_size
 from threetowers.data.shards.columns import Column, Columns, write_columns
 from threetowers.data.shards.index import index_folder, index_key
 from threetowers.data.source import Record, Texts
@@ -127,10 +127,9 @@ def _stamp(path: Path) -> int:
 
 def _middle_key(path: Path, size: int) -> int:
     """The `middle_key` of a file; 0 when it cannot be read."""
-    start, length = middle(size)
     try:
         with path.open("rb", buffering=0) as file:
-            return middle_key(os.pread(file.fileno(), length, start))
+            return middle_key_at(file.fileno(), 0, size)
     except OSError:
         return 0
 

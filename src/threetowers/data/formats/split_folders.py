@@ -16,11 +16,9 @@ def has_split_folders(path: str) -> bool:
 
     Where `train/` holds images whose captions are in a table beside it, the table is meant.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    if not Path(path).is_dir():
         return False
-    if (within := _within(folder)) is not None:
-        return has_split_folders(str(within))
+    folder = _home(path)
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     parts = {part_of(name) for name in names}
@@ -32,6 +30,14 @@ def has_split_folders(path: str) -> bool:
         return False
     train = [entry.name for name in names if part_of(name) == "train" for entry in (folder / name).iterdir()]
     return not (any(map(is_image_name, train)) and table_files(folder))
+
+
+def _home(path: str) -> Path:
+    """The folder that the parts are in: the one at the path, or the only one in it, and so on."""
+    folder = Path(path)
+    while (within := _within(folder)) is not None:
+        folder = within
+    return folder
 
 
 def _within(folder: Path) -> Path | None:
@@ -54,41 +60,40 @@ def _within(folder: Path) -> Path | None:
     return folder / folders[0]
 
 
-def _folders(path: str) -> dict[str, str]:
+def _folders(home: Path) -> dict[str, str]:
     """The folder of each part; raises DataError where two are the same part."""
-    if (within := _within(Path(path))) is not None:
-        return _folders(str(within))
     found: dict[str, str] = {}
-    for entry in sorted(Path(path).iterdir()):
+    for entry in sorted(home.iterdir()):
         part = part_of(entry.name) if entry.is_dir() else None
         if part is not None and found.setdefault(part, str(entry)) != str(entry):
             raise DataError(
-                f"{path}: {Path(found[part]).name} and {entry.name} are both its part {part}; put them into one folder"
+                f"{home}: {Path(found[part]).name} and {entry.name} are both its part {part}; put them into one folder"
             )
     return {part: found[part] for part in ("train", "val", "test") if part in found}
 
 
-def _others(path: str) -> str:
+def _others(home: Path) -> str:
     """The folders beside the parts, in words for the user."""
-    if (within := _within(Path(path))) is not None:
-        return _others(str(within))
-    names = [
-        entry.name for entry in sorted(Path(path).iterdir()) if entry.is_dir() and part_of(entry.name) is None
-    ]
+    names = [entry.name for entry in sorted(home.iterdir()) if entry.is_dir() and part_of(entry.name) is None]
     names = [name for name in names if not name.startswith(".")]
     return f"; not read: {', '.join(names[:8])}" if names else ""
 
 
+def _opened(path: str, columns: ColumnNames, opener: Opener) -> tuple[str, dict[str, Source], str]:
+    """The name of the whole, its sources by part, and what beside them is not read."""
+    home = _home(path)
+    sources = {part: opener.open(folder, columns) for part, folder in _folders(home).items()}
+    return Path(path).resolve().name, sources, _others(home)
+
+
 def open_split_folders(path: str, columns: ColumnNames, opener: Opener) -> Source:
     """All parts one after the other; raises what `open_source` raises."""
-    sources = {part: opener.open(folder, columns) for part, folder in _folders(path).items()}
-    return JoinedSource(Path(path).resolve().name, sources, _others(path))
+    return JoinedSource(*_opened(path, columns, opener))
 
 
 def split_folder_parts(path: str, columns: ColumnNames, opener: Opener) -> dict[str, Source]:
     """The sources in those of the folders that are there, by part; raises what `open_source` raises."""
-    sources = {part: opener.open(folder, columns) for part, folder in _folders(path).items()}
-    return parts_of(Path(path).resolve().name, sources, _others(path))
+    return parts_of(*_opened(path, columns, opener))
 
 
 SPLIT_FOLDERS = Format(

@@ -37,7 +37,7 @@ def open_table_parts(path: str | Path, columns: ColumnNames) -> dict[str, Source
     Raises DataError for a part that is not known, and like `open_table`.
     """
     files = table_files(Path(path))
-    by_name = len(files) > 1 and all(map(file_part, files))
+    by_name = _are_parts(files)
     parts = parquet_image_parts(
         path, files, columns, [file_part(file) or "" for file in files] if by_name else []
     )
@@ -51,12 +51,19 @@ def open_table_parts(path: str | Path, columns: ColumnNames) -> dict[str, Source
     return subsets(source, merged.sample_parts(), merged.problem_parts)
 
 
+def _are_parts(files: Sequence[Path]) -> bool:
+    """Whether the names of several tables say the part of each."""
+    return len(files) > 1 and all(map(file_part, files))
+
+
 def _has_split(file: Path, columns: ColumnNames) -> bool:
     with _readable(file):
         rows = [row for _, row in _head(file)]
     names = dict.fromkeys(name for row in rows for name in row)
-    some = lambda name: [row[name] for row in rows if name in row]  # noqa: E731
-    return split_column(file, list(names), columns, some) is not None
+    return (
+        split_column(file, list(names), columns, lambda name: [r[name] for r in rows if name in r])
+        is not None
+    )
 
 
 def _read(files: Sequence[Path], columns: ColumnNames, path: Path) -> Merged:
@@ -69,7 +76,7 @@ def _read(files: Sequence[Path], columns: ColumnNames, path: Path) -> Merged:
             found.append(find_columns(file, spread_rows(file, head), columns))
             places.append(_folder(file, head, found[-1].image))
     folder = places[0] if len(set(places)) == 1 else files[0].parent
-    by_name = len(files) > 1 and all(map(file_part, files))
+    by_name = _are_parts(files)
     named = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
     captions = ", ".join(f"`{column}`" for column in found[0].captions)
     split = f"; its column `{found[0].split}` says each row's part" if found[0].split and not by_name else ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from threetowers.data.cells import CAPTION_KEYS, cell_texts, file_texts
-from threetowers.data.copies import middle, middle_key
+from threetowers.data.copies import middle_key_at
 from threetowers.data.shards.tar import MAX_TEXT_BYTES, Member, walk
 from threetowers.data.source import IMAGE_ENDINGS, REMARKS, clean_captions, decode_text
 from threetowers.errors import BadSample
@@ -200,8 +200,7 @@ class TarGroups:
             for problem, detail in problems:
                 yield BadSample(key, problem, f"{detail}has {_listed(group.members)}")
             if usable and image is not None:
-                start, length = middle(image.size)
-                picture = middle_key(os.pread(self.file, length, image.offset + start))
+                picture = middle_key_at(self.file, image.offset, image.size)
                 yield TarSample(key, captions, label, image.offset, image.size, picture)
 
 
