@@ -163,6 +163,7 @@ def test_an_item_that_cannot_be_pickled_ends_in_an_error() -> None:
 def test_without_shared_memory_items_come_through_the_pipe(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(workers, "SMALL_BYTES", 0)
     full = "unable to write to file </torch_%d>: No space left on device (28)"
     monkeypatch.setattr(
         torch.UntypedStorage, "_share_fd_cpu_", lambda _: raising(lambda: error(full % time.time_ns()))()
@@ -173,6 +174,13 @@ def test_without_shared_memory_items_come_through_the_pipe(
         assert len(items) == 8
         assert all(torch.equal(tensor, torch.full((300,), number)) for tensor, number in items)
     assert len(said) == 1 and "No space left on device" in said[0] and "--shm-size" in said[0]
+
+
+def test_small_tensors_need_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lambda _: raising(lambda: OSError("full"))())
+    said = list[str]()
+    items = list(read_ahead(Reads(lambda: None), TASKS, 2, name="photos", say=said.append))
+    assert all(torch.equal(tensor, torch.full((300,), number)) for tensor, number in items) and not said
 
 
 @pytest.mark.parametrize("size", ["4k", "200k", "1m"])

@@ -24,7 +24,6 @@ TOY = {
     "accumulate": "--num 4 --micro 2",
     "allocator": "--rounds 1 --batch-size 2",
     "attention": "--rounds 1 --shapes 1",
-    "busy": "--rounds 1 --seconds 0.1",
     "decode": "--sizes 64x48 --images 2 --rounds 1",
     "embed": "--images 8 --batch-size 4 --workers 1 --rounds 1",
     "loader": "--samples 96 --workers 1 --batch-size 8 --rounds 1",
@@ -40,8 +39,10 @@ TOY = {
 SLOW = {
     "commits": "--before {src} --steps 4 --only baseline texts",
     "checkpoint": "--rounds 1 --minute 15",
+    "busy": "--rounds 1 --seconds 0.1 --works LiT --beside nothing",
     "claims": "--seeds 0 --lrs 1e-3 --steps 4 --docs docs",
     "e2e": "--rounds 1 --seconds 3 --batch-size 8 --samples 512",
+    "kept": "--share 0.2 --sets RGBA",
     "resume": "--quick",
 }
 NARROW: dict[str, Any] = {

@@ -8,8 +8,10 @@ import signal
 import time
 from array import array
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,9 +29,10 @@ from threetowers.cli import main
 from threetowers.data.decode import decode
 from threetowers.data.open import open_source
 from threetowers.data.source import Source, Subset
-from threetowers.data.transforms import cropped_view, fixed_view
+from threetowers.data.transforms import ImageSpec, cropped_view, fixed_view
 from threetowers.errors import BadSample, CheckpointError, DataError, UsageError
 from threetowers.run.setup import prepare
+from threetowers.store import embed
 from threetowers.store.embed import find_or_make_store, store_for_training, write_store
 from threetowers.store.read import FIXED, Contents, Store, Views, layout, open_store
 from threetowers.towers.frozen.base import FrozenTower
@@ -424,3 +427,37 @@ def test_open_store_reads_what_was_written(tower: FrozenTower, source: Source, t
     assert written is not None and found.contents == written.contents
     assert torch.equal(found.rows(np.arange(96), 2), written.rows(np.arange(96), 2))
     assert "3 random views" in found.summary()
+
+
+@pytest.mark.parametrize("num_views", [0, 2])
+def test_threads_read_the_same_views_in_the_same_order(photos: Path, tmp_path: Path, num_views: int) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photos.parent, folder)
+    source = open_source(str(folder / photos.name))
+    broken = source.record(5).id
+    (folder / broken).write_bytes(b"no picture")
+    views = Views(num_views, (0.3, 1.0), (0.75, 1.3), True) if num_views else FIXED
+    spec = ImageSpec(24, (0.5,) * 3, (0.5,) * 3)
+    task = embed._Task(0, range(40), True)
+    _, alone = embed._Pictures(source, spec, views, None)[task]
+    with ThreadPoolExecutor(4) as pool:
+        _, shared = embed._Pictures(source, spec, views, pool)[task]
+    assert shared.kept == alone.kept == [index for index in range(40) if index != 5]
+    assert torch.equal(shared.pixels, alone.pixels) and np.array_equal(shared.crops, alone.crops)
+    assert [bad.id for bad in shared.bad] == [bad.id for bad in alone.bad] == [broken]
+
+
+def test_an_image_is_read_again_when_reading_failed_once(photos: Path) -> None:
+    source = open_source(str(photos))
+    failures = iter([True, False])
+    plain = source.image
+
+    def failing_once(index: int) -> bytes:
+        if index == 3 and next(failures):
+            raise BadSample(source.record(3).id, "unreadable")
+        return plain(index)
+
+    with mock.patch.object(source, "image", failing_once):
+        spec = ImageSpec(24, (0.5,) * 3, (0.5,) * 3)
+        _, read = embed._Pictures(source, spec, FIXED, None)[embed._Task(0, range(8), True)]
+    assert read.kept == list(range(8)) and not read.bad

@@ -83,6 +83,8 @@ class InputConfig:
     """What decodes the JPEGs of augmented views; simplejpeg gives the same pixels sooner, and must be installed."""
     draft: bool = False
     """Decode a JPEG that is larger than its crop needs at a reduced scale: faster, and pixels differ slightly."""
+    keep_pixels: bool = True
+    """Keep decoded images in memory for the next pass, up to a quarter of what is free; batches are the same."""
     workers: int = 2
     """Loader processes; 0 loads in the training process."""
 
@@ -143,8 +145,8 @@ class RunConfig:
     steps: int = 1000
     batch_size: int = 256
     micro_batch_size: int = 0
-    """Samples that go through the towers at once, for batches beyond memory; 0 is the whole batch. The loss is that
-    of the whole batch all the same; the towers' forward pass is done twice."""
+    """Samples that go through the towers at once, for batches beyond memory; 0: all. The loss is the whole batch's all
+    the same, and the forward pass is done twice."""
     seed: int = 0
     log_every_steps: int = 20
     eval_every_steps: int = 0
@@ -165,14 +167,13 @@ class RunConfig:
     grad_checkpointing: bool = False
     """Keep fewer activations and compute them again for the gradient: less memory, about a third more time."""
     compile: bool = False
-    """Run the trained towers through torch.compile: the first steps take minutes; measure whether later ones gain."""
+    """Run the trained towers through torch.compile. The first steps take minutes; measure whether it pays."""
     third_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the frozen towers' weights and arithmetic; bf16 is faster where the device has it."""
     third_features: Literal["pooled", "cls", "mean"] = "pooled"
     """What a frozen tower gives: its own pooled features, its class token, or the mean over patches or words."""
     embeddings: str | None = None
-    """A store that `threetowers embed` made, or the folder of several; what is missing there is made on first use.
-    `none` puts the folder beside the run folder."""
+    """A store of `threetowers embed`, or the folder of several, made on first use; `none`: beside the run folder."""
     pair: PairConfig = field(default_factory=PairConfig)
     inputs: InputConfig = field(default_factory=InputConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -148,7 +148,7 @@ class EmbedArguments:
     batch_size: Annotated[int, tyro.conf.arg(help="Views or captions that go through the tower at once.")] = (
         256
     )
-    workers: Annotated[int, tyro.conf.arg(help="Processes that decode; 0 decodes in this one.")] = 2
+    workers: Annotated[int, tyro.conf.arg(help="Processes that decode for a GPU; on a CPU threads do.")] = 2
     device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or cuda:1.")] = "auto"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from threetowers.config import InputConfig
 from threetowers.data.decode import check_decoder, decode_array
+from threetowers.data.kept import KeptImages
 from threetowers.data.order import Order, hash64
 from threetowers.data.source import Source
 from threetowers.data.tokenize import Tokenizer
@@ -114,7 +115,8 @@ class BatchReader:
 
     image: the input of the main image tower; None when no row of the objective needs it. live: the inputs of the
     frozen towers that see the main tower's augmented view. stores: the features of the other frozen towers. Where
-    random views are stored, one is drawn at each visit, and the main tower sees the same region.
+    random views are stored, one is drawn at each visit, and the main tower sees the same region. kept: where decoded
+    images stay for the next visit; None decodes at every visit.
     """
 
     def __init__(
@@ -127,9 +129,11 @@ class BatchReader:
         image: ImageSpec | None,
         live: Mapping[str, ImageSpec] | None = None,
         stores: Mapping[str, Features] | None = None,
+        kept: KeptImages | None = None,
     ) -> None:
         self.source, self.order, self.tokenizer, self.inputs = source, order, tokenizer, inputs
         check_decoder(inputs.decoder)
+        self.kept = kept
         self.image, self.live, self.stores = image, dict(live or {}), dict(stores or {})
         self._viewed = next((store for store in self.stores.values() if store.num_views), None)
 
@@ -175,7 +179,7 @@ class BatchReader:
             view = hash64(seed, "view") % self._viewed.num_views
             crop = self._viewed.crop(index, view)
         images = ({"img": self.image} if self.image else {}) | self.live
-        pixels = augmented_views(self.source, index, record.id, seed, self.inputs, images, crop)
+        pixels = augmented_views(self.source, index, record.id, seed, self.inputs, images, crop, self.kept)
         return _Sample(index, record.image_id or record.id, record.captions[caption], caption, view, pixels)
 
 
@@ -204,10 +208,12 @@ def augmented_views(
     inputs: InputConfig,
     images: Mapping[str, ImageSpec],
     crop: Crop | None = None,
+    kept: KeptImages | None = None,
 ) -> dict[str, np.ndarray]:
     """The same random region of an image for several towers: uint8 [3, H, W] by tower name, in the tower's size.
 
-    crop: the region; None: it is drawn. Raises BadSample when the image cannot be read.
+    crop: the region; None: it is drawn. kept: where the decoded image stays; not with `inputs.draft`, since its scale
+    then depends on the region. Raises BadSample when the image cannot be read.
     """
     if not images:
         return {}
@@ -220,9 +226,12 @@ def augmented_views(
     def shrink(size: tuple[int, int]) -> float:
         return region(size).shrink(size, max(image.size for image in images.values()))
 
-    pixels = decode_array(
-        source.image(index), id, decoder=inputs.decoder, shrink=shrink if inputs.draft else None
-    )
+    def decoded() -> np.ndarray:
+        return decode_array(
+            source.image(index), id, decoder=inputs.decoder, shrink=shrink if inputs.draft else None
+        )
+
+    pixels = decoded() if kept is None or inputs.draft else kept.get_or_put(index, decoded)
     seen = region((pixels.shape[1], pixels.shape[0]))
     return {name: cropped_view(pixels, seen, image) for name, image in images.items()}
 

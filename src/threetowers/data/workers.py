@@ -29,6 +29,9 @@ STALL_SECONDS = 30.0
 HUNG_SECONDS = 1_800.0  # then the workers are ended, and started again
 REMEDY = "give fewer --inputs.workers (`embed`: --workers; a finished run: inputs.workers in its config.toml), or 0"
 PICKLE_PROTOCOL = 5
+SMALL_BYTES = 2**19
+"""Tensors up to this size travel among the bytes of an item. For each in shared memory the worker is asked for a file,
+and it answers only between two steps of its reading."""
 
 K = TypeVar("K", contravariant=True)
 T = TypeVar("T", covariant=True)
@@ -221,19 +224,29 @@ def _pack(item: Any, shared: bool) -> _Packed:
     short = ""
     if shared:
         try:
-            return _Packed(bytes(ForkingPickler.dumps(item, PICKLE_PROTOCOL)))
+            return _Packed(_pickled(item, SMALL_BYTES))
         except (RuntimeError, OSError) as error:  # /dev/shm is full, or no file descriptor is left
             short = str(error).partition("\n")[0].rpartition(": ")[2]  # without the name of a temporary file
+    return _Packed(_pickled(item, math.inf), short)
+
+
+def _pickled(item: Any, largest: float) -> bytes:
     data = io.BytesIO()
-    _InOnePiece(data, PICKLE_PROTOCOL).dump(item)
-    return _Packed(data.getvalue(), short)
+    _Pickler(data, largest).dump(item)
+    return data.getvalue()
 
 
-class _InOnePiece(ForkingPickler):
-    """Pickles tensors as their bytes, where torch would put them into shared memory."""
+class _Pickler(ForkingPickler):
+    """Pickles tensors of up to `largest` bytes as their bytes, where torch would put all into shared memory."""
+
+    def __init__(self, data: io.BytesIO, largest: float) -> None:
+        super().__init__(data, PICKLE_PROTOCOL)
+        self._largest = largest
 
     def reducer_override(self, value: Any) -> Any:
-        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
+        if isinstance(value, Tensor) and value.nbytes <= self._largest:
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
 
 
 class _Watch:

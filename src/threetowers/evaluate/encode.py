@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from threetowers.data.decode import decode
+from threetowers.data.kept import KeptImages
 from threetowers.data.source import Source
 from threetowers.data.tokenize import Tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view
@@ -83,22 +85,26 @@ class EvaluationData:
 
 
 class _FixedViews:
-    """A dataset of images in their fixed view, which workers can decode."""
+    """A dataset of images in their fixed view, which workers can decode. kept: where views stay, or None."""
 
-    def __init__(self, source: Source, spec: ImageSpec) -> None:
-        self.source, self.spec = source, spec
+    def __init__(self, source: Source, spec: ImageSpec, kept: KeptImages | None) -> None:
+        self.source, self.spec, self.kept = source, spec, kept
 
     def __getitem__(self, indices: list[int]) -> tuple[list[int], Tensor, list[BadSample]]:
         kept, views, bad = [], [], []
         for index in indices:
-            record = self.source.record(index)
+            make = partial(self._view, index)
             try:
-                views.append(fixed_view(decode(self.source.image(index), record.id), self.spec))
+                views.append(make() if self.kept is None else self.kept.get_or_put(index, make))
                 kept.append(index)
             except BadSample as problem:
                 bad.append(problem)
         pixels = torch.from_numpy(np.stack(views)) if views else torch.empty(0, dtype=torch.uint8)
         return kept, pixels, bad
+
+    def _view(self, index: int) -> np.ndarray:
+        image = decode(self.source.image(index), self.source.record(index).id)
+        return fixed_view(image, self.spec)
 
 
 @torch.no_grad()
@@ -113,18 +119,20 @@ def encode(
     workers: int = 0,
     autocast: AbstractContextManager[Any] | None = None,
     merge: bool = True,
+    kept: KeptImages | None = None,
 ) -> Encoded:
     """Encodes a source's images and captions in every view, in eval mode; the model's mode is restored afterwards.
 
     stores: the frozen towers' features of this source by view name. merge: samples with equal images are one image with
-    the captions of all, since each of these is a right answer. Raises DataError when no image can be used.
+    the captions of all, since each of these is a right answer. kept: where the images' fixed views stay for the next
+    call, or None. Raises DataError when no image can be used.
     """
     training = model.training
     model.eval()
     samples = _samples_of_images(source, merge)
     index, image_feats, bad = _encode_images(
         model, source, list(samples), stores, device,
-        batch_size=batch_size, workers=workers, autocast=autocast,
+        batch_size=batch_size, workers=workers, autocast=autocast, kept=kept,
     )  # fmt: skip
     captions: list[str] = []
     text_image: list[int] = []
@@ -178,6 +186,7 @@ def _encode_images(
     batch_size: int,
     workers: int,
     autocast: AbstractContextManager[Any] | None,
+    kept: KeptImages | None,
 ) -> tuple[Tensor, dict[str, Tensor], list[BadSample]]:
     """Of the chosen samples: those that can be used, their images' features by tower, and those that cannot be used."""
     usable = np.ones(len(source), dtype=bool)
@@ -186,23 +195,25 @@ def _encode_images(
         usable &= store.usable
     bad = [BadSample(source.record(i).id, "damaged image") for i in chosen if not usable[i]]
     wanted = [i for i in chosen if usable[i]]
-    kept, parts = wanted, []
+    used, parts = wanted, []
     if model.needs_pixels():
-        kept = []
+        used = []
         tasks = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
-        views = _FixedViews(source, model.image)
+        views = _FixedViews(source, model.image, kept)
+        if kept is not None and kept.holds(wanted):
+            workers = 0  # there is nothing to decode, and starting processes takes longer
         for indices, pixels, problems in read_ahead(views, tasks, workers, name=source.name):
             bad += problems
             if indices:
-                kept += indices
+                used += indices
                 parts.append(model.features(pixels=pixels.to(device), autocast=autocast)["img"])
-    if not kept:
+    if not used:
         raise DataError(f"{source.name}: not one of its {len(source)} images can be read")
-    thirds = {view: store.rows(np.array(kept)).to(device) for view, store in stores.items()}
+    thirds = {view: store.rows(np.array(used)).to(device) for view, store in stores.items()}
     feats = model.features(thirds=thirds)
     if parts:
         feats["img"] = torch.cat(parts)
-    return torch.tensor(kept), feats, bad
+    return torch.tensor(used), feats, bad
 
 
 def _encode_texts(

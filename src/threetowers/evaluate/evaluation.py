@@ -259,6 +259,7 @@ def _encode(setup: Setup, source: Source, *, merge: bool = True) -> Encoded:
         workers=setup.config.inputs.workers,
         autocast=autocast(setup.config, setup.device),
         merge=merge,
+        kept=setup.kept_views(source),
     )
 
 

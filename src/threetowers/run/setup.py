@@ -11,6 +11,7 @@ import torch
 
 from threetowers.config import RunConfig, check
 from threetowers.data.decode import check_decoder
+from threetowers.data.kept import KeptImages
 from threetowers.data.loader import BatchReader
 from threetowers.data.open import splits
 from threetowers.data.order import Order
@@ -22,6 +23,7 @@ from threetowers.objective.pairs import METHODS, objective
 from threetowers.progress import Progress
 from threetowers.run.allocator import keep_freed_memory
 from threetowers.run.finished import Parts, describe_parts
+from threetowers.run.pixels import kept_images, kept_views
 from threetowers.run.thirds import Thirds, load_thirds, stores_place
 from threetowers.towers.pair import checkpoint_activations, model_config
 from threetowers.world.write import write_world
@@ -58,7 +60,19 @@ class Setup:
             image=self.model.image if self.model.needs_pixels() else None,
             live=self.thirds.live_images(),
             stores=self.thirds.stores(self.train, training=True),
+            kept=kept_images(self.train) if self._keeps_images() else None,
         )
+
+    def kept_views(self, source: Source) -> KeptImages | None:
+        """Where the fixed views of a source's images stay between evaluations; None for a source that is too large."""
+        if not (self.config.inputs.keep_pixels and self.model.needs_pixels()):
+            return None
+        return kept_views(source, self.model.image)
+
+    def _keeps_images(self) -> bool:
+        """Whether a pass over the training data would find what an earlier pass has decoded."""
+        inputs, several = self.config.inputs, self.config.steps * self.config.batch_size > len(self.train)
+        return inputs.keep_pixels and several and not inputs.draft
 
 
 def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:

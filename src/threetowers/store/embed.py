@@ -7,13 +7,14 @@ Legend: B images of a batch, V stored views of each (1 when one fixed view is st
 """
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from threetowers.data.decode import decode
@@ -22,7 +23,7 @@ from threetowers.data.source import Source
 from threetowers.data.transforms import ImageSpec, cropped_view, fixed_view, random_crop
 from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError, UsageError
-from threetowers.progress import Progress
+from threetowers.progress import Progress, warn
 from threetowers.store.read import (
     DESCRIPTION_FILE,
     FIXED,
@@ -37,6 +38,7 @@ from threetowers.store.read import (
     is_store,
 )
 from threetowers.store.write import Work, finish
+from threetowers.system import OtherLoad
 from threetowers.towers.frozen.base import FrozenTower, digest_of
 
 FP16_LIMIT = 60_000.0  # just below the largest fp16 number
@@ -167,6 +169,7 @@ def _fill(
     mine = [number for number in work.missing() if number % count == index]
     title = f"embedding {source.name} with {tower.spec}" + (f", part {index} of {count}" if count > 1 else "")
     bar = Progress(title, sum(len(work.samples(number)) for number in mine), "samples")
+    load = OtherLoad()
     done = 0
 
     def show(more: int) -> None:
@@ -175,6 +178,8 @@ def _fill(
             raise _TooWide
         done += more
         bar.update(done)
+        if device.type == "cpu" and (slow := load.remark(torch.get_num_threads())):
+            warn(slow)
 
     if tower.reads == "texts":
         for number in mine:
@@ -184,7 +189,11 @@ def _fill(
     parts: list[tuple[_Task, _Read, Tensor]] = []
     if work.too_wide():
         raise _TooWide
-    for task, read in _read(work, mine, tower, source, batch_size, workers):
+    if device.type == "cpu":  # worker processes would take the cores from the network
+        workers, threads = 0, torch.get_num_threads()
+    else:
+        threads = 1
+    for task, read in _read(work, mine, tower, source, batch_size, workers, threads):
         parts.append((task, read, _features(tower, read.pixels, device)))
         if task.last:
             _write_images(work, task.chunk, parts, source)
@@ -193,7 +202,13 @@ def _fill(
 
 
 def _read(
-    work: Work, numbers: list[int], tower: FrozenTower, source: Source, batch_size: int, workers: int
+    work: Work,
+    numbers: list[int],
+    tower: FrozenTower,
+    source: Source,
+    batch_size: int,
+    workers: int,
+    threads: int,
 ) -> Iterator[tuple["_Task", "_Read"]]:
     """Reads the views of the chunks' images, batch by batch; a batch of the tower holds all views of its images."""
     images = max(1, batch_size // work.contents.rows_per_sample)
@@ -203,8 +218,9 @@ def _read(
         for samples in [work.samples(number)]
         for start in range(0, len(samples), images)
     ]
-    pictures = _Pictures(source, tower.image, work.contents.views)
-    return read_ahead(pictures, tasks, workers, name=source.name)
+    with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+        pictures = _Pictures(source, tower.image, work.contents.views, pool)
+        yield from read_ahead(pictures, tasks, workers, name=source.name)
 
 
 class _Task(NamedTuple):
@@ -225,39 +241,49 @@ class _Read(NamedTuple):
 
 
 class _Pictures:
-    """The views of a batch of images, which workers can decode."""
+    """The views of a batch of images. pool: threads that decode; None decodes in this one, as loader workers do."""
 
-    def __init__(self, source: Source, image: ImageSpec, views: Views) -> None:
-        self.source, self.image, self.views = source, image, views
+    def __init__(
+        self, source: Source, image: ImageSpec, views: Views, pool: ThreadPoolExecutor | None
+    ) -> None:
+        self.source, self.image, self.views, self.pool = source, image, views, pool
 
     def __getitem__(self, task: _Task) -> tuple[_Task, _Read]:
         kept, pixels, crops, bad = [], [], [], []
-        for index in task.samples:
-            id = self.source.record(index).id
-            try:
-                image = _decode_twice(self.source, index, id)
-            except BadSample as problem:
-                bad.append(problem)  # the loader meets the same sample, counts it and names it
+        ids = [self.source.record(index).id for index in task.samples]
+        files = map(self._file, task.samples)  # read in this thread: a source is not made for several
+        mapped = map if self.pool is None else self.pool.map
+        for index, id, found in zip(task.samples, ids, mapped(self._decoded, files, ids), strict=True):
+            if isinstance(found, BadSample):  # once more, since a disk or a network may have been at fault
+                found = self._decoded(self._file(index), id)
+            if isinstance(found, BadSample):
+                bad.append(found)  # the loader meets the same sample, counts it and names it
                 continue
             kept.append(index)
-            if not self.views.num:
-                pixels.append(fixed_view(image, self.image)[None])
-                continue
-            drawn = stored_crops(self.views, id, image.size)
-            crops.append(drawn)
-            whole = np.asarray(image)
-            pixels.append(np.stack([cropped_view(whole, as_crop(row), self.image) for row in drawn]))
+            if self.views.num:
+                drawn = stored_crops(self.views, id, (found.shape[1], found.shape[0]))
+                crops.append(drawn)
+                found = np.stack([cropped_view(found, as_crop(row), self.image) for row in drawn])
+            pixels.append(found)
         stacked = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, dtype=torch.uint8)
         boxes = np.stack(crops) if crops else np.empty((0, self.views.num, 5), np.float32)
         return task, _Read(kept, stacked, boxes, bad)
 
+    def _file(self, index: int) -> bytes | BadSample:
+        try:
+            return self.source.image(index)
+        except BadSample as problem:
+            return problem
 
-def _decode_twice(source: Source, index: int, id: str) -> Image.Image:
-    """The image; a failure is tried once more, since a disk or a network may have been at fault."""
-    try:
-        return decode(source.image(index), id)
-    except BadSample:
-        return decode(source.image(index), id)
+    def _decoded(self, file: bytes | BadSample, id: str) -> np.ndarray | BadSample:
+        """The fixed view uint8 [1, 3, H, W], or the whole image [H, W, 3] where regions of it are stored."""
+        if isinstance(file, BadSample):
+            return file
+        try:
+            image = decode(file, id)
+        except BadSample as problem:
+            return problem
+        return np.asarray(image) if self.views.num else fixed_view(image, self.image)[None]
 
 
 def stored_crops(views: Views, id: str, size: tuple[int, int]) -> np.ndarray:

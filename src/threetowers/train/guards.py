@@ -26,7 +26,7 @@ from threetowers.train import checkpoint
 
 MAY_DIFFER = {
     "log_every_steps", "keep_checkpoints", "inputs.workers", "checkpoint_every_steps", "background_saves", "classes",
-    "inputs.max_bad_share",
+    "inputs.max_bad_share", "inputs.keep_pixels",
 }  # fmt: skip
 """Keys that change neither what is seen nor what is computed, so a run may continue with others. So may
 `eval_every_steps`, where no `keep_best` chooses among the validations."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from threetowers.config import RunConfig, write_config
 from threetowers.data.loader import batches
 from threetowers.evaluate.encode import encode
@@ -103,6 +105,8 @@ def _steps(session: Session) -> bool:
             row |= {"train/lr": lr, "train/grad_norm": result.norm.item()} | clock.rates()
             session.log.metrics(state.step, row | session.bad.counts())
             bar.update(state.step, summary(row), force=end)
+            if not cuda and (slow := session.load.remark(torch.get_num_threads())):
+                session.log.warn(slow)
         improved = False
         if end or (config.eval_every_steps and state.step % config.eval_every_steps == 0):
             improved = log_validation(session, validate(setup))
@@ -130,6 +134,7 @@ def validate(setup: Setup) -> dict[str, float]:
         setup.device,
         workers=setup.config.inputs.workers,
         autocast=autocast(setup.config, setup.device),
+        kept=setup.kept_views(setup.val),
     )
     if not encoded.captions:
         return {}

@@ -15,6 +15,7 @@ from threetowers.evaluate.evaluation import check_evaluation
 from threetowers.evaluate.retrieval import METRICS
 from threetowers.run.finished import changed_parts
 from threetowers.run.setup import Setup, prepare
+from threetowers.system import OtherLoad
 from threetowers.train import checkpoint
 from threetowers.train.guards import BadSamples, FiniteGuard, StopRequest
 from threetowers.train.log import RunLog
@@ -78,6 +79,7 @@ class Session:
     saver: Saver
     state: RunState = field(default_factory=RunState)
     guard: FiniteGuard = field(default_factory=FiniteGuard)
+    load: OtherLoad = field(default_factory=OtherLoad)
 
     @property
     def checkpoints(self) -> Path:
