@@ -141,7 +141,8 @@ def test_a_section_stands_for_one_evaluator_and_is_empty_without_data() -> None:
     assert len(set(names)) == len(names)
     evaluation, saved = evaluate(EvaluationData(), "photos", 0, 3)
     assert evaluation.as_dict() == {
-        "data": "photos", "num_val": 0, "num_test": 3, **{name: {} for name in names}, "num_bad": 0,
+        "data": "photos", "num_val": 0, "num_test": 3, "repeated_captions": {},
+        **{name: {} for name in names}, "num_bad": 0,
     }  # fmt: skip
     assert not saved
     assert evaluation.text() == (
@@ -161,15 +162,25 @@ def test_what_is_written_has_the_keys_and_tensors_of_the_format(
     evaluation = evaluate_run(tmp_path / "run")
     written = json.loads((tmp_path / "run" / "evaluation.json").read_bytes())
     assert list(written) == [
-        "data", "num_val", "num_test", "val", "test", "combination", "zero_shot", "per_class", "num_bad", "schema",
-        "clip_benchmark",
+        "data", "num_val", "num_test", "repeated_captions", "val", "test", "combination", "zero_shot", "per_class",
+        "num_bad", "schema", "clip_benchmark",
     ]  # fmt: skip
     assert {key: written[key] for key in evaluation.as_dict()} == evaluation.as_dict()
     assert [row["task"] for row in written["clip_benchmark"]] == [
         "zeroshot_retrieval",
         "zeroshot_classification",
     ]
-    parts = {"img", "img@third", "index", "text_image", "third@img", "third@txt", "txt", "txt@third"}
+    parts = {
+        "img",
+        "img@third",
+        "index",
+        "text_group",
+        "text_image",
+        "third@img",
+        "third@txt",
+        "txt",
+        "txt@third",
+    }
     tensors = load_file(tmp_path / "run" / "features.safetensors")
     assert tensors.keys() == {f"{part}/{name}" for part in ("val", "test") for name in parts} | {
         "classes/rank"

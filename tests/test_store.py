@@ -398,7 +398,10 @@ def test_a_text_side_third_tower_trains_and_combines_with_captions(
     from threetowers.evaluate.retrieval import ranks_from_features, recalls
 
     alone = ranks_from_features(
-        features["test/img@third"], features["test/third@img"], features["test/text_image"]
+        features["test/img@third"],
+        features["test/third@img"],
+        features["test/text_image"],
+        features["test/text_group"],
     )
     assert sweep["ends"][1] == recalls(alone)["mean_r@1"]
 

@@ -4,7 +4,7 @@ Legend: B samples, D embedding width, P a frozen tower's width.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,8 @@ class ThreeTowers(nn.Module):
     """The trainable part of every method: towers `img` and `txt`, `heads` by view name, `log_scale`, `bias`.
 
     The frozen towers are not part of it. It receives their features and multiplies them by `third_norms`, stored
-    constants that bring the mean squared norm of each tower's features to its width P.
+    constants that bring the mean squared norm of each tower's features to its width P. text_thirds: those frozen towers
+    that read captions.
     """
 
     third_norms: Tensor
@@ -58,11 +59,13 @@ class ThreeTowers(nn.Module):
         options: ObjectiveConfig,
         image: ImageSpec,
         seed: int,
+        text_thirds: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.objective, self.image, self.embed_dim = table, image, embed_dim
         self.img, self.txt = img, txt
         self.thirds, self.third_widths = tuple(third_widths), dict(third_widths)
+        self.text_thirds = tuple(text_thirds)
         self.register_buffer("third_norms", torch.ones(len(self.thirds)))
         widths = {"img": embed_dim, "txt": embed_dim, **third_widths}
         self.heads = nn.ModuleDict()
@@ -148,10 +151,21 @@ class ThreeTowers(nn.Module):
         return total, rows
 
     @torch.no_grad()
-    def accuracies(self, feats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Share of samples whose partner is nearest in the batch, for each contrastive row."""
+    def accuracies(
+        self, feats: Mapping[str, Tensor], image_ids: Tensor, caption_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Share of samples whose nearest partner in the batch is right, for each contrastive row.
+
+        image_ids, caption_ids: int64 [B], equal for equal images and captions, each of whose partners is right.
+        """
+
+        def ids(view: str) -> Tensor:
+            return caption_ids if tower_of(view) in ("txt", *self.text_thirds) else image_ids
+
         return {
-            row.name: losses.contrastive_accuracy(self.view(row.a, feats), self.view(row.b, feats))
+            row.name: losses.contrastive_accuracy(
+                self.view(row.a, feats), self.view(row.b, feats), (ids(row.a), ids(row.b))
+            )
             for row in self.objective.rows
             if LOSSES[row.kind].contrastive
         }
@@ -201,7 +215,10 @@ def build(
         load_pair_weights(img, txt, config.pair.weights)
     used = {tower_of(view) for view in table.views()}
     widths = {view: t.width for view, t in thirds.items() if view in used or table.image == "third"}
-    model = ThreeTowers(table, img, txt, model_cfg["embed_dim"], widths, config.objective, image, config.seed)
+    model = ThreeTowers(
+        table, img, txt, model_cfg["embed_dim"], widths, config.objective, image, config.seed,
+        text_thirds=[view for view in widths if thirds[view].reads == "texts"],
+    )  # fmt: skip
     return model, Architecture(model_cfg, image)
 
 

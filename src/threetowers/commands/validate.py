@@ -24,6 +24,7 @@ from threetowers.data.decode import decode
 from threetowers.data.loader import Batch, BatchReader
 from threetowers.data.order import Order, hash64
 from threetowers.data.overlap import describe_near_copies, describe_overlap, near_copies
+from threetowers.data.repeats import describe_repeats
 from threetowers.data.source import Source
 from threetowers.data.transforms import fixed_view
 from threetowers.errors import BadSample, DataError, NonFiniteError, UsageError
@@ -65,6 +66,8 @@ def validate(config: RunConfig, folder: Path, *, near: bool = False) -> Iterator
     yield from _images(config, [train, val, test])
     setup = assemble(config, folder)
     yield from _captions(setup)
+    yield from describe_repeats("validation", val)
+    yield from describe_repeats("test", test)
     yield from describe_overlap(train, test)
     if near:
         yield from describe_near_copies(near_copies(train, test), len(test))

@@ -57,11 +57,12 @@ def difference(
     value = first.metrics[names[0]] - second.metrics[names[1]]
     if metric == "zero_shot/top1" and first.class_hits is not None and second.class_hits is not None:
         return bootstrap_difference(first.class_hits, second.class_hits)
+    no_interval = Interval(value, float("-inf"), float("inf"), 1)
     if metric.split("/")[0] != "retrieval" or not metric.endswith("_r@1"):
-        return Interval(
-            value, float("-inf"), float("inf"), 1
-        )  # one run has no spread, and there are no queries
+        return no_interval  # one run has no spread, and there are no queries
     ranks_a, ranks_b = first.ranks[systems[0]], second.ranks[systems[1]]
+    if ranks_a.num_independent() < 2:
+        return no_interval
     place = {"i2t_r@1": 0, "t2i_r@1": 1}.get(metric.split("/")[1])
     images = ranks_a.images()
     if place is None:

@@ -48,6 +48,10 @@ class Evaluated:
     def system(self, views: tuple[str, str] = MAIN, part: str = "test") -> System:
         return System(*(self.tensors[f"{part}/{view}"] for view in views))
 
+    def answers(self, part: str = "test") -> tuple[Tensor, Tensor]:
+        """The image of each text, and the same number for equal texts, int64 [number of texts] both."""
+        return self.tensors[f"{part}/text_image"], self.tensors[f"{part}/text_group"]
+
     def side_views(self) -> tuple[str, str]:
         """The views of the third tower read through the heads."""
         described = json.loads((self.job.folder / "model.json").read_text(encoding="utf-8"))
@@ -87,6 +91,7 @@ def collect(
             "num_val": len(val),
             "num_test": len(test),
             "shared_captions": f"{shared_captions(train, test):.1%}",
+            "repeated_captions": _shares(first[0].evaluation["repeated_captions"]) or None,
             "primary": f"retrieval/{PRIMARY}",
         },
         "methods": [
@@ -106,6 +111,10 @@ def collect(
     }  # fmt: skip
 
 
+def _shares(by_part: dict[str, float]) -> str:
+    return ", ".join(f"{'validation' if part == 'val' else part} {by_part[part]:.1%}" for part in by_part)
+
+
 def _with_controls(evaluated: list[Evaluated]) -> list[Evaluated]:
     """Adds to every run with a combination the same sweep between two independent runs, a baseline and a LiT."""
     runs = {(each.job.key, each.job.seed): each for each in evaluated}
@@ -116,7 +125,7 @@ def _with_controls(evaluated: list[Evaluated]) -> list[Evaluated]:
         control = None
         if each.combination and base is not None and lit is not None:
             val, test = (
-                Pair(base.system(part=part), lit.system(part=part), base.tensors[f"{part}/text_image"])
+                Pair(base.system(part=part), lit.system(part=part), *base.answers(part))
                 for part in ("val", "test")
             )
             control = sweep(val, test)
@@ -130,7 +139,7 @@ def _measure(run: Evaluated) -> Measured:
     metrics |= {f"zero_shot/{name}": value for name, value in run.evaluation["zero_shot"].items()}
     ranks: dict[str, Ranks] = {}
     if "test/img" in run.tensors:
-        ranks["main"] = ranks_from_features(*run.system(), run.tensors["test/text_image"])
+        ranks["main"] = ranks_from_features(*run.system(), *run.answers())
     swept = run.combination
     if swept:
         metrics[f"combination/{PRIMARY}"] = swept["chosen"]
@@ -146,7 +155,7 @@ def _measure(run: Evaluated) -> Measured:
 
 def _own_pair(run: Evaluated) -> Pair:
     """The main pair and the third tower read through the heads, on test data."""
-    return Pair(run.system(), run.system(run.side_views()), run.tensors["test/text_image"])
+    return Pair(run.system(), run.system(run.side_views()), *run.answers())
 
 
 def _ends_equal(run: Evaluated) -> bool:
@@ -154,7 +163,7 @@ def _ends_equal(run: Evaluated) -> bool:
     pair, swept = _own_pair(run), run.combination
     assert swept is not None
     ends = combine(pair, [0.0, 1.0])
-    alone = [ranks_from_features(*system, pair.text_image) for system in (pair.main, pair.side)]
+    alone = [ranks_from_features(*system, *run.answers()) for system in (pair.main, pair.side)]
     same = (torch.equal(a.i2t, b.i2t) and torch.equal(a.t2i, b.t2i) for a, b in zip(ends, alone, strict=True))
     return all(same) and swept["ends"][0] == run.evaluation["test"][PRIMARY]
 
@@ -209,7 +218,7 @@ def _interval(values: list[float], run: Measured, path: str) -> tuple[float, flo
         interval = bootstrap_interval(run.class_hits)
         return values[0], interval.low, interval.high
     ranks = run.ranks.get("main" if task == "retrieval" else task)
-    if metric != PRIMARY or ranks is None:
+    if metric != PRIMARY or ranks is None or ranks.num_independent() < 2:
         return values[0], None, None
     interval = bootstrap_interval(ranks.hits(), images=ranks.images())
     return values[0], interval.low, interval.high

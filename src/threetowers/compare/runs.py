@@ -13,7 +13,7 @@ from typing import Any
 from threetowers.compare.claims import Key
 from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.evaluate.evaluation import check_evaluation, evaluate_run
+from threetowers.evaluate.evaluation import SCHEMA, check_evaluation, evaluate_run
 from threetowers.objective.pairs import METHODS, method_label, objective
 from threetowers.progress import duration
 from threetowers.run.finished import changed_parts, describe_parts, read_description
@@ -174,6 +174,8 @@ class _Pace:
 def _run(job: Job, done: int, pace: _Pace) -> bool:
     """Trains and evaluates a job unless that is done; False when training was stopped on request."""
     evaluated = (job.folder / "evaluation.json").is_file()
+    # figures of another schema were counted in another way
+    current = evaluated and job.evaluation().get("schema") == SCHEMA
     if evaluated:
         parts = describe_parts(*open_data(job.config))
         changed = changed_parts(read_description(job.folder).get("data", {}), parts)
@@ -183,7 +185,7 @@ def _run(job: Job, done: int, pace: _Pace) -> bool:
                 "give another --out, so that all runs are compared on the same data"
             )
     differing = differing_keys(job.folder / "config.toml", job.config, all_keys=True) if evaluated else []
-    if evaluated and not any(key.startswith("classes:") for key in differing):
+    if current and not any(key.startswith("classes:") for key in differing):
         return True
     print(
         f"[{done}/{pace.total}] {job.label}, seed {job.seed}, lr {job.lr:g} ({duration(pace.so_far())} so far)",

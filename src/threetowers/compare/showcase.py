@@ -14,7 +14,7 @@ from threetowers.data.order import hash64
 from threetowers.data.source import Source, Subset
 from threetowers.data.transforms import normalise
 from threetowers.errors import BadSample
-from threetowers.evaluate.encode import encode
+from threetowers.evaluate.encode import captions_of, encode
 from threetowers.files import replacing
 from threetowers.run.finished import FinishedRun, load_run, restore_trained
 from threetowers.run.setup import prepare
@@ -52,8 +52,8 @@ def _examples(
     first = systems[0][3]
     if "test/txt" not in first:
         return []
-    text_image, index = first["test/text_image"], first["test/index"]
-    captions = [caption for i in index.tolist() for caption in test.record(i).captions]
+    text_image, text_group, index = (first[f"test/{name}"] for name in ("text_image", "text_group", "index"))
+    captions = captions_of(test, index.tolist())
     queries = sorted(range(len(captions)), key=lambda i: hash64("example", i))[: 2 * NUM_QUERIES]
 
     def picture(row: int) -> str | None:
@@ -67,10 +67,10 @@ def _examples(
         for method, third, label, tensors in systems:
             if to_image:
                 scores = tensors["test/img"] @ tensors["test/txt"][query]
-                right = torch.arange(len(scores)) == truth
+                right = torch.isin(torch.arange(len(scores)), text_image[text_group == text_group[query]])
             else:
                 scores = tensors["test/txt"] @ tensors["test/img"][truth]
-                right = text_image == truth
+                right = torch.isin(text_group, text_group[text_image == truth])
             top = scores.topk(min(NUM_ANSWERS, len(scores)))
             items = [
                 {

@@ -20,11 +20,16 @@ ALPHAS = tuple(step / 20 for step in range(21))
 
 
 class Pair(NamedTuple):
-    """Two systems on the same images and texts, and the image that each text describes, int64 [number of texts]."""
+    """Two systems on the same images and texts.
+
+    text_image: the image that each text describes. text_group: the same number for equal texts; None: all differ. Both
+    are int64 [number of texts].
+    """
 
     main: System
     side: System
     text_image: Tensor
+    text_group: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +96,8 @@ def combination(data: EvaluationData) -> Result | None:
 
 def pair_of(encoded: Encoded, third: str) -> Pair:
     """The main pair, and a third tower read through the heads, as the two systems of a combination."""
-    return Pair(System(*encoded.system("main")), System(*encoded.system(third)), encoded.text_image)
+    main, side = System(*encoded.system("main")), System(*encoded.system(third))
+    return Pair(main, side, encoded.text_image, encoded.text_group)
 
 
 def sweep(val: Pair, test: Pair, alphas: Sequence[float] = ALPHAS, block: int = BLOCK) -> Sweep:
@@ -115,7 +121,7 @@ def combine(pair: Pair, alphas: Sequence[float], block: int = BLOCK) -> list[Ran
     """Ranks with s_α for every α, from one computation of both systems' scores."""
     _check_alphas(alphas)
     weightings = [(1 - alpha, alpha) for alpha in alphas]
-    return combined_ranks([pair.main, pair.side], weightings, pair.text_image, block)
+    return combined_ranks([pair.main, pair.side], weightings, pair.text_image, pair.text_group, block)
 
 
 def _mean_recalls(ranks: Sequence[Ranks]) -> tuple[float, ...]:

@@ -1,10 +1,10 @@
 """A source's images and captions as unit vectors, in every view that the model has: what evaluators work on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from threetowers.data.decode import decode
 from threetowers.data.kept import KeptImages
+from threetowers.data.repeats import repeated_share, text_groups
 from threetowers.data.source import Source
 from threetowers.data.tokenize import Tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view
@@ -39,6 +40,15 @@ class Encoded:
     captions: list[str]
     bad: list[BadSample] = field(default_factory=list)
     text_thirds: frozenset[str] = frozenset()
+
+    @cached_property
+    def text_group(self) -> Tensor:
+        """int64 [M], the same number for captions that are equal as `repeats.caption_key` says."""
+        return torch.from_numpy(text_groups(self.captions))
+
+    def repeated(self) -> float:
+        """Share of the captions that are equal to a caption of another image."""
+        return repeated_share(self.text_image.numpy(), self.text_group.numpy())
 
     def system(self, name: str) -> tuple[Tensor, Tensor]:
         """Image vectors [N, D] and text vectors [M, D] of `main`, or of a third tower read through the heads."""
@@ -134,23 +144,13 @@ def encode(
         model, source, list(samples), stores, device,
         batch_size=batch_size, workers=workers, autocast=autocast, kept=kept,
     )  # fmt: skip
-    captions: list[str] = []
-    text_image: list[int] = []
-    text_sample: list[int] = []
-    places: list[int] = []
-    for row, i in enumerate(index.tolist()):
-        for sample in samples[i]:
-            own = source.record(sample).captions
-            captions += own
-            text_image += [row] * len(own)
-            text_sample += [sample] * len(own)
-            places += range(len(own))
+    texts = _texts_of(source, index.tolist(), samples)
+    captions = texts.captions
     text_feats = _encode_texts(model, captions, tokenizer, device, batch_size=batch_size, autocast=autocast)
     text_stores = {name: store for name, store in stores.items() if store.side == "text"}
     if captions:
-        rows = {
-            name: store.rows(np.array(text_sample), np.array(places)) for name, store in text_stores.items()
-        }
+        which = np.array(texts.samples), np.array(texts.places)
+        rows = {name: store.rows(*which) for name, store in text_stores.items()}
         text_feats |= model.features(thirds={name: value.to(device) for name, value in rows.items()})
     # a head encodes images or captions, whichever its tower has features of
     image_views = {"img", *(view for view in model.heads if tower_of(view) in image_feats)}
@@ -159,8 +159,34 @@ def encode(
     if captions:
         views |= {view: model.view(view, text_feats).cpu() for view in sorted(text_views)}
     model.train(training)
-    rows_of = torch.tensor(text_image, dtype=torch.long)
-    return Encoded(views, rows_of, index, captions, bad, frozenset(text_stores))
+    text_image = torch.tensor(texts.rows, dtype=torch.long)
+    return Encoded(views, text_image, index, captions, bad, frozenset(text_stores))
+
+
+class _Texts(NamedTuple):
+    """Captions, the row of each one's image, and where each is from: the sample and the number of its caption."""
+
+    captions: list[str]
+    rows: list[int]
+    samples: list[int]
+    places: list[int]
+
+
+def _texts_of(source: Source, index: Sequence[int], samples: Mapping[int, Sequence[int]]) -> _Texts:
+    texts = _Texts([], [], [], [])
+    for row, i in enumerate(index):
+        for sample in samples[i]:
+            own = source.record(sample).captions
+            texts.captions.extend(own)
+            texts.rows.extend([row] * len(own))
+            texts.samples.extend([sample] * len(own))
+            texts.places.extend(range(len(own)))
+    return texts
+
+
+def captions_of(source: Source, index: Sequence[int]) -> list[str]:
+    """The captions that `encode` encodes with these images of a source, in its order."""
+    return _texts_of(source, index, _samples_of_images(source, merge=True)).captions
 
 
 def _samples_of_images(source: Source, merge: bool) -> dict[int, list[int]]:

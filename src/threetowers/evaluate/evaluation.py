@@ -4,7 +4,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from threetowers.evaluate.clip_benchmark import clip_benchmark_result
 from threetowers.evaluate.combine import combination
 from threetowers.evaluate.encode import Encoded, EvaluationData, Labelled, encode, encode_texts
 from threetowers.evaluate.result import Result
-from threetowers.evaluate.retrieval import retrieval
+from threetowers.evaluate.retrieval import ranks_from_features, recalls, retrieval
 from threetowers.evaluate.zero_shot import check_prompts, class_embeddings, zero_shot
 from threetowers.files import write_whole
 from threetowers.progress import warn
@@ -28,7 +28,8 @@ from threetowers.run.finished import changed_parts, read_description, restore_tr
 from threetowers.run.setup import Setup, autocast, check_enough, open_data, prepare, world
 from threetowers.towers.weights import write_safetensors
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of evaluation.json, and of the figures in it: 1 took equal captions of different images for wrong answers."""
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 TRIED = 100  # images of which one at least must be readable
 
@@ -58,7 +59,8 @@ class Evaluation:
 
     sections: by name, from all evaluators: `val` and `test` (retrieval of the main pair), `combination` (by third
     tower, the sweep over α), `zero_shot` and `per_class` (classification by the main pair).
-    lines: the figures as text. num_bad: how many of the captioned images cannot be used.
+    lines: the figures as text. num_bad: how many of the captioned images cannot be used. repeated_captions: by part,
+    the share of captions that are equal to a caption of another image.
     """
 
     data: str
@@ -67,6 +69,7 @@ class Evaluation:
     sections: dict[str, dict[str, Any]]
     lines: list[str]
     num_bad: int = 0
+    repeated_captions: dict[str, float] = field(default_factory=dict)
 
     def text(self) -> str:
         """The figures as a few lines for the terminal."""
@@ -76,7 +79,8 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """The figures as evaluation.json holds them."""
         counts = {"data": self.data, "num_val": self.num_val, "num_test": self.num_test}
-        return counts | self.sections | {"num_bad": self.num_bad}
+        repeated = {"repeated_captions": self.repeated_captions}
+        return counts | repeated | self.sections | {"num_bad": self.num_bad}
 
 
 def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None = None) -> Evaluation:
@@ -114,7 +118,7 @@ def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None =
         save_features(folder / "features.safetensors", encoded, saved)
         written = evaluation.as_dict() | {
             "schema": SCHEMA,
-            "clip_benchmark": _clip_benchmark(evaluation, folder),
+            "clip_benchmark": _clip_benchmark(evaluation, encoded, folder),
         }
         write_whole(folder / "evaluation.json", json.dumps(written, indent=2, ensure_ascii=False))
     return evaluation
@@ -215,14 +219,16 @@ def evaluate(
 
     name: of the test data. num_val, num_test: their sizes, images that cannot be used included.
     """
-    parts = {"validation": data.val, "test": data.test}
+    parts = {"val": data.val, "test": data.test}
     lines = [
-        f"no {part} images with captions, so no retrieval on them"
+        f"no {'validation' if part == 'val' else part} images with captions, so no retrieval on them"
         for part, each in parts.items()
         if each is None
     ]
     evaluation = Evaluation(name, num_val, num_test, {}, lines)
-    evaluation.num_bad = sum(len(each.bad) for each in parts.values() if each is not None)
+    usable = {part: each for part, each in parts.items() if each is not None}
+    evaluation.num_bad = sum(len(each.bad) for each in usable.values())
+    evaluation.repeated_captions = {part: each.repeated() for part, each in usable.items()}
     saved: dict[str, Tensor] = {}
     for evaluator in EVALUATORS:
         result = evaluator.measure(data)
@@ -235,12 +241,16 @@ def evaluate(
 
 
 def save_features(path: Path, data: EvaluationData, saved: dict[str, Tensor]) -> None:
-    """Writes every view as `PART/VIEW`, with `PART/text_image` and `PART/index`, and the per-item results `saved`."""
+    """Writes every view as `PART/VIEW`, with `text_image`, `text_group` and `index` of each PART, and `saved`.
+
+    saved: the per-item results.
+    """
     tensors = dict(saved)
     for part, each in (("val", data.val), ("test", data.test)):
         if each is not None:
             tensors |= {f"{part}/{view}": value.contiguous() for view, value in each.views.items()}
-            tensors |= {f"{part}/text_image": each.text_image, f"{part}/index": each.index}
+            tensors |= {f"{part}/text_image": each.text_image, f"{part}/text_group": each.text_group}
+            tensors[f"{part}/index"] = each.index
     write_safetensors(path, tensors)
 
 
@@ -276,9 +286,12 @@ def _labelled(setup: Setup, source: Source) -> Labelled:
     return Labelled(encoded.views["img"], classes, labels, list(source.class_names))
 
 
-def _clip_benchmark(evaluation: Evaluation, folder: Path) -> list[dict[str, Any]]:
+def _clip_benchmark(evaluation: Evaluation, data: EvaluationData, folder: Path) -> list[dict[str, Any]]:
+    """The test figures by CLIP_benchmark's convention, in which an image's own captions alone are right."""
     rows = []
     test, classes = evaluation.sections["test"], evaluation.sections["zero_shot"]
+    if data.test is not None and evaluation.repeated_captions["test"]:
+        test = recalls(ranks_from_features(*data.test.system("main"), data.test.text_image))
     if test:
         rows.append(clip_benchmark_result(evaluation.data, str(folder), "", "zeroshot_retrieval", test))
     if classes:

@@ -1,5 +1,8 @@
 """Image-text retrieval: the rank of each query's best right answer, and recall at k.
 
+Equal captions stand for each other. For an image, every text that is equal to one of its captions is right. For a
+text, every image with an equal caption is right. `data/repeats.py` says which captions are equal.
+
 Legend: N images, M texts, D width, Q queries, C candidates, B queries in a block, W weightings.
 """
 
@@ -9,10 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from threetowers.errors import DataError, UsageError
-from threetowers.evaluate.encode import EvaluationData
+from threetowers.evaluate.encode import Encoded, EvaluationData
 from threetowers.evaluate.ranks import both_ranks, weighted_sum
 from threetowers.evaluate.result import Result, percentages
 
@@ -34,7 +39,8 @@ class Ranks:
     """For every query, the number of wrong candidates ranked above its best right one; 0 is a hit at 1.
 
     i2t: int64 [number of images that have a caption]. t2i: int64 [M].
-    i2t_image, t2i_image: the index of the image that each query belongs to, same shapes.
+    i2t_image, t2i_image: the index of the image that each query belongs to, same shapes. Images that share captions,
+    directly or through other images, all have the index of the first of them: they succeed and fail together.
     """
 
     i2t: Tensor
@@ -54,6 +60,10 @@ class Ranks:
         """The image of each query, in the shapes of `hits`; a bootstrap draws the queries of an image together."""
         return self.i2t_image.numpy(), self.t2i_image.numpy()
 
+    def num_independent(self) -> int:
+        """The number of different images in `images`, from which a bootstrap can draw."""
+        return len(self.i2t_image.unique())
+
 
 def retrieval(data: EvaluationData) -> Result | None:
     """Recall of the main pair on the validation and the test data; None without captioned images."""
@@ -62,22 +72,33 @@ def retrieval(data: EvaluationData) -> Result | None:
     lines = []
     for section, name, part in (("val", "validation", data.val), ("test", "test", data.test)):
         if part is not None:
-            ranks = ranks_from_features(*part.system("main"), part.text_image)
+            ranks = ranks_of(part)
             sections[section] = recalls(ranks)
             items |= ranks.items(section)
             num_images = len(part.index) + len(part.bad)
-            lines.append(f"retrieval on {num_images} {name} images: {percentages(sections[section])}")
+            lines.append(
+                f"retrieval on {num_images} {name} images, {part.repeated():.1%} of their captions repeated: "
+                f"{percentages(sections[section])}"
+            )
     return Result(sections, items, tuple(lines)) if sections else None
 
 
-def ranks_from_features(image: Tensor, text: Tensor, text_image: Tensor, block: int = BLOCK) -> Ranks:
-    """Ranks every captioned image's best right text among all texts, and every text's image among all images.
+def ranks_of(encoded: Encoded) -> Ranks:
+    """Ranks of the main pair on what was encoded, with its equal captions as equal texts; see `ranks_from_features`."""
+    return ranks_from_features(*encoded.system("main"), encoded.text_image, encoded.text_group)
+
+
+def ranks_from_features(
+    image: Tensor, text: Tensor, text_image: Tensor, text_group: Tensor | None = None, block: int = BLOCK
+) -> Ranks:
+    """Ranks every captioned image's best right text among all texts, and every text's best image among all images.
 
     image [N, D] and text [M, D] are unit vectors, text_image int64 [M] the index of the image that each text
-    describes. A score is the dot product rounded to fp32, and a tie counts against the model. An image without a
-    text is a candidate and no query. Raises DataError for shapes, indices or values that cannot be scored.
+    describes. text_group: int64 [M], equal for equal texts; None: no text is equal to another. A score is the dot
+    product rounded to fp32, and a tie counts against the model. An image without a text is a candidate and no query.
+    Raises DataError for shapes, indices or values that cannot be scored.
     """
-    return combined_ranks([System(image, text)], [(1.0,)], text_image, block)[0]
+    return combined_ranks([System(image, text)], [(1.0,)], text_image, text_group, block)[0]
 
 
 def recalls(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
@@ -101,7 +122,11 @@ def recalls(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
 
 
 def combined_ranks(
-    systems: Sequence[System], weightings: Sequence[Sequence[float]], text_image: Tensor, block: int = BLOCK
+    systems: Sequence[System],
+    weightings: Sequence[Sequence[float]],
+    text_image: Tensor,
+    text_group: Tensor | None = None,
+    block: int = BLOCK,
 ) -> list[Ranks]:
     """Ranks under the scores Σ_s weight_s · score_s, one result per weighting.
 
@@ -112,9 +137,29 @@ def combined_ranks(
         where = f"system {place}: " if len(systems) > 1 else ""
         _check_system(system, systems[0], text_image, where)
     text_id = text_image.cpu()
+    if text_group is not None and (text_group.is_floating_point() or text_group.shape != text_id.shape):
+        raise DataError(
+            f"text_group: one number per text is needed, int64 {list(text_id.shape)}, "
+            f"got {text_group.dtype} {list(text_group.shape)}"
+        )
     captioned = torch.unique(text_id)
-    i2t, t2i = both_ranks(systems, weightings, text_id, block)
-    return [Ranks(a[captioned], b, captioned, text_id) for a, b in zip(i2t, t2i, strict=True)]
+    i2t, t2i = both_ranks(systems, weightings, text_id, block, text_group)
+    linked = _first_linked(text_id, text_group, len(systems[0].image))
+    return [Ranks(a[captioned], b, linked[captioned], linked[text_id]) for a, b in zip(i2t, t2i, strict=True)]
+
+
+def _first_linked(text_image: Tensor, text_group: Tensor | None, num_images: int) -> Tensor:
+    """The first of the images that each image is linked with by equal captions, int64 [N]."""
+    images = np.arange(num_images)
+    if text_group is None:
+        return torch.from_numpy(images)
+    group = text_group.cpu().unique(return_inverse=True)[1].numpy()
+    size = num_images + len(group)  # images and groups are the nodes, texts the edges
+    edges = text_image.numpy(), num_images + group
+    graph = coo_array((np.ones(len(group), dtype=bool), edges), shape=(size, size))
+    parts = connected_components(graph, directed=False)[1][:num_images]
+    first, place = np.unique(parts, return_index=True, return_inverse=True)[1:]
+    return torch.from_numpy(first[place])
 
 
 @torch.no_grad()

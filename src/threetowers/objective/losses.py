@@ -71,11 +71,17 @@ def mse_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def contrastive_accuracy(a: Tensor, b: Tensor) -> Tensor:
-    """Share of samples whose own partner is nearest within the batch, mean of both directions."""
-    similarity = a @ b.T
-    target = torch.arange(len(a), device=a.device)
-    return 0.5 * (
-        (similarity.argmax(dim=1) == target).float().mean()
-        + (similarity.argmax(dim=0) == target).float().mean()
-    )
+def contrastive_accuracy(a: Tensor, b: Tensor, ids: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Share of samples whose nearest partner within the batch is right, mean of both directions.
+
+    ids: of what a and what b encode, int64 [B] each, equal for equal things. A partner is right when some sample has
+    the one and the other. None: all differ, and a sample's own partner alone is right.
+    """
+    own = torch.arange(len(a), device=a.device)
+    first, second = own, own
+    if ids is not None:
+        first, second = (values.to(a.device).unique(return_inverse=True)[1] for values in ids)
+    similarity, pairs = a @ b.T, first * len(a) + second
+    forward = torch.isin(first * len(a) + second[similarity.argmax(dim=1)], pairs)
+    backward = torch.isin(first[similarity.argmax(dim=0)] * len(a) + second, pairs)
+    return 0.5 * (forward.float().mean() + backward.float().mean())

@@ -47,6 +47,7 @@ _SETTINGS = {
     "num_val": "validation images",
     "num_test": "test images",
     "shared_captions": "test captions that are training captions too",
+    "repeated_captions": "captions that are equal to one of another image",
     "primary": "primary metric",
 }
 DRAWN = ("baseline", "lit", "3t")
@@ -336,7 +337,8 @@ def _reading(compare: Compare) -> Html:
     thirds = ", ".join(dict.fromkeys(m["third"] for m in compare["methods"] if m.get("third"))) or "none"
     words = {
         "R@k": "Share of queries with a right answer among the k highest-scoring candidates. In image → text the query "
-        "is an image, in text → image it is a caption; mean is the average of both directions.",
+        "is an image, in text → image it is a caption; mean is the average of both directions. Captions that differ in "
+        "case and white space alone are equal, and each is right for the images of all.",
         "zero-shot top-1": "Share of images that score highest with the name of their own class. The methods are "
         "trained with captions, not with class labels.",
         "interval": interval,

@@ -54,7 +54,8 @@ def _step(line: str) -> float:
 
 def step_metrics(model: ThreeTowers, result: StepResult) -> dict[str, float]:
     """The numbers of a step, by metric path; waits for the device."""
-    accuracies, batch = model.accuracies(result.feats), result.batch
+    batch = result.batch
+    accuracies = model.accuracies(result.feats, batch.image_ids, batch.caption_ids)
     values = {"train/loss": result.loss.item()}
     values |= {f"train/loss/{name}": value.item() for name, value in result.rows.items()}
     values |= {f"train/accuracy/{name}": value.item() for name, value in accuracies.items()}

@@ -10,7 +10,7 @@ import torch
 from threetowers.config import RunConfig, write_config
 from threetowers.data.loader import batches
 from threetowers.evaluate.encode import encode
-from threetowers.evaluate.retrieval import ranks_from_features, recalls
+from threetowers.evaluate.retrieval import ranks_of, recalls
 from threetowers.progress import Progress, duration
 from threetowers.run.finished import save_run
 from threetowers.run.setup import Setup, autocast
@@ -138,8 +138,7 @@ def validate(setup: Setup) -> dict[str, float]:
     )
     if not encoded.captions:
         return {}
-    ranks = ranks_from_features(*encoded.system("main"), encoded.text_image)
-    return {f"val/{name}": value for name, value in recalls(ranks).items()}
+    return {f"val/{name}": value for name, value in recalls(ranks_of(encoded)).items()}
 
 
 def _claim(config: RunConfig, folder: Path, fresh: bool) -> checkpoint.Restored | None:

@@ -23,7 +23,7 @@ Split = Literal["train", "val", "test"]
 Floats = NDArray[np.floating[Any]]  # float32 throughout
 Ints = NDArray[np.int64]
 
-VERSION = 1  # of the scenes themselves: raised whenever any image, caption or label changes
+VERSION = 2  # of the scenes themselves: raised whenever any image, caption or label changes
 KINDS: tuple[Kind, ...] = ("pairs", "objects", "scenes")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
@@ -38,13 +38,18 @@ BACKGROUNDS = ("grass", "sand", "snow", "water", "brick", "carpet")
 LAYOUTS = ("single", "side by side", "stacked")
 SYNONYMS = {"solid": "plain", "dotted": "spotted", "small": "little", "large": "big", "checked": "chequered"}
 
-# Each held-out pair has a colour and a shape of its own, and both words occur in many other scenes.
-HELD_OUT = (
-    *(("red", "star"), ("yellow", "cross"), ("green", "circle")),
-    *(("blue", "hourglass"), ("purple", "triangle"), ("pink", "arrow")),
-)
+# Held-out pairs, which no training scene has. Each has a colour and a shape of its own, and both words occur in many
+# other scenes. Test scenes have all six. Validation has three of them, so that what is chosen there is chosen for new
+# pairs as well, and leaves three that no choice depends on.
+NEW_IN_VAL = (("red", "star"), ("yellow", "cross"), ("green", "circle"))
+NEW_IN_TEST = (("blue", "hourglass"), ("purple", "triangle"), ("pink", "arrow"))
 _ALL_PAIRS = tuple((colour, shape) for shape in SHAPES for colour in COLOURS)
-_SEEN_PAIRS = tuple(pair for pair in _ALL_PAIRS if pair not in HELD_OUT)
+_VAL_PAIRS = tuple(pair for pair in _ALL_PAIRS if pair not in NEW_IN_TEST)
+_PAIRS: dict[Split, tuple[tuple[str, str], ...]] = {
+    "train": tuple(pair for pair in _VAL_PAIRS if pair not in NEW_IN_VAL),
+    "val": _VAL_PAIRS,
+    "test": _ALL_PAIRS,
+}
 
 # Every draw has a range of hash counters of its own, so that a name can be appended without changing other draws.
 # fmt: off
@@ -74,12 +79,13 @@ def scenes(seed: int, indices: Ints, *, kind: Kind = "pairs", split: Split = "tr
     """The content of the scenes at these indices.
 
     indices: [B], each 0 or more, without an upper bound. Labelled kinds cycle through their classes, so that
-    consecutive indices are balanced. Held-out pairs of colour and shape occur in test splits only.
+    consecutive indices are balanced. Six pairs of colour and shape never occur in training splits; validation splits
+    show three of them, test splits all.
     Raises UsageError on an unknown kind or split, or on indices that are not a vector of whole numbers >= 0.
     """
     roots = scene_roots(seed, indices, kind, split)
     indices = indices.astype(np.int64)
-    pairs = _ALL_PAIRS if split == "test" else _SEEN_PAIRS
+    pairs = _PAIRS[split]
     colour_of = np.array([COLOURS.index(colour) for colour, _ in pairs])
     shape_of = np.array([SHAPES.index(shape) for _, shape in pairs])
 
