@@ -21,6 +21,7 @@ from threetowers.objective.kinds import LOSSES
 from threetowers.objective.pairs import Objective, objective
 from threetowers.recipes import PRESETS
 from threetowers.towers.frozen.load import KINDS
+from threetowers.train.profile import PHASES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -46,6 +47,7 @@ def tables() -> dict[str, str]:
             ("preset", "what it is"),
             ((f"`{name}`", (preset.__doc__ or "").splitlines()[0]) for name, preset in PRESETS.items()),
         ),
+        "phases": markdown(("phase", "what it is"), PHASES.items()),
     }
 
 

@@ -92,7 +92,14 @@ def _train(words: list[str]) -> int:
     check_settings(config)  # a mistake in the settings is said before any data is read
     objective(config)
     print(describe_data(config), flush=True)
-    result = train(config, out, fresh=arguments.fresh, max_minutes=arguments.max_minutes)
+    result = train(
+        config, out, fresh=arguments.fresh, max_minutes=arguments.max_minutes, profile=arguments.profile
+    )
+    if arguments.profile:
+        print(
+            result.profile
+            or f"--profile: {out} is finished, so no step was taken; --fresh True trains it again"
+        )
     if not result.finished:
         print(f"stopped at step {result.step}; the same command continues. Run folder: {out}")
         return STOPPED
@@ -133,6 +140,25 @@ def _report(result: dict[str, Any] | None, out: Path) -> int:
 
     page = write_report(out)
     print(f"\n{text_table(result)}\n\nreport: {page}")
+    return 0
+
+
+def _page(words: list[str]) -> int:
+    """write the page of a run or a comparison: threetowers report FOLDER"""
+
+    def report(folder: tyro.conf.Positional[Path]) -> None:
+        """Results, learning curves, settings and, of a run that was profiled, where the time of its steps went.
+
+        Args:
+            folder: Of a run, finished or not, or of a comparison.
+        """
+        from threetowers.report.page import write_report
+        from threetowers.report.run import write_run_report
+
+        write = write_report if (folder / "compare.json").is_file() else write_run_report
+        print(f"report: {write(folder)}")
+
+    parse(report, words, "report")
     return 0
 
 
@@ -277,6 +303,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "demo": _demo,
     "evaluate": _evaluate,
+    "report": _page,
     "pretrain": _pretrain,
     "export": _export,
     "convert": _convert,

@@ -84,6 +84,9 @@ class TrainArguments:
     max_minutes: Annotated[
         float, tyro.conf.arg(help="Save and stop after this long, to continue later; 0 never.")
     ] = 0.0
+    profile: Annotated[
+        bool, tyro.conf.arg(help="Measure where the time of each step goes: profile.json and trace.json.gz.")
+    ] = False
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 

@@ -4,7 +4,7 @@ The page needs no network, no script and no other file. Captions, labels and cla
 the page through `tag` and `join` only, which escape everything that is not markup.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], prob
         ("results", "Results", _results(compare)),
         ("claims", "Tests of the claims", _claims(compare)),
         ("combination", "Using the third tower after training", _combination(compare, plots["combination"])),
-        ("training", "Training", _training(compare, plots, problems)),
+        ("training", "Training", training(compare, plots, problems)),
         ("examples", "Retrieval examples", examples(compare, image)),
         ("classes", "Zero-shot accuracy by class", _classes(compare, plots["classes"])),
         ("cost", "Cost and quality", _cost(compare, plots["cost"])),
@@ -105,10 +105,14 @@ def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], prob
         ("settings", "Settings and machine", _settings(compare)),
         ("reading", "How to read this page", _reading(compare)),
     ]
-    shown = [(name, title, body) for name, title, body in sections if body]
-    links = join(*(tag("a", title, href=f"#{name}") for name, title, _ in shown))
-    body = join(*(tag("section", tag("h2", title), body, id=name) for name, title, body in shown))
-    title = str(compare.get("title", "Comparison"))
+    return document(str(compare.get("title", "Comparison")), _opening(compare, plots["primary"]), sections)
+
+
+def document(title: str, opening: Html, sections: Sequence[tuple[str, str, Html | None]]) -> str:
+    """A page that stands alone: the opening, links to the sections, and the sections as (id, heading, content)."""
+    shown = [(name, heading, body) for name, heading, body in sections if body]
+    links = join(*(tag("a", heading, href=f"#{name}") for name, heading, _ in shown))
+    body = join(*(tag("section", tag("h2", heading), body, id=name) for name, heading, body in shown))
     head = join(
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
@@ -117,7 +121,7 @@ def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], prob
         tag("title", title),
         tag("style", _css()),
     )
-    main = tag("main", _opening(compare, plots["primary"]), tag("nav", links, aria_label="Sections"), body)
+    main = tag("main", opening, tag("nav", links, aria_label="Sections"), body)
     return Html(f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{main}</body></html>\n')
 
 
@@ -133,7 +137,8 @@ def _panels(plots: Iterable[Plot]) -> Html:
     return tag("div", *(tag("figure", Html(plot.svg)) for plot in plots), class_="panels")
 
 
-def _rows(pairs: Iterable[tuple[str, str]]) -> Html:
+def definitions(pairs: Iterable[tuple[str, str]]) -> Html:
+    """A list of names, each with its value."""
     return tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in pairs), class_="rows")
 
 
@@ -215,7 +220,7 @@ def _state(held: bool | None) -> Html:
 def _claims(compare: Compare) -> Html | None:
     items = []
     for claim in compare.get("claims", []):
-        figures = _rows((name, str(value)) for name, value in (claim.get("figures") or {}).items())
+        figures = definitions((name, str(value)) for name, value in (claim.get("figures") or {}).items())
         note = tag("p", claim["note"], class_="muted") if claim.get("note") else None
         text = tag("p", tag("b", claim["id"]), " ", claim["text"])
         items.append(tag("li", _state(claim["held"]), tag("div", text, figures, note)))
@@ -241,7 +246,8 @@ def _combination(compare: Compare, plots: list[Plot]) -> Html | None:
     return join(tag("p", text), tag("p", control), _panels(plots))
 
 
-def _training(compare: Compare, plots: dict[str, list[Plot]], problems: list[str]) -> Html | None:
+def training(compare: Compare, plots: dict[str, list[Plot]], problems: list[str]) -> Html | None:
+    """The curves of validation and loss, and what could not be read of them; None when there is neither."""
     if not any((plots["validation"], plots["loss"], problems)):
         return None
     several = "Lines are means over seeds; bands span the lowest to the highest seed."
@@ -310,7 +316,7 @@ def _settings(compare: Compare) -> Html:
     given = [("data", compare.get("data")), *settings.items(), ("created", created)]
     table = html_table(["method", "learning rate", "validation metric of each rate tried, percent"], rates)
     return join(
-        tag("div", _rows(_pairs(given)), _rows(_pairs(machine.items())), class_="panels"),
+        tag("div", definitions(_pairs(given)), definitions(_pairs(machine.items())), class_="panels"),
         more("How each learning rate was chosen", table) if rates else None,
     )
 
@@ -349,7 +355,7 @@ def _reading(compare: Compare) -> Html:
         "cost at inference": "3T with α = 0 runs only the image and text towers, as the baseline does. With α > 0 the "
         "third tower also runs on every image. LiT always runs the pretrained tower, which is its image tower.",
     }
-    return tag("div", _rows(words.items()), class_="prose")
+    return tag("div", definitions(words.items()), class_="prose")
 
 
 def _write(path: Path, content: str | bytes) -> None:

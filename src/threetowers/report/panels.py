@@ -26,6 +26,19 @@ _METHOD_COLOURS = (
     ("#0072b2", "#58aee8"),
     ("#009e73", "#35c79a"),
 )
+# Of the phases of a training step, in their order.
+PHASE_COLOURS = (
+    ("#d4600a", "#f0803d"),
+    ("#e5a010", "#f3bb46"),
+    ("#0a70ae", "#58aee9"),
+    ("#0a9c70", "#35c79b"),
+    ("#6a51a3", "#a793dc"),
+    ("#c878a4", "#e39ac4"),
+    ("#8c6d31", "#c9a968"),
+    ("#1b7f8c", "#5cc0cc"),
+    ("#4c5561", "#b4bcc7"),
+    ("#9aa3ae", "#6b7480"),
+)
 # The light colours must be distinct: `inline_svg` recognises them by value.
 PALETTE: dict[str, tuple[str, str]] = {
     "ink": ("#1c2024", "#e8eaed"),
@@ -35,6 +48,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "soft": ("#f4f5f7", "#1e2227"),
     **dict(zip(METHODS, _METHOD_COLOURS, strict=False)),
     "other": ("#cc79a7", "#e39ac3"),
+    **{f"phase-{number}": shades for number, shades in enumerate(PHASE_COLOURS)},
 }
 INK, MUTED, GRID, PAPER = (PALETTE[name][0] for name in ("ink", "muted", "line", "paper"))
 WIDTH = 400  # px, of every plot

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from threetowers.data.loader import Batch
+from threetowers.train.profile import Phase, no_phase
 
 RandomState = tuple[Tensor, Tensor | None]
 Features = dict[str, Tensor]
@@ -23,35 +24,43 @@ def accumulate(
     device: torch.device,
     features: Callable[[Batch], Features],
     loss: Callable[[Features, Batch], Losses],
+    phase: Phase = no_phase,
 ) -> tuple[Tensor, dict[str, Tensor], Features]:
     """Loss, each row's loss and the features of a batch in host memory; adds the gradients of every parameter.
 
     size: samples of a micro-batch. features: of a batch that lies on the device, by tower. loss: of the features of
-    the whole batch, and each row's own by name. What is returned is detached.
+    the whole batch, and each row's own by name. phase: of the copies to the device and of the backward passes; the
+    others are for the two functions to name. What is returned is detached.
     """
     states: list[RandomState] = []
     parts: list[Features] = []
     with torch.no_grad():
         for micro in _micro_batches(batch, size):
             states.append(_random_state(device))
-            parts.append(features(micro.to(device)))
+            with phase("data"):
+                micro = micro.to(device)
+            parts.append(features(micro))
     after = _random_state(device)
     trained = [name for name in ("img", "txt") if name in parts[0]]
     feats = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for name in trained:
         feats[name].requires_grad_()
     total, rows = loss(feats, batch)
-    total.backward()  # type: ignore[no-untyped-call]
+    with phase("backward"):
+        total.backward()  # type: ignore[no-untyped-call]
     start = 0
     for micro, state in zip(_micro_batches(batch, size), states, strict=True):
         _set_random_state(device, state)
-        again = features(micro.to(device))
+        with phase("data"):
+            micro = micro.to(device)
+        again = features(micro)
         stop = start + len(micro.index)
         live = [(again[name], feats[name].grad) for name in trained if again[name].requires_grad]
-        torch.autograd.backward(
-            [values for values, _ in live],
-            [None if gradient is None else gradient[start:stop] for _, gradient in live],
-        )
+        with phase("backward"):
+            torch.autograd.backward(
+                [values for values, _ in live],
+                [None if gradient is None else gradient[start:stop] for _, gradient in live],
+            )
         start = stop
     _set_random_state(device, after)
     rows = {name: value.detach() for name, value in rows.items()}

@@ -1,6 +1,7 @@
 """The one trainer of every method: from batch to optimiser step on a page."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from threetowers.train import checkpoint
 from threetowers.train.guards import StopRequest, differing_keys, folder_lock, holds_run
 from threetowers.train.log import Clock, step_metrics, summary
 from threetowers.train.optim import learning_rate
+from threetowers.train.profile import TABLE, TRACE, fetched
 from threetowers.train.session import (
     Session,
     log_validation,
@@ -29,24 +31,31 @@ from threetowers.train.session import (
 
 WRITTEN = (
     "model.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "evaluation.json",
-    "features.safetensors", "bad_samples.jsonl",
+    "features.safetensors", "bad_samples.jsonl", TABLE, TRACE,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The outcome of a call of `train`. stopped: whether a stop was requested meanwhile."""
+    """The outcome of a call of `train`. stopped: whether a stop was requested meanwhile.
+
+    profile: where the time of the steps went, as a table; empty where no step was taken, or none to be profiled.
+    """
 
     folder: Path
     finished: bool
     step: int
     stopped: bool = False
+    profile: str = ""
 
 
-def train(config: RunConfig, folder: Path, *, fresh: bool = False, max_minutes: float = 0.0) -> Trained:
+def train(
+    config: RunConfig, folder: Path, *, fresh: bool = False, max_minutes: float = 0.0, profile: bool = False
+) -> Trained:
     """Trains a configuration in a run folder, or continues what is there; a finished run is left as it is.
 
     On SIGINT, SIGTERM, SIGUSR1 or after max_minutes the step is finished, a checkpoint written and `finished` is False.
+    profile: measure the steps of this call, and write profile.json and trace.json.gz; the weights are the same.
     Raises UsageError, DataError, CheckpointError or NonFiniteError.
     """
     started = time.monotonic()
@@ -55,16 +64,20 @@ def train(config: RunConfig, folder: Path, *, fresh: bool = False, max_minutes: 
         found = _claim(config, folder, fresh)
         if (folder / "model.json").is_file():
             return Trained(folder, True, config.steps)
-        session = open_session(config, folder, found, stop)
+        session = open_session(config, folder, found, stop, profile=profile)
         try:
-            while _steps(session):
-                return_to_checkpoint(session)
+            with session.profile or nullcontext():
+                while _steps(session):
+                    if session.profile:
+                        session.profile.step_done()
+                    return_to_checkpoint(session)
         finally:
             session.saver.wait()
+        table = session.profile.write(folder) if session.profile else ""
         setup, step = session.setup, session.state.step
         if step < config.steps and not session.patience_over:
             session.log.event(f"stopped on request at step {step}")
-            return Trained(folder, False, step, stopped=True)
+            return Trained(folder, False, step, stopped=True, profile=table)
         take_best(session)
         save_run(
             folder,
@@ -76,19 +89,20 @@ def train(config: RunConfig, folder: Path, *, fresh: bool = False, max_minutes: 
             setup.parts(),
         )
         session.log.event(f"finished in {duration(time.monotonic() - started)}")
-        return Trained(folder, True, step, stopped=stop.requested)
+        return Trained(folder, True, step, stopped=stop.requested, profile=table)
 
 
 def _steps(session: Session) -> bool:
     """Steps to the end, a stop request or the end of patience; True when the run must return to a checkpoint."""
     setup, state, config = session.setup, session.state, session.setup.config
+    phase = session.take_step.phase
     bar = Progress(f"training {config.method}", config.steps, "steps", done=state.step)
     clock = Clock(state.seconds)
     if session.patience_over:
         return False
     first, last = state.step + state.skipped_batches, config.steps + state.skipped_batches
     cuda = setup.device.type == "cuda"
-    for batch in batches(session.reader, first, last, pin_memory=cuda, say=session.log.warn):
+    for batch in fetched(batches(session.reader, first, last, pin_memory=cuda, say=session.log.warn), phase):
         clock.data_ready()
         session.bad.add(batch.bad, seen=len(batch.index))
         lr = learning_rate(state.step, config.steps, config.optim)
@@ -98,24 +112,29 @@ def _steps(session: Session) -> bool:
         clock.step_done(len(batch.index))
         end = state.step == config.steps
         report = end or state.step % config.log_every_steps == 0
-        if (report or not cuda) and too_many_skipped(session):  # waits for the device
-            return True
-        if report:
-            row = step_metrics(setup.model, result)
-            row |= {"train/lr": lr, "train/grad_norm": result.norm.item()} | clock.rates()
-            session.log.metrics(state.step, row | session.bad.counts())
-            bar.update(state.step, summary(row), force=end)
-            if not cuda and (slow := session.load.remark(torch.get_num_threads())):
-                session.log.warn(slow)
+        with phase("log"):
+            if (report or not cuda) and too_many_skipped(session):  # waits for the device
+                return True
+            if report:
+                row = step_metrics(setup.model, result)
+                row |= {"train/lr": lr, "train/grad_norm": result.norm.item()} | clock.rates()
+                session.log.metrics(state.step, row | session.bad.counts())
+                bar.update(state.step, summary(row), force=end)
+                if not cuda and (slow := session.load.remark(torch.get_num_threads())):
+                    session.log.warn(slow)
         improved = False
         if end or (config.eval_every_steps and state.step % config.eval_every_steps == 0):
-            improved = log_validation(session, validate(setup))
+            with phase("validation"):
+                improved = log_validation(session, validate(setup))
         stop = session.stop.requested
         # while steps are being skipped the weights may be bad already, and a run must not return to them
         due = state.step % config.checkpoint_every_steps == 0 and not session.guard.in_row
         if stop or end or improved or due or session.patience_over:
             state.seconds = clock.seconds()
-            session.save(final=stop or end or session.patience_over)
+            with phase("checkpoint"):
+                session.save(final=stop or end or session.patience_over)
+        if session.profile:
+            session.profile.step_done()
         if stop or session.patience_over:
             break
         clock.lap()

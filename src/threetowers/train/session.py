@@ -19,6 +19,7 @@ from threetowers.system import OtherLoad
 from threetowers.train import checkpoint
 from threetowers.train.guards import BadSamples, FiniteGuard, StopRequest
 from threetowers.train.log import RunLog
+from threetowers.train.profile import Profile, no_phase
 from threetowers.train.room import check_room, room
 from threetowers.train.saver import Saver
 from threetowers.train.step import TrainingStep
@@ -80,6 +81,7 @@ class Session:
     state: RunState = field(default_factory=RunState)
     guard: FiniteGuard = field(default_factory=FiniteGuard)
     load: OtherLoad = field(default_factory=OtherLoad)
+    profile: Profile | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -131,14 +133,22 @@ class Session:
 
 
 def open_session(
-    config: RunConfig, folder: Path, found: checkpoint.Restored | None, stop: StopRequest
+    config: RunConfig,
+    folder: Path,
+    found: checkpoint.Restored | None,
+    stop: StopRequest,
+    *,
+    profile: bool = False,
 ) -> Session:
-    """The session of a run, at its start or at its last checkpoint."""
+    """The session of a run, at its start or at its last checkpoint. profile: measure its steps."""
     log = RunLog(folder)
     check_evaluation(config)  # before hours of training
     setup = prepare(config, folder, saved_tokenizer=folder)
     _check_keep_best(setup)
-    take_step = TrainingStep(config, setup.model, setup.device, setup.thirds.features)
+    own = Profile(setup.device, found.step if found else 0, config.steps) if profile else None
+    take_step = TrainingStep(
+        config, setup.model, setup.device, setup.thirds.features, own.phase if own else no_phase
+    )
     bad = BadSamples(folder, config.inputs.max_bad_share, len(setup.train))
     bad.add(problem for source in (setup.train, setup.val, setup.test) for problem in source.problems)
     checkpoint.sweep(folder / "checkpoints")
@@ -146,7 +156,7 @@ def open_session(
     saver = Saver(
         folder / "checkpoints", config.keep_checkpoints, log, environment, background=config.background_saves
     )
-    session = Session(setup, setup.reader(), take_step, folder, log, bad, stop, saver)
+    session = Session(setup, setup.reader(), take_step, folder, log, bad, stop, saver, profile=own)
     if found is None:
         torch.manual_seed(config.seed)
         log.rewind(0)

@@ -19,6 +19,7 @@ from threetowers.towers.attention import trained_attention
 from threetowers.towers.pair import compile_towers
 from threetowers.train.accumulate import accumulate
 from threetowers.train.optim import adamw, set_learning_rate
+from threetowers.train.profile import Phase, no_phase
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class StepResult:
 class TrainingStep:
     """Moves a model's weights by one optimiser step at each call.
 
-    third_features: the frozen features [B, P] of a batch by view name, stored or computed on the spot. Puts the model
-    into train mode, takes frozen parameters out of training and, when the configuration says so, compiles the towers.
-    Raises UsageError as `adamw` does.
+    third_features: the frozen features [B, P] of a batch by view name, stored or computed on the spot. phase: the
+    context in which each part of the step is taken. Puts the model into train mode, takes frozen parameters out of
+    training and, when the configuration says so, compiles the towers. Raises UsageError as `adamw` does.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class TrainingStep:
         model: ThreeTowers,
         device: torch.device,
         third_features: Callable[[Batch], dict[str, Tensor]],
+        phase: Phase = no_phase,
     ) -> None:
         self.config, self.model, self.device, self.third_features = config, model, device, third_features
+        self.phase = phase
         self.optimizer = adamw(model, config.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.bf16 = config.precision != "fp32"
@@ -66,39 +69,47 @@ class TrainingStep:
 
         found_inf: from the loss and the gradient's norm, 1.0 on the device when the weights must stay as they are.
         """
-        config, model, optimizer = self.config, self.model, self.optimizer
-        set_learning_rate(optimizer, lr)
-        optimizer.zero_grad(set_to_none=True)
+        config, model, optimizer, phase = self.config, self.model, self.optimizer, self.phase
+        with phase("optimiser"):
+            set_learning_rate(optimizer, lr)
+            optimizer.zero_grad(set_to_none=True)
         # around the backward pass too, where checkpointed activations are made again
         with trained_attention(self.device, model.img, model.txt, bf16=self.bf16):
             if 0 < config.micro_batch_size < len(batch.index):
                 loss, rows, feats = accumulate(
-                    batch, config.micro_batch_size, self.device, self.features, self.loss
+                    batch, config.micro_batch_size, self.device, self.features, self.loss, phase
                 )
             else:
-                batch = batch.to(self.device)
+                with phase("data"):
+                    batch = batch.to(self.device)
                 feats = self.features(batch)
                 loss, rows = self.loss(feats, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.clip_norm or float("inf"))
-        if found_inf is not None:
-            optimizer.found_inf = found_inf(loss.detach(), norm)  # type: ignore[attr-defined]
-        optimizer.step()
-        model.clamp_scale()
+                with phase("backward"):
+                    loss.backward()  # type: ignore[no-untyped-call]
+        with phase("optimiser"):
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.clip_norm or float("inf"))
+            if found_inf is not None:
+                optimizer.found_inf = found_inf(loss.detach(), norm)  # type: ignore[attr-defined]
+            optimizer.step()
+            model.clamp_scale()
         return StepResult(loss, rows, feats, norm, batch)
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """The features fp32 by tower name of a batch that lies on the device."""
-        return self.model.features(
-            pixels=batch.pixels,
-            tokens=batch.tokens,
-            thirds=self.third_features(batch),
-            autocast=autocast(self.config, self.device),
-        )
+        with self.phase("third"):
+            thirds = self.third_features(batch)
+        with self.phase("forward"):
+            return self.model.features(
+                pixels=batch.pixels,
+                tokens=batch.tokens,
+                thirds=thirds,
+                autocast=autocast(self.config, self.device),
+            )
 
     def loss(self, feats: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum over the rows of the objective, and each row's own loss by name."""
-        ids: tuple[Tensor, ...] = ()
-        if self.config.inputs.mask_duplicates:
-            ids = (batch.image_ids.to(self.device), batch.caption_ids.to(self.device))
-        return self.model.loss(feats, ids, bf16=self.bf16 and self.device.type == "cuda")
+        with self.phase("loss"):
+            ids: tuple[Tensor, ...] = ()
+            if self.config.inputs.mask_duplicates:
+                ids = (batch.image_ids.to(self.device), batch.caption_ids.to(self.device))
+            return self.model.loss(feats, ids, bf16=self.bf16 and self.device.type == "cuda")
