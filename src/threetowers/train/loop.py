@@ -1,6 +1,7 @@
 """The one trainer of every method: from batch to optimiser step on a page."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,15 +42,24 @@ class Trained:
     stopped: bool = False
 
 
-def train(config: RunConfig, folder: Path, *, fresh: bool = False, max_minutes: float = 0.0) -> Trained:
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    fresh: bool = False,
+    max_minutes: float = 0.0,
+    stop: StopRequest | None = None,
+) -> Trained:
     """Trains a configuration in a run folder, or continues what is there; a finished run is left as it is.
 
     On SIGINT, SIGTERM, SIGUSR1 or after max_minutes the step is finished, a checkpoint written and `finished` is False.
-    Raises UsageError, DataError, CheckpointError or NonFiniteError.
+    stop: a request that the caller has entered and that counts instead. Raises UsageError, DataError, CheckpointError
+    or NonFiniteError.
     """
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with StopRequest(max_minutes) as stop, folder_lock(folder):
+    listening = StopRequest(max_minutes) if stop is None else nullcontext(stop)
+    with listening as stop, folder_lock(folder):
         found = _claim(config, folder, fresh)
         if (folder / "model.json").is_file():
             return Trained(folder, True, config.steps)
