@@ -27,7 +27,7 @@ from threetowers.data.open import open_source
 from threetowers.data.workers import read_ahead
 from threetowers.evaluate import encode as encode_module
 from threetowers.run import pixels as pixels_module
-from threetowers.run.pixels import kept_images, kept_views
+from threetowers.run.pixels import Pixels, kept_images, kept_views, share_pixels
 from threetowers.run.setup import Setup, prepare
 from threetowers.train.loop import train, validate
 
@@ -169,8 +169,7 @@ def test_without_such_memory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 def own_memory(monkeypatch: pytest.MonkeyPatch) -> KeptMemory:
     """A process that keeps nothing yet."""
     memory = KeptMemory(2**22)
-    monkeypatch.setattr(pixels_module, "_memory", lambda: memory)
-    pixels_module._kept.cache_clear()
+    monkeypatch.setattr(pixels_module, "_of_this_process", [Pixels(memory)])
     return memory
 
 
@@ -242,3 +241,18 @@ def test_views_of_a_large_source_are_not_kept(photos: Path, own_memory: KeptMemo
     assert kept_views(source, SPEC) is not None
     assert kept_views(source, replace(SPEC, size=25)) is None
     assert kept_images(source) is kept_images(source) and kept_views(source, SPEC) is not kept_images(source)
+
+
+def test_processes_side_by_side_use_the_same_pixels(
+    photos: Path, own_memory: KeptMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(str(photos))
+    kept, own = kept_images(source), pixels_module.pixels()
+    copy = pickle.loads(pickle.dumps(own))
+    monkeypatch.setattr(pixels_module, "_of_this_process", [])
+    share_pixels(copy)
+    theirs = kept_images(source)
+    assert kept is not None and theirs is not None and theirs is not kept
+    theirs.put(3, np.full((2, 2, 3), 7, np.uint8))
+    found = kept.get(3)
+    assert found is not None and (found == 7).all()

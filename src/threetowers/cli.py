@@ -115,7 +115,8 @@ def _compare(words: list[str]) -> int:
 
     from threetowers.compare.comparison import compare
 
-    result = compare(arguments.run, arguments.options, arguments.out, max_minutes=arguments.max_minutes)
+    given = (arguments.run, arguments.options, arguments.out)
+    result = compare(*given, max_minutes=arguments.max_minutes, jobs=arguments.jobs)
     return _report(result, arguments.out)
 
 
@@ -127,7 +128,9 @@ def _demo(words: list[str]) -> int:
 
     from threetowers.compare.demo import demo
 
-    return _report(demo(arguments.run, arguments.options, arguments.out), arguments.out)
+    given = (arguments.run, arguments.options, arguments.out)
+    result = demo(*given, max_minutes=arguments.max_minutes, jobs=arguments.jobs)
+    return _report(result, arguments.out)
 
 
 def _report(result: dict[str, Any] | None, out: Path) -> int:

@@ -21,12 +21,22 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+_said: set[str] = set()
+_send: Callable[[str, bool], None] | None = None
+
+
 def warn(text: str) -> None:
     """A line on standard error that the user should see at once."""
-    print(f"threetowers: {text}", file=sys.stderr, flush=True)
+    if _send is None:
+        print(f"threetowers: {text}", file=sys.stderr, flush=True)
+    else:
+        _send(text, text in _said)
 
 
-_said: set[str] = set()
+def send_warnings(send: Callable[[str, bool], None]) -> None:
+    """From now on this process hands its warnings to `send`, with whether each is to be said once, and shows none."""
+    global _send
+    _send = send
 
 
 def warn_once(text: str, say: Callable[[str], None] = warn) -> None:
@@ -73,3 +83,9 @@ class Progress:
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
+
+    def clear(self) -> None:
+        """Takes the line off a terminal, so that other lines can be written; the next update shows it again."""
+        if self._terminal:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()

@@ -108,6 +108,13 @@ class CompareArguments:
     max_minutes: Annotated[
         float, tyro.conf.arg(help="Save and stop after this long, to continue later; 0 never.")
     ] = 0.0
+    jobs: Annotated[
+        int,
+        tyro.conf.arg(
+            help="Runs that train at a time, each in a process of its own with its share of the cores; 0 (auto) takes "
+            "what a trial of a few steps finds fastest, and on a GPU one."
+        ),
+    ] = 0
     options: Annotated[CompareConfig, tyro.conf.arg(name="")] = field(default_factory=CompareConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
 

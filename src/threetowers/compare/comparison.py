@@ -11,15 +11,16 @@ from threetowers.files import write_whole
 
 
 def compare(
-    config: RunConfig, options: CompareConfig, out: Path, *, max_minutes: float = 0.0
+    config: RunConfig, options: CompareConfig, out: Path, *, max_minutes: float = 0.0, jobs: int = 1
 ) -> dict[str, Any] | None:
     """Runs the comparison in `out` and returns the contents of compare.json; None when it was stopped on request.
 
     config: what the runs share; its third towers are compared one by one, under their names. max_minutes: stop after
-    this long, to be continued later; 0 sets no limit. Raises UsageError for a comparison that cannot be run, and
-    whatever training raises.
+    this long, to be continued later; 0 sets no limit. jobs: runs that train at a time. More than one are processes of
+    their own, which import the calling script; 0 takes what a short trial finds fastest. Raises UsageError for a
+    comparison that cannot be run, and whatever training raises.
     """
-    trained = train_all(config, options, out, max_minutes=max_minutes)
+    trained = train_all(config, options, out, max_minutes=max_minutes, jobs=jobs)
     if trained is None:
         return None
     result = collect(config, options, *trained, out)

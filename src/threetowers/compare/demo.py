@@ -15,12 +15,15 @@ from threetowers.train.pretrain import pretrain
 TOWERS = {"matched": PretrainConfig(data="objects"), "mismatched": PretrainConfig(data="scenes", steps=125)}
 
 
-def demo(config: RunConfig, options: CompareConfig, out: Path) -> dict[str, Any] | None:
-    """Pretrains both third towers in `out`, then runs `compare` and returns its result.
+def demo(
+    config: RunConfig, options: CompareConfig, out: Path, *, max_minutes: float = 0.0, jobs: int = 1
+) -> dict[str, Any] | None:
+    """Pretrains both third towers in `out`, then runs `compare` with the other arguments and returns its result.
 
     Towers and runs that `out` holds already are not trained again.
     """
-    return compare(replace(config, third=make_towers(config, out)), options, out)
+    config = replace(config, third=make_towers(config, out))
+    return compare(config, options, out, max_minutes=max_minutes, jobs=jobs)
 
 
 def make_towers(config: RunConfig, out: Path) -> tuple[str, ...]:

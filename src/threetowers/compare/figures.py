@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from threetowers.compare.claims import Key, Measured, claims
+from threetowers.compare.concurrency import Concurrency
 from threetowers.compare.machine import machine
 from threetowers.compare.runs import PRIMARY, Job, Trials, named_thirds
 from threetowers.compare.showcase import identical_without_third, inference_rate, showcase
@@ -59,7 +60,12 @@ class Evaluated:
 
 
 def collect(
-    config: RunConfig, options: CompareConfig, jobs: list[Job], trials: Trials, out: Path
+    config: RunConfig,
+    options: CompareConfig,
+    jobs: list[Job],
+    trials: Trials,
+    concurrency: Concurrency,
+    out: Path,
 ) -> dict[str, Any]:
     """compare.json from the finished runs; the images that it names are written into `out`."""
     print("comparing", flush=True)
@@ -87,6 +93,8 @@ def collect(
             "seeds": list(options.seeds),
             "lrs": list(options.lrs),
             "lr_seed": options.seeds[0],
+            "jobs": concurrency.jobs,
+            "threads": concurrency.threads,
             "num_train": len(train),
             "num_val": len(val),
             "num_test": len(test),

@@ -1,26 +1,32 @@
 """The runs of a comparison: which they are, and their training and evaluation.
 
 Every method gets the same data, order, batch, steps and augmentation. Each tries the same learning rates with the
-first seed; validation picks one of them, and the other seeds use it. A run that is finished is not repeated.
+first seed; validation picks one of them, and the other seeds use it. A run that is finished is not repeated. Runs
+train one after the other in this process, or side by side in processes of their own.
 """
 
 import json
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from threetowers.compare.claims import Key
+from threetowers.compare.concurrency import Concurrency, choose
+from threetowers.compare.side_by_side import Outcome, Shared, Stopped, side_by_side
 from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.evaluate.evaluation import SCHEMA, check_evaluation, evaluate_run
+from threetowers.evaluate.evaluation import SCHEMA, check_evaluation, evaluate_run, open_labelled
 from threetowers.objective.pairs import METHODS, method_label, objective
 from threetowers.progress import duration
 from threetowers.run.finished import changed_parts, describe_parts, read_description
-from threetowers.run.setup import check_settings, describe_data, open_data
+from threetowers.run.pixels import pixels
+from threetowers.run.setup import check_settings, describe_data, learned_tokenizers, open_data, prepare
 from threetowers.run.thirds import captioned
 from threetowers.towers.frozen.load import load_frozen
-from threetowers.train.guards import differing_keys, holds_run
+from threetowers.train.guards import StopRequest, differing_keys, holds_run
 from threetowers.train.loop import train
 
 PRIMARY = "mean_r@1"
@@ -47,6 +53,21 @@ class Job:
         """The method as the report names it, with its third tower when that has a name."""
         return method_label(self.method, "" if self.third == "third" else self.third)
 
+    @property
+    def name(self) -> str:
+        """The run as the terminal names it."""
+        return f"{self.label}, seed {self.seed}, lr {self.lr:g}"
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
+    def run(self, stop: StopRequest | None = None, *, max_minutes: float = 0.0) -> Outcome:
+        """Trains and evaluates it, or continues it; arguments and errors as in `train`."""
+        trained = train(self.config, self.folder, max_minutes=max_minutes, stop=stop)
+        text = evaluate_run(self.folder).text() if trained.finished else ""
+        return Outcome(trained.finished, trained.stopped, text)
+
     def evaluation(self) -> dict[str, Any]:
         """The contents of evaluation.json."""
         values: dict[str, Any] = json.loads((self.folder / "evaluation.json").read_bytes())
@@ -58,9 +79,10 @@ Trials = dict[Key, dict[float, float]]
 
 
 def train_all(
-    config: RunConfig, options: CompareConfig, out: Path, *, max_minutes: float = 0.0
-) -> tuple[list[Job], Trials] | None:
-    """Trains and evaluates what is missing; returns the runs at the chosen learning rates, and the trials.
+    config: RunConfig, options: CompareConfig, out: Path, *, max_minutes: float = 0.0, jobs: int = 1
+) -> tuple[list[Job], Trials, Concurrency] | None:
+    """Trains and evaluates what is missing; returns the runs at the chosen learning rates, the trials, and how many
+    runs trained at a time.
 
     Returns None when it was stopped on request. Arguments and errors as in `comparison.compare`.
     """
@@ -70,36 +92,98 @@ def train_all(
     print(describe_data(config), *check_evaluation(config), sep="\n", flush=True)
     _check_usable(config, options, thirds)
     (out / "images").mkdir(parents=True, exist_ok=True)
+
+    def job(key: Key, seed: int, lr: float) -> Job:
+        return _job(config, thirds, key, seed, lr, out)
+
     for key in keys:
         for seed in options.seeds:
             for lr in options.lrs:
-                job = _job(config, thirds, key, seed, lr, out)
-                check_settings(job.config)
-                objective(job.config)
-                holds_run(job.folder, job.config)  # raises for one with other settings
-    trials: Trials = {}
-    chosen: dict[Key, float] = {}
-    num_trainings = len(keys) * (len(options.lrs) + len(options.seeds) - 1)
-    pace, done = _Pace(num_trainings, max_minutes), 0
-    for key in keys:
-        trials[key] = {}
-        for lr in options.lrs:
-            done += 1
-            job = _job(config, thirds, key, options.seeds[0], lr, out)
-            if not _run(job, done, pace):
-                return None
-            trials[key][lr] = job.evaluation()["val"].get(PRIMARY, 0.0)
-        chosen[key] = max(options.lrs, key=lambda lr: trials[key][lr])
-    jobs = []
-    for key in keys:
-        for seed in options.seeds:
-            job = _job(config, thirds, key, seed, chosen[key], out)
-            if seed != options.seeds[0]:
-                done += 1
-                if not _run(job, done, pace):
-                    return None
-            jobs.append(job)
-    return jobs, trials
+                each = job(key, seed, lr)
+                check_settings(each.config)
+                objective(each.config)
+                holds_run(each.folder, each.config)  # raises for one with other settings
+    schedule, pace = _Schedule(keys, options, job), _Pace(max_minutes)
+    concurrency = choose(jobs, [each.config for each in schedule.waiting], out)
+    if schedule.waiting and jobs != 1:
+        print(concurrency.text(), flush=True)
+
+    def begin(each: Job) -> None:
+        schedule.num_begun += 1
+        number = f"[{schedule.num_begun}/{schedule.num_trainings}]"
+        print(f"{number} {each.name} ({duration(pace.so_far())} so far)", flush=True)
+
+    try:
+        if concurrency.jobs > 1 and schedule.waiting:
+            _make_shared(schedule.waiting)
+            shared = Shared(concurrency.jobs, concurrency.threads, dict(learned_tokenizers), pixels())
+            num_left = schedule.num_trainings - schedule.num_begun
+            finished = side_by_side(
+                schedule.waiting, shared, begin, num_left=num_left, max_minutes=pace.minutes_left()
+            )
+        else:
+            finished = _one_after_the_other(schedule.waiting, begin, pace)
+        for each in finished:
+            schedule.note(each)
+    except Stopped:
+        return None
+    return *schedule.results(), concurrency
+
+
+class _Schedule:
+    """Which runs there are, in which order they begin, and what the trials of learning rates gave.
+
+    The trials come first, for all methods. The other seeds of a method wait until its rate is chosen.
+    """
+
+    def __init__(
+        self, keys: list[Key], options: CompareConfig, job: Callable[[Key, int, float], Job]
+    ) -> None:
+        self.waiting: deque[Job] = deque()
+        self.num_trainings = len(keys) * (len(options.lrs) + len(options.seeds) - 1)
+        self.num_begun = 0
+        """Of the runs that have begun or are done."""
+        self._trials: Trials = {key: {} for key in keys}
+        self._options, self._job = options, job
+        self._add(job(key, options.seeds[0], lr) for key in keys for lr in options.lrs)
+        for key in keys:
+            if len(options.lrs) == 1 or self._tried(key):
+                self._add_seeds(key)
+
+    def note(self, job: Job) -> None:
+        """Takes note of a run that waited and has finished."""
+        self._read(job)
+        if job.seed == self._options.seeds[0] and len(self._options.lrs) > 1 and self._tried(job.key):
+            self._add_seeds(job.key)
+
+    def results(self) -> tuple[list[Job], Trials]:
+        """The runs of every method and seed at the chosen learning rate, and the trials; all runs must be done."""
+        jobs = [
+            self._job(key, seed, self._chosen(key)) for key in self._trials for seed in self._options.seeds
+        ]
+        return jobs, {key: {lr: tried[lr] for lr in self._options.lrs} for key, tried in self._trials.items()}
+
+    def _add(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            if _is_done(job):
+                self.num_begun += 1
+                self._read(job)
+            else:
+                self.waiting.append(job)
+
+    def _add_seeds(self, key: Key) -> None:
+        self._add(self._job(key, seed, self._chosen(key)) for seed in self._options.seeds[1:])
+
+    def _read(self, job: Job) -> None:
+        if job.seed == self._options.seeds[0]:
+            self._trials[job.key][job.lr] = job.evaluation()["val"].get(PRIMARY, 0.0)
+
+    def _tried(self, key: Key) -> bool:
+        return len(self._trials[key]) == len(self._options.lrs)
+
+    def _chosen(self, key: Key) -> float:
+        lrs = self._options.lrs
+        return lrs[0] if len(lrs) == 1 else max(lrs, key=lambda lr: self._trials[key][lr])
 
 
 def named_thirds(config: RunConfig) -> dict[str, str]:
@@ -157,10 +241,10 @@ def _job(config: RunConfig, thirds: dict[str, str], key: Key, seed: int, lr: flo
 
 
 class _Pace:
-    """How many trainings there are, and how much time has passed and is left; a limit of 0 minutes is no limit."""
+    """How much time has passed and is left; a limit of 0 minutes is no limit."""
 
-    def __init__(self, total: int, max_minutes: float) -> None:
-        self.total, self._limit, self._start = total, 60 * max_minutes, time.monotonic()
+    def __init__(self, max_minutes: float) -> None:
+        self._limit, self._start = 60 * max_minutes, time.monotonic()
 
     def so_far(self) -> float:
         """Seconds since the start."""
@@ -171,27 +255,47 @@ class _Pace:
         return max(self._limit - self.so_far(), 1e-3) / 60 if self._limit else 0.0
 
 
-def _run(job: Job, done: int, pace: _Pace) -> bool:
-    """Trains and evaluates a job unless that is done; False when training was stopped on request."""
-    evaluated = (job.folder / "evaluation.json").is_file()
-    # figures of another schema were counted in another way
-    current = evaluated and job.evaluation().get("schema") == SCHEMA
-    if evaluated:
-        parts = describe_parts(*open_data(job.config))
-        changed = changed_parts(read_description(job.folder).get("data", {}), parts)
-        if changed:
-            raise CheckpointError(
-                f"{job.folder}: the data has changed since this run was trained: {', '.join(changed)}. Put it back, or "
-                "give another --out, so that all runs are compared on the same data"
-            )
-    differing = differing_keys(job.folder / "config.toml", job.config, all_keys=True) if evaluated else []
-    if current and not any(key.startswith("classes:") for key in differing):
-        return True
-    print(
-        f"[{done}/{pace.total}] {job.label}, seed {job.seed}, lr {job.lr:g} ({duration(pace.so_far())} so far)",
-        flush=True,
-    )
-    trained = train(job.config, job.folder, max_minutes=pace.minutes_left())
-    if trained.finished:
-        print("  " + evaluate_run(job.folder).text().replace("\n", "\n  "), flush=True)
-    return not trained.stopped
+def _is_done(job: Job) -> bool:
+    """Whether a job is trained, and evaluated as figures are counted now.
+
+    Raises CheckpointError when that was on other data.
+    """
+    if not (job.folder / "evaluation.json").is_file():
+        return False
+    parts = describe_parts(*open_data(job.config))
+    changed = changed_parts(read_description(job.folder).get("data", {}), parts)
+    if changed:
+        raise CheckpointError(
+            f"{job.folder}: the data has changed since this run was trained: {', '.join(changed)}. Put it back, or "
+            "give another --out, so that all runs are compared on the same data"
+        )
+    differing = differing_keys(job.folder / "config.toml", job.config, all_keys=True)
+    current = job.evaluation().get("schema") == SCHEMA
+    return current and not any(key.startswith("classes:") for key in differing)
+
+
+def _one_after_the_other(waiting: deque[Job], begin: Callable[[Job], None], pace: _Pace) -> Iterator[Job]:
+    """Runs the jobs that wait in this process, and yields each that has finished; more may be appended then.
+
+    Raises Stopped when a run was stopped on request.
+    """
+    while waiting:
+        job = waiting.popleft()
+        begin(job)
+        outcome = job.run(max_minutes=pace.minutes_left())
+        if outcome.finished:
+            print("  " + outcome.text.replace("\n", "\n  "), flush=True)
+            yield job
+        if outcome.stopped:
+            raise Stopped
+
+
+def _make_shared(jobs: Iterable[Job]) -> None:
+    """Stores the frozen features that the jobs read, and makes room for their images, once for all processes."""
+    for job in {job.key: job for job in jobs}.values():
+        setup = prepare(job.config, job.folder)
+        setup.reader()
+        for source in (setup.val, setup.test, open_labelled(job.config)):
+            if source is not None and len(source):
+                setup.thirds.stores(source)
+                setup.kept_views(source)

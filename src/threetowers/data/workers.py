@@ -37,6 +37,15 @@ K = TypeVar("K", contravariant=True)
 T = TypeVar("T", covariant=True)
 
 
+_sharers = 1
+
+
+def share_workers(processes: int) -> None:
+    """From now on `read_ahead` starts its share of the loader workers, as so many processes like this one read."""
+    global _sharers
+    _sharers = processes
+
+
 class Reads(Protocol[K, T]):
     """What makes an item of a task; picklable where worker processes do not fork."""
 
@@ -61,6 +70,7 @@ def read_ahead(
     """
     done = deaths = 0
     shared = True
+    workers = -(-workers // _sharers)  # none stays none, and some stay at least one
     while workers and done < len(tasks):
         try:
             iterator = _start(_Packing(reads, name, shared), tasks[done:], workers, pin_memory)

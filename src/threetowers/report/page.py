@@ -43,6 +43,8 @@ from threetowers.report.tables import (
 _SETTINGS = {
     "lrs": "learning rates tried",
     "lr_seed": "seed of the learning-rate trials",
+    "jobs": "runs at a time",
+    "threads": "threads of each run",
     "num_train": "training images",
     "num_val": "validation images",
     "num_test": "test images",

@@ -30,6 +30,9 @@ from threetowers.world.write import write_world
 
 SHAPES_FOLDER = Path("data/shapes")
 TOKENIZER_CAPTIONS = 200_000  # enough to learn a vocabulary from, whatever the size of the data
+learned_tokenizers: dict[tuple[str, int, int], Tokenizer] = {}
+"""What this process has learned, by fingerprint of the data, size of the vocabulary and context length; the runs of a
+comparison use the same one."""
 
 
 @dataclass
@@ -190,9 +193,14 @@ def make_tokenizer(config: RunConfig, train: Source, saved: Path | None = None) 
         return load_tokenizer(config.pair.tokenizer, context_length)
     if saved is not None and (saved / "tokenizer.json").is_file():
         return load_tokenizer(str(saved), context_length)
-    tokenizer = train_tokenizer(
-        _captions(train, TOKENIZER_CAPTIONS), vocab_size=config.pair.vocab_size, context_length=context_length
-    )
+    key = (train.fingerprint, config.pair.vocab_size, context_length)
+    if key not in learned_tokenizers:
+        learned_tokenizers[key] = train_tokenizer(
+            _captions(train, TOKENIZER_CAPTIONS),
+            vocab_size=config.pair.vocab_size,
+            context_length=context_length,
+        )
+    tokenizer = learned_tokenizers[key]
     if saved is not None:
         saved.mkdir(parents=True, exist_ok=True)
         tokenizer.save(saved)

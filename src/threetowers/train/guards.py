@@ -49,6 +49,10 @@ class StopRequest:
     def requested(self) -> bool:
         return self._signalled or time.monotonic() >= self._deadline
 
+    def request(self) -> None:
+        """Requests a stop from within the program; it does not count as a first SIGINT."""
+        self._deadline = -math.inf
+
     def __enter__(self) -> "StopRequest":
         with contextlib.suppress(ValueError):  # not the main thread: whoever runs it there has the signals
             self._before = {number: signal.signal(number, self._request) for number in self.SIGNALS}

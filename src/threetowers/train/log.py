@@ -1,6 +1,7 @@
 """What a run writes about itself: metrics.jsonl for programs, events.log for people."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from threetowers.files import write_whole
 from threetowers.model import ThreeTowers
 from threetowers.progress import warn
 from threetowers.train.step import StepResult
+
+TAIL = 16_384
+"""Bytes that hold the last rows of metrics.jsonl."""
 
 
 class RunLog:
@@ -45,7 +49,18 @@ class RunLog:
         warn(text)
 
 
-def _step(line: str) -> float:
+def last_step(folder: Path) -> int:
+    """The last step in a run folder's metrics.jsonl, 0 where there is none; reads the end of the file."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - TAIL, 0))
+            steps = [_step(line) for line in file.read().splitlines()]
+    except FileNotFoundError:
+        return 0
+    return int(max((step for step in steps if step < float("inf")), default=0))
+
+
+def _step(line: str | bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):

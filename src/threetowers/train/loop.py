@@ -50,17 +50,25 @@ class Trained:
 
 
 def train(
-    config: RunConfig, folder: Path, *, fresh: bool = False, max_minutes: float = 0.0, profile: bool = False
+    config: RunConfig,
+    folder: Path,
+    *,
+    fresh: bool = False,
+    max_minutes: float = 0.0,
+    profile: bool = False,
+    stop: StopRequest | None = None,
 ) -> Trained:
     """Trains a configuration in a run folder, or continues what is there; a finished run is left as it is.
 
     On SIGINT, SIGTERM, SIGUSR1 or after max_minutes the step is finished, a checkpoint written and `finished` is False.
     profile: measure the steps of this call, and write profile.json and trace.json.gz; the weights are the same.
-    Raises UsageError, DataError, CheckpointError or NonFiniteError.
+    stop: a request that the caller has entered and that counts instead. Raises UsageError, DataError, CheckpointError
+    or NonFiniteError.
     """
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with StopRequest(max_minutes) as stop, folder_lock(folder):
+    listening = StopRequest(max_minutes) if stop is None else nullcontext(stop)
+    with listening as stop, folder_lock(folder):
         found = _claim(config, folder, fresh)
         if (folder / "model.json").is_file():
             return Trained(folder, True, config.steps)
