@@ -12,10 +12,11 @@ import pytest
 from kit.runs import Config
 from threetowers.commands.arguments import load_file
 from threetowers.compare.comparison import compare
-from threetowers.config import CompareConfig, RunConfig, config_hash, read_config, write_config
+from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.run import setup
+from threetowers.settings import config_hash, read_config, write_config
 from threetowers.train.guards import differing_keys
 from threetowers.train.loop import train
 

@@ -12,10 +12,11 @@ from PIL import Image
 from kit.runs import Config, assert_same_weights
 from threetowers.commands.validate import validate
 from threetowers.compare.comparison import compare
-from threetowers.config import CompareConfig, RunConfig, read_config
+from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, DataError, ThreeTowersError
 from threetowers.evaluate import evaluation
 from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.settings import read_config
 from threetowers.train import loop
 from threetowers.train.loop import train
 

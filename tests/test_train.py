@@ -17,17 +17,12 @@ from PIL import Image
 
 import threetowers
 from kit.runs import Config, assert_same_weights, rows, weights
-from threetowers.config import (
-    InputConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    read_config,
-    write_config,
-)
+from threetowers.config import InputConfig, ObjectiveConfig, OptimConfig
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.objective.pairs import METHODS
 from threetowers.run.finished import load_run
+from threetowers.settings import read_config, write_config
 from threetowers.train import checkpoint, loop
 from threetowers.train.loop import train
 from threetowers.train.saver import Saver

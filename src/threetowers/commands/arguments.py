@@ -12,17 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from threetowers.config import (
-    CompareConfig,
-    PretrainConfig,
-    RunConfig,
-    apply_values,
-    config_hash,
-    did_you_mean,
-    read_toml,
-)
+from threetowers.config import CompareConfig, PretrainConfig, RunConfig
 from threetowers.errors import UsageError
 from threetowers.recipes import PRESETS
+from threetowers.settings import apply_values, config_hash, did_you_mean, read_toml
 
 T = TypeVar("T")
 NONE = "none"

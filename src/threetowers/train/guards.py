@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.config import RunConfig, as_plain, read_config
+from threetowers.config import RunConfig
 from threetowers.errors import BadSample, CheckpointError, DataError
 from threetowers.files import HELD
 from threetowers.paths import under
 from threetowers.progress import warn_once
+from threetowers.settings import as_plain, read_config
 from threetowers.train import checkpoint
 
 MAY_DIFFER = {

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from threetowers.config import RunConfig, write_config
+from threetowers.config import RunConfig
 from threetowers.data.loader import batches
 from threetowers.evaluate.encode import encode
 from threetowers.evaluate.retrieval import ranks_of, recalls
 from threetowers.progress import Progress, duration
 from threetowers.run.finished import save_run
 from threetowers.run.setup import Setup, autocast
+from threetowers.settings import write_config
 from threetowers.train import checkpoint
 from threetowers.train.guards import StopRequest, differing_keys, folder_lock, holds_run
 from threetowers.train.log import Clock, step_metrics, summary
