@@ -6,7 +6,7 @@ from typing import Literal
 
 from threetowers.errors import UsageError
 
-Method = Literal["baseline", "lit", "lit-unlocked", "3t", "3t-regression"]
+Method = Literal["baseline", "lit", "lit-unlocked", "3t", "3t-main", "3t-regression"]
 Scalar = str | bool | int | float
 
 
@@ -77,8 +77,15 @@ class InputConfig:
 class ObjectiveConfig:
     """The options of the table of rows; `method` chooses the table."""
 
-    weights: tuple[float, ...] = (1 / 3, 1 / 3, 1 / 3)
-    """Weights of img-txt, img-third and txt-third, used as written; K third towers share the last two."""
+    weights: tuple[float, ...] | None = None
+    """Weights of img-txt, img-third and txt-third, used as written; K third towers share the last two. `none`: the
+    method's own."""
+    weights_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Whether the weights stay as they are, or move to weights_end along a line or half a cosine."""
+    weights_end: tuple[float, ...] | None = None
+    """The three weights at the end of the schedule; at its start they are `weights`."""
+    weights_steps: tuple[int, ...] | None = None
+    """First and last step of the schedule, counted from 0; `none`: 0 and `steps`, the whole run."""
     kind: Literal["softmax", "sigmoid"] = "softmax"
     """Contrastive form of every row that is not a regression."""
     regression: Literal["cosine", "mse"] = "cosine"
@@ -216,7 +223,7 @@ class CompareConfig:
     """Several methods on equal data, batch and steps; everything not listed here is each run's own configuration."""
 
     methods: tuple[Method, ...] = ("baseline", "lit", "3t")
-    """What to compare: baseline, lit, lit-unlocked, 3t, 3t-regression."""
+    """What to compare: baseline, lit, lit-unlocked, 3t, 3t-main, 3t-regression."""
     seeds: tuple[int, ...] = (0,)
     """Each method is trained once per seed; intervals over seeds need at least two."""
     lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)

@@ -74,7 +74,10 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
             return None
         if any(type(value) is kind for kind in arguments):
             return value
-        names = " or ".join(kind.__name__ for kind in arguments if kind is not type(None))
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        if len(kinds) == 1 and get_origin(kinds[0]) is tuple:
+            return _coerce(value, kinds[0], path)
+        names = " or ".join(kind.__name__ for kind in kinds)
         raise UsageError(f"{path}: expected {names}, got {value!r}")
     if hint is float and type(value) is int:
         return float(value)
