@@ -16,6 +16,7 @@ from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, DataError, ThreeTowersError
 from threetowers.evaluate import evaluation
 from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.objective.pairs import resolved
 from threetowers.settings import read_config
 from threetowers.train import loop
 from threetowers.train.loop import train
@@ -120,7 +121,7 @@ def test_classes_may_be_corrected_in_a_run_that_is_there(tiny_config: Config, tm
     assert not evaluate_run(tmp_path / "run").sections["zero_shot"]
     corrected = replace(config, classes=class_folders(tmp_path / "classes"))
     assert train(corrected, tmp_path / "run").finished
-    assert read_config(tmp_path / "run" / "config.toml") == corrected
+    assert read_config(tmp_path / "run" / "config.toml") == resolved(corrected)
     assert evaluate_run(tmp_path / "run").sections["zero_shot"]
 
 

@@ -68,7 +68,10 @@ def test_a_schedule_at_its_ends_and_between_them(kind: Any, quarter: float) -> N
     ]
     assert value(30) == pytest.approx(0.4) and value(20) == pytest.approx(0.1 + 0.6 * quarter)
     assert value(40) == pytest.approx(0.7 - 0.6 * quarter)
-    assert Schedule(kind, 0, 7).value(THIRD, THIRD, 3) == THIRD
+    sevenths = Schedule(kind, 0, 7).value
+    for start, end in ((THIRD, THIRD), (0.1, 0.1), (0.2, 0.9), (0.1, 0.3), (0.7, 0.0)):
+        assert sevenths(start, end, 0) == start and sevenths(start, end, 7) == end
+        assert start != end or {sevenths(start, end, step) for step in range(9)} == {start}
 
 
 def test_rows_of_several_third_towers_share_the_weight_of_every_step() -> None:
@@ -178,8 +181,8 @@ def test_a_step_has_the_loss_and_gradients_of_its_weights(
         error = (parameter.grad - gradient).norm() / gradient.norm().clamp_min(1e-3)
         assert float(error) < 1e-4, f"{name}: {float(error):.1e}"
     if at == 5:
-        gradient = named["heads.img@third.weight"].grad
-        assert gradient is not None and not gradient.any()
+        unused = named["heads.img@third.weight"].grad
+        assert unused is not None and not unused.any()
 
 
 # runs
