@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, he
 from threetowers.compare.demo import TOWERS, demo, make_towers
 from threetowers.compare.runs import train_all
 from threetowers.config import CompareConfig, RunConfig
-from threetowers.objective.pairs import METHODS
+from threetowers.objective.pairs import METHODS, method_label
 from threetowers.recipes import PRESETS
 from threetowers.report.page import write_report
 from threetowers.report.tables import text_table
@@ -109,7 +109,10 @@ def _document(result: dict[str, Any]) -> str:
             )
         ]
         lines.append(f"| {method['label']} | {method['lr']:g} | {' | '.join(cells)} |")
-    alphas = [f"{row['third']} {row['alpha']:g} (seed {row['seed']})" for row in result["combination"]]
+    alphas = [
+        f"{method_label(row['method'], row['third'])} {row['alpha']:g} (seed {row['seed']})"
+        for row in result["combination"]
+    ]
     lines += ["", f"α chosen on validation: {', '.join(alphas)}.", ""]
     return "\n".join(lines)
 

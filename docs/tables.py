@@ -40,8 +40,11 @@ def tables() -> dict[str, str]:
         "formats": markdown(("you have", "you give as `--data`"), ((f.have, f.give) for f in FORMATS)),
         "towers": markdown(("name", "meaning"), ((_code(kind.forms), kind.help) for kind in KINDS)),
         "methods": markdown(
-            ("`--method`", "rows of the objective", "image tower"),
-            ((f"`{name}`", _rows(table), IMAGE_TOWERS[table.image]) for name, table in _objectives().items()),
+            ("`--method`", "rows of the objective", "weights", "image tower"),
+            (
+                (f"`{name}`", _rows(table), _weights(table), IMAGE_TOWERS[table.image])
+                for name, table in _objectives().items()
+            ),
         ),
         "presets": markdown(
             ("preset", "what it is"),
@@ -74,6 +77,14 @@ def _objectives() -> dict[str, Objective]:
 def _rows(table: Objective) -> str:
     """The rows of an objective: a dot between views that are contrasted, an arrow from a prediction to its target."""
     return ", ".join(f"{row.a} {'·' if LOSSES[row.kind].contrastive else '→'} {row.b}" for row in table.rows)
+
+
+def _weights(table: Objective) -> str:
+    """The weights of the rows, in their order."""
+    weights = table.weights(0)
+    if len(weights) > 1 and len(set(weights)) == 1:
+        return f"1/{1 / weights[0]:.0f} each"
+    return ", ".join(f"{weight:g}" for weight in weights)
 
 
 def filled(text: str, known: dict[str, str]) -> str:

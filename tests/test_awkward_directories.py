@@ -12,10 +12,12 @@ import pytest
 from kit.runs import Config
 from threetowers.commands.arguments import load_file
 from threetowers.compare.comparison import compare
-from threetowers.config import CompareConfig, RunConfig, config_hash, read_config, write_config
+from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError
 from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.objective.pairs import resolved
 from threetowers.run import setup
+from threetowers.settings import config_hash, read_config, write_config
 from threetowers.train.guards import differing_keys
 from threetowers.train.loop import train
 
@@ -76,7 +78,7 @@ def test_a_run_is_evaluated_and_continued_from_another_directory(
         again = read_config(run / "config.toml")
         assert not differing_keys(run / "config.toml", again)
         assert train(again, run).finished
-        assert load_file(run / "config.toml") == again
+        assert resolved(load_file(run / "config.toml")) == again
     assert not (here / "stored").exists() or here == project
 
 

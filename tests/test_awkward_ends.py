@@ -12,10 +12,12 @@ from PIL import Image
 from kit.runs import Config, assert_same_weights
 from threetowers.commands.validate import validate
 from threetowers.compare.comparison import compare
-from threetowers.config import CompareConfig, RunConfig, read_config
+from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, DataError, ThreeTowersError
 from threetowers.evaluate import evaluation
 from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.objective.pairs import resolved
+from threetowers.settings import read_config
 from threetowers.train import loop
 from threetowers.train.loop import train
 
@@ -119,7 +121,7 @@ def test_classes_may_be_corrected_in_a_run_that_is_there(tiny_config: Config, tm
     assert not evaluate_run(tmp_path / "run").sections["zero_shot"]
     corrected = replace(config, classes=class_folders(tmp_path / "classes"))
     assert train(corrected, tmp_path / "run").finished
-    assert read_config(tmp_path / "run" / "config.toml") == corrected
+    assert read_config(tmp_path / "run" / "config.toml") == resolved(corrected)
     assert evaluate_run(tmp_path / "run").sections["zero_shot"]
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from kit.runs import Config
 from threetowers.commands import validate
-from threetowers.config import OptimConfig, RunConfig, write_config
+from threetowers.config import OptimConfig, RunConfig
 from threetowers.run.setup import assemble
+from threetowers.settings import write_config
 
 LINUX = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux alone"
@@ -42,7 +43,7 @@ def test_the_memory_of_a_run_is_foreseen(tiny_config: Config, tmp_path: Path) ->
     """In a process of its own: the highest resident size of a short run, within a third of what was said."""
     write_config(tiny_config(method="baseline", steps=3, batch_size=64), tmp_path / "run.toml")
     program = (
-        "import re, sys, torch\nfrom pathlib import Path\nfrom threetowers.config import read_config\n"
+        "import re, sys, torch\nfrom pathlib import Path\nfrom threetowers.settings import read_config\n"
         "from threetowers.commands.validate import validate\nfrom threetowers.train.loop import train\n"
         "torch.set_num_threads(1)\nconfig, folder = read_config('run.toml'), Path('run')\n"
         "print(*validate(config, folder), sep='\\n')\nPath('/proc/self/clear_refs').write_text('5')\n"

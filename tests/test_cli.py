@@ -6,8 +6,8 @@ import pytest
 
 from threetowers import cli
 from threetowers.commands.arguments import TrainArguments, run_arguments
-from threetowers.config import read_config, replace_nested
 from threetowers.recipes import PRESETS
+from threetowers.settings import read_config, replace_nested
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

@@ -8,19 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threetowers.config import (
-    ObjectiveConfig,
-    OptimConfig,
-    RunConfig,
-    as_plain,
-    check,
-    config_hash,
-    read_config,
-    replace_nested,
-    write_config,
-)
+from threetowers.config import ObjectiveConfig, OptimConfig, RunConfig, check
 from threetowers.errors import UsageError
 from threetowers.recipes import PRESETS
+from threetowers.settings import as_plain, config_hash, read_config, replace_nested, write_config
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -19,6 +19,7 @@ ROOT = SOURCE.parents[1]
 ORDER = [
     {"errors", "progress", "files", "paths", "system"},
     {"config"},
+    {"settings"},
     {"data", "objective", "recipes"},
     {"towers", "world"},
     {"model", "store"},

@@ -17,17 +17,12 @@ from PIL import Image
 
 import threetowers
 from kit.runs import Config, assert_same_weights, rows, weights
-from threetowers.config import (
-    InputConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    read_config,
-    write_config,
-)
+from threetowers.config import InputConfig, ObjectiveConfig, OptimConfig
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
-from threetowers.objective.pairs import METHODS
+from threetowers.objective.pairs import METHODS, resolved
 from threetowers.run.finished import load_run
+from threetowers.settings import read_config, write_config
 from threetowers.train import checkpoint, loop
 from threetowers.train.loop import train
 from threetowers.train.saver import Saver
@@ -47,7 +42,7 @@ def test_every_method_trains_evaluates_and_loads(method: str, tiny_config: Confi
         "tokenizer.json",
     ):
         assert (out / name).is_file(), name
-    assert read_config(out / "config.toml") == config
+    assert read_config(out / "config.toml") == resolved(config)
     last = [row for row in rows(out) if "train/loss" in row][-1]
     named = {name for name in last if name.startswith("train/loss/")}
     wanted = {"train/loss/img-txt"}
@@ -58,7 +53,7 @@ def test_every_method_trains_evaluates_and_loads(method: str, tiny_config: Confi
     assert any("val/mean_r@1" in row for row in rows(out))
     evaluation = evaluate_run(out)
     assert set(evaluation.sections["test"]) >= {"i2t_r@1", "t2i_r@10", "mean_r@1"}
-    assert bool(evaluation.sections["combination"]) == (method == "3t")
+    assert bool(evaluation.sections["combination"]) == (method in ("3t", "3t-main"))
     model = threetowers.load(str(out))
     keys = weights(out).keys()
     assert not any(key.startswith("third") and key != "third_norms" for key in keys), "never the third tower"

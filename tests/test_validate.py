@@ -12,9 +12,10 @@ from PIL import Image
 from kit.runs import Config
 from threetowers import cli
 from threetowers.commands import validate
-from threetowers.config import RunConfig, write_config
+from threetowers.config import RunConfig
 from threetowers.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from threetowers.run.setup import assemble
+from threetowers.settings import write_config
 
 
 def report(config: RunConfig, folder: Path) -> str:

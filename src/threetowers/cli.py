@@ -22,10 +22,11 @@ from threetowers.commands.arguments import (
     run_arguments,
     run_folder,
 )
-from threetowers.config import CompareConfig, did_you_mean
+from threetowers.config import CompareConfig
 from threetowers.errors import ThreeTowersError, UsageError, of_system
 from threetowers.export.formats import FORMATS, formats_help
 from threetowers.recipes import PRESETS
+from threetowers.settings import did_you_mean
 
 STOPPED = 75  # stopped on request; the same command continues
 SPINS = 1_000

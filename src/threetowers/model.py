@@ -4,7 +4,7 @@ Legend: B samples, D embedding width, P a frozen tower's width.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -136,17 +136,24 @@ class ThreeTowers(nn.Module):
         return kind.loss(Compared(view(row.a, feats), view(row.b, feats), self.scale(index), bias, ids, bf16))
 
     def loss(
-        self, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = (), *, bf16: bool = False
+        self,
+        feats: Mapping[str, Tensor],
+        ids: tuple[Tensor, ...] = (),
+        *,
+        bf16: bool = False,
+        weights: Sequence[float] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum over the rows, and each row's own loss by the row's name.
 
         ids: int64 [B] each; samples that share one are not each other's negatives. bf16: on CUDA, multiply in bf16
-        and add in fp32; positive pairs are fp32 all the same.
+        and add in fp32; positive pairs are fp32 all the same. weights: one for each row; None takes those of the first
+        step. A row of weight 0 is computed for the log, and what it gives to the gradient is 0.
         """
         rows = {
             row.name: self.row_loss(i, feats, ids, bf16=bf16) for i, row in enumerate(self.objective.rows)
         }
-        total = sum(row.weight * rows[row.name] for row in self.objective.rows)
+        weights = self.objective.weights(0) if weights is None else weights
+        total = sum(weight * rows[row.name] for row, weight in zip(self.objective.rows, weights, strict=True))
         assert isinstance(total, Tensor)
         return total, rows
 

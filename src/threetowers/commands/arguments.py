@@ -12,17 +12,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from threetowers.config import (
-    CompareConfig,
-    PretrainConfig,
-    RunConfig,
-    apply_values,
-    config_hash,
-    did_you_mean,
-    read_toml,
-)
+from threetowers.config import CompareConfig, PretrainConfig, RunConfig
 from threetowers.errors import UsageError
+from threetowers.objective.pairs import without_own_weights
 from threetowers.recipes import PRESETS
+from threetowers.settings import apply_values, config_hash, did_you_mean, read_toml
 
 T = TypeVar("T")
 NONE = "none"
@@ -58,6 +52,24 @@ def _texts(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         instance_from_str=lambda words: () if words == [NONE] else tuple(words),
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: list(value) or [NONE],
+    )
+
+
+@REGISTRY.primitive_rule
+def _optional_numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """`tuple[float, ...] | None`, and of int, from any number of words."""
+    inner = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if get_origin(info.type) not in (Union, types.UnionType) or len(inner) != 1:
+        return None
+    if inner[0] not in (tuple[float, ...], tuple[int, ...]):
+        return None
+    number = get_args(inner[0])[0]
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[{number.__name__.upper()} ...]|{NONE}",
+        instance_from_str=lambda words: None if words == [NONE] else tuple(map(number, words)),
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: [NONE] if value is None else [str(each) for each in value],
     )
 
 
@@ -191,11 +203,11 @@ def load_file(path: Path) -> RunConfig:
     values = read_toml(path)
     preset = values.pop("preset", None)
     if preset is None:
-        return apply_values(RunConfig(), values, path)
+        return without_own_weights(apply_values(RunConfig(), values, path))
     if preset not in PRESETS:
         raise UsageError(f"{path}: preset: {preset!r} is no preset{did_you_mean(str(preset), PRESETS)}")
     start = PRESETS[preset]()
-    return _own_towers(apply_values(start, values, path), start)
+    return without_own_weights(_own_towers(apply_values(start, values, path), start))
 
 
 def _own_towers(config: RunConfig, start: RunConfig) -> RunConfig:

@@ -6,8 +6,8 @@ from pathlib import Path
 import open_clip
 import timm
 
-from threetowers.config import did_you_mean
 from threetowers.errors import UsageError
+from threetowers.settings import did_you_mean
 from threetowers.towers.frozen.base import Card, num_parameters
 from threetowers.towers.frozen.load import KINDS, kind_of, load_frozen
 

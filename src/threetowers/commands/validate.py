@@ -177,8 +177,13 @@ def _towers(setup: Setup) -> Iterator[str]:
         )
     for view, layer in model.heads.items():
         yield f"head {view}: {_size(layer) / 1e6:.3f} M parameters"
-    rows = ", ".join(f"{row.name} × {row.weight:.3g}" for row in model.objective.rows)
-    yield f"rows of {setup.config.method}: {rows}"
+    yield f"rows of {setup.config.method}: {model.objective.weighting()}"
+    schedule, steps = model.objective.schedule, setup.config.steps
+    if schedule is not None and schedule.last > steps:
+        yield (
+            f"note: the run ends at step {steps:,}, before the schedule of the weights does; see "
+            "--objective.weights-steps"
+        )
     weights, trained = num_bytes(dict(model.named_parameters())), trained_bytes(setup)
     frozen = sum(num_bytes(dict(tower.module.named_parameters())) for tower in setup.thirds.towers.values())
     total = weights + 3 * trained + frozen

@@ -13,7 +13,7 @@ import numpy as np
 
 from threetowers.evaluate.retrieval import Ranks
 from threetowers.evaluate.statistics import Interval, bootstrap_difference, held, paired_difference
-from threetowers.objective.pairs import method_label
+from threetowers.objective.pairs import METHODS, method_label
 
 Key = tuple[str, str]
 """Method and third tower; the latter is empty for the baseline."""
@@ -86,16 +86,20 @@ def points(interval: Interval) -> str:
 def claims(runs: Runs, thirds: list[str], ends_equal: bool, identical: bool | None) -> list[dict[str, Any]]:
     """Every claim as a row of compare.json: id, held (None: not tested), text, figures, note.
 
-    ends_equal: whether α = 0 and α = 1 reproduced the two systems exactly. identical: whether the main pair gives the
-    same bits without its third tower; None when there is no 3T run.
+    Those about 3T are tested with each of its forms that was compared. ends_equal: whether α = 0 and α = 1 reproduced
+    the two systems exactly. identical: whether the main pair gives the same bits without its third tower; None when
+    there is no 3T run.
     """
+    forms = [name for name, method in METHODS.items() if method.is_3t]
+    compared = {method for method, _ in runs}
+    forms = [name for name in forms if name in compared] or forms[:1]
     rows: list[dict[str, Any]] = []
     for third in thirds:
         if MISMATCHED in third:
-            rows += _mismatched(runs, third)
-        else:
-            rows += _matched(runs, third)
-        rows += _combination(runs, third, ends_equal)
+            rows.append(_mismatched_lit(runs, third))
+        for form in forms:
+            rows += _mismatched(runs, form, third) if MISMATCHED in third else _matched(runs, form, third)
+            rows += _combination(runs, form, third, ends_equal)
     rows.append(
         _row("C5", None, "The gap 3T − LiT grows with model size and with data.", {}, "not tested here")
     )
@@ -134,42 +138,47 @@ def _compared(
 BOTH_DIRECTIONS = ("retrieval/i2t_r@1", "retrieval/t2i_r@1")
 
 
-def _matched(runs: Runs, third: str) -> list[dict[str, Any]]:
-    three, base, lit = ("3t", third), ("baseline", ""), ("lit", third)
+def _matched(runs: Runs, form: str, third: str) -> list[dict[str, Any]]:
+    three, base, lit, name = (form, third), ("baseline", ""), ("lit", third), method_label(form)
     return [
         _compared(
-            runs, "C1", f"Retrieval in both directions: 3T is above the baseline (third tower: {third}).",
+            runs, "C1", f"Retrieval in both directions: {name} is above the baseline (third tower: {third}).",
             [(three, base, metric) for metric in BOTH_DIRECTIONS], held,
         ),
         _compared(
-            runs, "C1", f"Retrieval in both directions: 3T is above LiT (third tower: {third}).",
+            runs, "C1", f"Retrieval in both directions: {name} is above LiT (third tower: {third}).",
             [(three, lit, metric) for metric in BOTH_DIRECTIONS], held,
         ),
         _compared(
-            runs, "C2", f"Zero-shot classification: 3T is above the baseline (third tower: {third}).",
+            runs, "C2", f"Zero-shot classification: {name} is above the baseline (third tower: {third}).",
             [(three, base, "zero_shot/top1")], held,
         ),
     ]  # fmt: skip
 
 
-def _mismatched(runs: Runs, third: str) -> list[dict[str, Any]]:
-    three, base, lit = ("3t", third), ("baseline", ""), ("lit", third)
+def _mismatched_lit(runs: Runs, third: str) -> dict[str, Any]:
+    return _compared(
+        runs, "C3", f"With the mismatched third tower ({third}) LiT falls below the baseline.",
+        [(("lit", third), ("baseline", ""), "retrieval/mean_r@1")], lambda interval: held(interval, "less"),
+    )  # fmt: skip
+
+
+def _mismatched(runs: Runs, form: str, third: str) -> list[dict[str, Any]]:
     return [
         _compared(
-            runs, "C3", f"With the mismatched third tower ({third}) LiT falls below the baseline.",
-            [(lit, base, "retrieval/mean_r@1")], lambda interval: held(interval, "less"),
-        ),
-        _compared(
-            runs, "C3", f"With the mismatched third tower ({third}) 3T does not fall below the baseline: "
-            "its mean is at least the baseline's.",
-            [(three, base, "retrieval/mean_r@1")], lambda interval: interval.mean >= 0,
+            runs, "C3", f"With the mismatched third tower ({third}) {method_label(form)} does not fall below the "
+            "baseline: its mean is at least the baseline's.",
+            [((form, third), ("baseline", ""), "retrieval/mean_r@1")], lambda interval: interval.mean >= 0,
         ),
     ]  # fmt: skip
 
 
-def _combination(runs: Runs, third: str, ends_equal: bool) -> list[dict[str, Any]]:
-    key = ("3t", third)
-    text = f"Some α strictly inside (0, 1) makes the combination better than both of its ends (third tower: {third})."
+def _combination(runs: Runs, form: str, third: str, ends_equal: bool) -> list[dict[str, Any]]:
+    key, name = (form, third), method_label(form)
+    text = (
+        f"Some α strictly inside (0, 1) makes the combination of {name} better than both of its ends (third tower: "
+        f"{third})."
+    )
     if key not in runs or any("combination/mean_r@1" not in run.metrics for run in runs[key].values()):
         return [_row("C4", None, text, {}, "no combination was measured")]
     metric = "retrieval/mean_r@1"
@@ -189,8 +198,8 @@ def _combination(runs: Runs, third: str, ends_equal: bool) -> list[dict[str, Any
         over_control = difference(runs, key, key, metric, ("combination", "control"))
         rows.append(_row(
             "C4", held(over_control),
-            f"The combination is more than ensembling: above the score average of an independently trained baseline "
-            f"and LiT, its α chosen in the same way (third tower: {third}).",
+            f"The combination of {name} is more than ensembling: above the score average of an independently trained "
+            f"baseline and LiT, its α chosen in the same way (third tower: {third}).",
             {"combination − control": points(over_control)}, _note(runs, key),
         ))  # fmt: skip
     return rows

@@ -20,7 +20,7 @@ from threetowers.data.overlap import shared_captions
 from threetowers.evaluate.combine import Pair, Sweep, combine, sweep
 from threetowers.evaluate.retrieval import Ranks, System, ranks_from_features
 from threetowers.evaluate.statistics import bootstrap_interval, t_interval
-from threetowers.objective.pairs import METHODS
+from threetowers.objective.pairs import METHODS, method_label, objective
 from threetowers.run.finished import load_run
 from threetowers.run.setup import open_data
 from threetowers.towers.weights import read_safetensors
@@ -75,9 +75,9 @@ def collect(
     runs: dict[Key, dict[int, Measured]] = {}
     for each in evaluated:
         runs.setdefault(each.job.key, {})[each.job.seed] = _measure(each)
-    three = next((job for job in jobs if job.method == "3t"), None)
     ends_equal = all(_ends_equal(each) for each in evaluated if each.combination)
-    identical = identical_without_third(three.folder) if three else None
+    forms = {job.method: job.folder for job in jobs if METHODS[job.config.method].is_3t}
+    identical = all(identical_without_third(folder) for folder in forms.values()) if forms else None
     train, val, test = open_data(config)
     first = [each for each in evaluated if each.job.seed == options.seeds[0]]
     shown = [(each.job.method, each.job.third, each.job.label, each.tensors) for each in first]
@@ -99,6 +99,7 @@ def collect(
             "num_val": len(val),
             "num_test": len(test),
             "shared_captions": f"{shared_captions(train, test):.1%}",
+            "weights": _weights(jobs),
             "repeated_captions": _shares(first[0].evaluation["repeated_captions"]) or None,
             "primary": f"retrieval/{PRIMARY}",
         },
@@ -117,6 +118,13 @@ def collect(
         ],
         **showcase(shown, train, test, out),
     }  # fmt: skip
+
+
+def _weights(jobs: list[Job]) -> str | None:
+    """The weights of the rows of each method that has several."""
+    tables = {job.method: objective(job.config) for job in jobs}
+    several = [f"{method_label(name)} {t.weighting()}" for name, t in tables.items() if len(t.rows) > 1]
+    return "; ".join(several) or None
 
 
 def _shares(by_part: dict[str, float]) -> str:
@@ -180,6 +188,7 @@ def _combination_row(run: Evaluated) -> dict[str, Any]:
     swept, control = run.combination, run.control
     assert swept is not None
     return {
+        "method": run.job.method,
         "third": run.job.third,
         "seed": run.job.seed,
         "metric": PRIMARY,

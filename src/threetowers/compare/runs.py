@@ -19,7 +19,7 @@ from threetowers.compare.side_by_side import Outcome, Shared, Stopped, side_by_s
 from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.evaluate.evaluation import SCHEMA, check_evaluation, evaluate_run, open_labelled
-from threetowers.objective.pairs import METHODS, method_label, objective
+from threetowers.objective.pairs import METHODS, Objective, method_label, objective
 from threetowers.progress import duration
 from threetowers.run.finished import changed_parts, describe_parts, read_description
 from threetowers.run.pixels import pixels
@@ -92,6 +92,7 @@ def train_all(
     print(describe_data(config), *check_evaluation(config), sep="\n", flush=True)
     _check_usable(config, options, thirds)
     (out / "images").mkdir(parents=True, exist_ok=True)
+    _check_different(config, options, thirds, keys, out)
 
     def job(key: Key, seed: int, lr: float) -> Job:
         return _job(config, thirds, key, seed, lr, out)
@@ -223,6 +224,22 @@ def _check_usable(config: RunConfig, options: CompareConfig, thirds: dict[str, s
             raise UsageError(
                 f"compare: the image tower of {' and '.join(lit)} is the third tower, and {spec!r} reads texts. Leave "
                 "out what cannot use it: --methods baseline 3t"
+            )
+
+
+def _check_different(
+    config: RunConfig, options: CompareConfig, thirds: dict[str, str], keys: list[Key], out: Path
+) -> None:
+    """Raises UsageError for two methods that are one, as 3t and 3t-main are where the settings give the weights."""
+    seen: dict[tuple[str, Objective], str] = {}
+    for method, third in keys:
+        table = objective(_job(config, thirds, (method, third), options.seeds[0], options.lrs[0], out).config)
+        same = seen.setdefault((third, table), method)
+        if same != method:
+            raise UsageError(
+                f"compare: {same} and {method} are the same with objective.weights = "
+                f"{list(config.objective.weights or ())}. Leave out one of them, or give --objective.weights none, "
+                "with which each method has its own"
             )
 
 

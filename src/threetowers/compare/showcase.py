@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.config import read_config
 from threetowers.data.decode import decode
 from threetowers.data.order import hash64
 from threetowers.data.source import Source, Subset
@@ -18,6 +17,7 @@ from threetowers.evaluate.encode import captions_of, encode
 from threetowers.files import replacing
 from threetowers.run.finished import FinishedRun, load_run, restore_trained
 from threetowers.run.setup import prepare
+from threetowers.settings import read_config
 
 NUM_QUERIES = 6
 NUM_ANSWERS = 5

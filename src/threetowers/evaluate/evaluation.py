@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.config import RunConfig, read_config
+from threetowers.config import RunConfig
 from threetowers.data.decode import decode
 from threetowers.data.open import open_source
 from threetowers.data.source import Source, Subset, count_reasons
@@ -26,6 +26,7 @@ from threetowers.files import write_whole
 from threetowers.progress import warn
 from threetowers.run.finished import changed_parts, read_description, restore_trained
 from threetowers.run.setup import Setup, autocast, check_enough, open_data, prepare, world
+from threetowers.settings import read_config
 from threetowers.towers.weights import write_safetensors
 
 SCHEMA = 2

@@ -11,13 +11,13 @@ A method is one entry of `METHODS` at the end of this file.
     # txt@third · third@txt  weight 1/3
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from threetowers.config import Method, ObjectiveConfig, RunConfig
 from threetowers.errors import UsageError
+from threetowers.objective.weights import EQUAL, MAIN_PAIR, Schedule, Weights, first_weights, schedule_of
 
 Kind = Literal["softmax", "sigmoid", "cosine", "mse"]
 CONTRASTIVE: tuple[Kind, ...] = ("softmax", "sigmoid")
@@ -29,7 +29,10 @@ tower with one trainable linear projection; `from-third` starts at the frozen to
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Two views that a loss compares, the weight of that loss in the sum, and the kind of loss."""
+    """Two views that a loss compares, the weight of that loss in the sum, and the kind of loss.
+
+    Where the weights follow a schedule, the weight is that at the start.
+    """
 
     a: str
     b: str
@@ -44,10 +47,34 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The rows of a configuration's method, and where its image tower comes from."""
+    """The rows of a configuration's method, and where its image tower comes from.
+
+    schedule, ends: how the weights of the rows move, and what each is at the end; None and empty where they stay.
+    """
 
     rows: tuple[Row, ...]
     image: ImageFrom = "own"
+    schedule: Schedule | None = None
+    ends: tuple[float, ...] = ()
+
+    def weights(self, step: int) -> tuple[float, ...]:
+        """The weight of each row at a step, counted from 0."""
+        starts = tuple(row.weight for row in self.rows)
+        if self.schedule is None:
+            return starts
+        return tuple(
+            self.schedule.value(start, end, step) for start, end in zip(starts, self.ends, strict=True)
+        )
+
+    def weighting(self) -> str:
+        """The rows and their weights in words: `img-txt × 0.6, img-third × 0.2, txt-third × 0.2`."""
+        if self.schedule is None:
+            return ", ".join(f"{row.name} × {row.weight:.3g}" for row in self.rows)
+        moves = (
+            f"{row.name} × {row.weight:.3g} → {end:.3g}"
+            for row, end in zip(self.rows, self.ends, strict=True)
+        )
+        return f"{', '.join(moves)} ({self.schedule})"
 
     def views(self) -> tuple[str, ...]:
         """Every view that the rows compare, each once, in the order of the rows."""
@@ -64,9 +91,7 @@ def baseline(kind: Kind = "softmax") -> tuple[Row, ...]:
     return (Row("img", "txt", 1.0, kind),)
 
 
-def three_towers(
-    thirds: Sequence[str], weights: Sequence[float] = (1 / 3, 1 / 3, 1 / 3), kind: Kind = "softmax"
-) -> tuple[Row, ...]:
+def three_towers(thirds: Sequence[str], weights: Weights = EQUAL, kind: Kind = "softmax") -> tuple[Row, ...]:
     """3T (arXiv 2305.16999): the main pair without heads, and each main tower with each third tower through heads.
 
     weights: of img·txt, img·third and txt·third, used as written; K third towers share each of the last two equally.
@@ -81,7 +106,7 @@ def three_towers(
 
 def regression(
     thirds: Sequence[str],
-    weights: Sequence[float] = (1 / 3, 1 / 3, 1 / 3),
+    weights: Weights = EQUAL,
     kind: Kind = "cosine",
     pair_kind: Kind = "softmax",
 ) -> tuple[Row, ...]:
@@ -100,7 +125,8 @@ def regression(
 def objective(config: RunConfig) -> Objective:
     """A configuration's rows and image tower.
 
-    Raises UsageError for third towers or weights that do not fit, and for rows from which nothing can be learned.
+    Raises UsageError for third towers, weights or a schedule that do not fit, and for rows from which nothing can be
+    learned.
     """
     method, thirds = METHODS[config.method], list(config.thirds())
     if not method.needs_third:
@@ -114,22 +140,32 @@ def objective(config: RunConfig) -> Objective:
         raise UsageError(
             f"method {config.method!r} takes one frozen tower as image tower, {len(thirds)} are given"
         )
-    rows = method.rows(thirds, config.objective)
-    _check_learning(config.batch_size, rows, method.image)
-    return Objective(rows, method.image)
+    options = config.objective
+    rows = method.rows(thirds, first_weights(options, method.weights), options)
+    table, moving = Objective(rows, method.image), schedule_of(options, config.steps)
+    if moving is not None:
+        schedule, weights = moving
+        ends = tuple(row.weight for row in method.rows(thirds, weights, options))
+        if ends != table.weights(0):  # the only row of a baseline has no weight to move
+            table = replace(table, schedule=schedule, ends=ends)
+    _check_learning(config, table)
+    return table
 
 
-def _check_learning(batch_size: int, rows: Sequence[Row], image: ImageFrom) -> None:
+def _check_learning(config: RunConfig, table: Objective) -> None:
     """Raises UsageError for a batch without another pair to compare with, and for a tower that no loss trains."""
-    used = [row for row in rows if row.weight > 0]
+    # between the first and the last step a weight rises or falls, so it is above 0 if it is at one of them
+    weights = zip(table.weights(0), table.weights(config.steps - 1), strict=True)
+    used = [row for row, ends in zip(table.rows, weights, strict=True) if max(ends) > 0]
     contrastive = next((row for row in used if row.kind in CONTRASTIVE), None)
-    if batch_size < 2 and contrastive is not None:
+    if config.batch_size < 2 and contrastive is not None:
         raise UsageError(
-            f"batch_size: {batch_size} is too small: the {contrastive.kind} loss of {contrastive.name} tells a pair "
-            "from the others of its batch, and there is no other, so nothing would be learned. Give 2 or more"
+            f"batch_size: {config.batch_size} is too small: the {contrastive.kind} loss of {contrastive.name} "
+            "tells a pair from the others of its batch, and there is no other, so nothing would be learned. Give 2 or "
+            "more"
         )
     trained = {tower_of(view) for row in used for view in (row.a, row.b)}
-    for tower in ("txt",) if image == "third" else ("img", "txt"):
+    for tower in ("txt",) if table.image == "third" else ("img", "txt"):
         if tower not in trained:
             raise UsageError(
                 f"objective.weights: every row with {tower} has the weight 0, so that tower would not be trained; "
@@ -137,13 +173,21 @@ def _check_learning(batch_size: int, rows: Sequence[Row], image: ImageFrom) -> N
             )
 
 
-def _three_weights(options: ObjectiveConfig) -> tuple[float, float, float]:
-    if len(options.weights) != 3 or not all(0 <= weight < math.inf for weight in options.weights):
-        raise UsageError(
-            f"objective.weights: three finite weights of at least 0 are needed (img-txt, img-third, txt-third), "
-            f"got {list(options.weights)}"
-        )
-    return options.weights[0], options.weights[1], options.weights[2]
+def resolved(config: RunConfig) -> RunConfig:
+    """The configuration with its method's own weights written out where none are given, as a run records it."""
+    if config.objective.weights is not None:
+        return config
+    return _with_weights(config, METHODS[config.method].weights)
+
+
+def without_own_weights(config: RunConfig) -> RunConfig:
+    """The configuration without weights that are its method's own, so that another method brings its own."""
+    own = config.objective.weights == METHODS[config.method].weights
+    return _with_weights(config, None) if own else config
+
+
+def _with_weights(config: RunConfig, weights: Weights | None) -> RunConfig:
+    return replace(config, objective=replace(config.objective, weights=weights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +195,18 @@ class MethodEntry:
     """What the code and the report know about a method.
 
     label: the name in tables and plots. summary: one or two sentences for the report page. rows: makes the rows from
-    the third towers' view names and the options. max_thirds: the most third towers that it takes, None for no limit;
-    every method except those with 0 needs at least one.
+    the third towers' view names, the three weights and the options. max_thirds: the most third towers that it takes,
+    None for no limit; every method except those with 0 needs at least one. weights: where the settings give none.
+    is_3t: whether it is a form of 3T, with which the claims about 3T are tested.
     """
 
     label: str
     summary: str
-    rows: Callable[[Sequence[str], ObjectiveConfig], tuple[Row, ...]]
+    rows: Callable[[Sequence[str], Weights, ObjectiveConfig], tuple[Row, ...]]
     image: ImageFrom = "own"
     max_thirds: int | None = None
+    weights: Weights = EQUAL
+    is_3t: bool = False
 
     @property
     def needs_third(self) -> bool:
@@ -170,32 +217,40 @@ METHODS: dict[Method, MethodEntry] = {
     "baseline": MethodEntry(
         "baseline",
         "Both towers train from scratch, on captioned images alone.",
-        lambda thirds, options: baseline(options.kind),
+        lambda thirds, weights, options: baseline(options.kind),
         max_thirds=0,
     ),
     "lit": MethodEntry(
         "LiT",
         "The image tower is the pretrained tower and stays frozen. The text tower learns to match it.",
-        lambda thirds, options: baseline(options.kind),
+        lambda thirds, weights, options: baseline(options.kind),
         image="third",
         max_thirds=1,
     ),
     "lit-unlocked": MethodEntry(
         "LiT unlocked",
         "As LiT, but the image tower continues to train from its pretrained weights.",
-        lambda thirds, options: baseline(options.kind),
+        lambda thirds, weights, options: baseline(options.kind),
         image="from-third",
         max_thirds=1,
     ),
     "3t": MethodEntry(
         "3T",
         "Both towers train and also learn to match a frozen third tower, which is dropped after training.",
-        lambda thirds, options: three_towers(thirds, _three_weights(options), options.kind),
+        lambda thirds, weights, options: three_towers(thirds, weights, options.kind),
+        is_3t=True,
+    ),
+    "3t-main": MethodEntry(
+        "3T main",
+        "As 3T, but the image-text pair has more weight than the third tower, unless the settings give other weights.",
+        lambda thirds, weights, options: three_towers(thirds, weights, options.kind),
+        weights=MAIN_PAIR,
+        is_3t=True,
     ),
     "3t-regression": MethodEntry(
         "3T regression",
         "As 3T, but the main towers predict the third tower's features instead of being contrasted with them.",
-        lambda thirds, options: regression(thirds, _three_weights(options), options.regression, options.kind),
+        lambda thirds, weights, options: regression(thirds, weights, options.regression, options.kind),
     ),
 }
 """Every method by the name that --method takes. A new method is one entry here and one name in `config.Method`."""

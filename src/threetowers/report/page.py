@@ -50,6 +50,7 @@ _SETTINGS = {
     "num_test": "test images",
     "shared_captions": "test captions that are training captions too",
     "repeated_captions": "captions that are equal to one of another image",
+    "weights": "weights of the rows",
     "primary": "primary metric",
 }
 DRAWN = ("baseline", "lit", "3t")

@@ -24,6 +24,7 @@ _METHOD_COLOURS = (
     ("#d55e00", "#f0803c"),
     ("#e69f00", "#f3bb45"),
     ("#0072b2", "#58aee8"),
+    ("#56b4e9", "#8fd0f5"),
     ("#009e73", "#35c79a"),
 )
 # Of the phases of a training step, in their order.

@@ -171,32 +171,39 @@ def _losses(compare: Compare, curves: Curves) -> list[Plot]:
 
 
 def _combinations(compare: Compare) -> list[Plot]:
-    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    panels: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in compare.get("combination", []):
-        panels.setdefault((row.get("third") or "", row["metric"]), []).append(row)
-    return [_combination(compare, third, metric, rows) for (third, metric), rows in panels.items()]
+        key = (
+            row.get("method", "3t"),
+            row.get("third") or "",
+            row["metric"],
+        )  # an older file names none
+        panels.setdefault(key, []).append(row)
+    return [_combination(compare, *key, rows) for key, rows in panels.items()]
 
 
-def _combination(compare: Compare, third: str, metric: str, rows: list[dict[str, Any]]) -> Plot:
+def _combination(compare: Compare, method: str, third: str, metric: str, rows: list[dict[str, Any]]) -> Plot:
     """Test score by α: the mean thick, each seed thin, the control dashed, baseline and LiT at the ends."""
     figure, ax = panel(330, left=42, right=16, top=32, bottom=102)
-    alphas, shade = rows[0]["alphas"], colour("3t")
+    alphas, shade = rows[0]["alphas"], colour(method)
     if controls := [100 * np.array(row["control"]["test"]) for row in rows if row.get("control")]:
         name = "control: baseline + LiT"
         ax.plot(alphas, np.mean(controls, axis=0), "--", color=MUTED, linewidth=1.8, label=name)
     tests = [100 * np.array(row["test"]) for row in rows]
     for test in tests:
         ax.plot(alphas, test, color=shade, linewidth=0.8, alpha=0.45)
-    ax.plot(alphas, np.mean(tests, axis=0), color=shade, linewidth=2.4, label="3T combined")
+    ax.plot(
+        alphas, np.mean(tests, axis=0), color=shade, linewidth=2.4, label=f"{method_label(method)} combined"
+    )
     best = [row["alpha"] for row in rows]
     span = "–".join(dict.fromkeys(f"{alpha:.2f}" for alpha in (min(best), max(best))))
     points = [float(np.interp(alpha, alphas, test)) for alpha, test in zip(best, tests, strict=True)]
     ax.plot(best, points, "o", color=INK, markersize=6, label=f"α chosen on val: {span}", zorder=4)
-    for method, end in (("baseline", 0), ("lit", 1)):
-        values = [v for row in rows if (v := finite((row.get("references") or {}).get(method))) is not None]
+    for alone, end in (("baseline", 0), ("lit", 1)):
+        values = [v for row in rows if (v := finite((row.get("references") or {}).get(alone))) is not None]
         if values:
-            look = _marker(compare, (method, "")) | {"marker": "s", "markerfacecolor": PAPER, "zorder": 5}
-            name = f"{method_label(method)} alone"
+            look = _marker(compare, (alone, "")) | {"marker": "s", "markerfacecolor": PAPER, "zorder": 5}
+            name = f"{method_label(alone)} alone"
             ax.plot(end, 100 * mean(values), linestyle="", label=name, clip_on=False, **look)
     ax.set(xlim=(0, 1), xlabel="α")
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
@@ -206,9 +213,9 @@ def _combination(compare: Compare, third: str, metric: str, rows: list[dict[str,
     title = f"test {metric_name(metric)}, %" + (f" · {third}" if third else "")
     ax.set_title(short(title, 46))
     legend(ax)
-    return finish(
-        figure, f"combination-{metric}-{third or 'all'}", f"{title}, by α; chosen on validation: {span}"
-    )
+    stem = "combination" if method == "3t" else f"combination-{method}"
+    text = f"{method_label(method)}: {title}, by α; chosen on validation: {span}"
+    return finish(figure, f"{stem}-{metric}-{third or 'all'}", text)
 
 
 def _classes(compare: Compare) -> list[Plot]:

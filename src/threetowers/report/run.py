@@ -7,7 +7,7 @@ from typing import Any
 
 from threetowers.errors import DataError
 from threetowers.files import write_whole
-from threetowers.objective.pairs import method_label
+from threetowers.objective.pairs import METHODS, method_label
 from threetowers.report.page import definitions, document, training
 from threetowers.report.phases import time_split
 from threetowers.report.plots import draw_plots
@@ -47,6 +47,7 @@ def _as_comparison(config: dict[str, Any], evaluation: dict[str, Any]) -> Compar
         "third tower": ", ".join(map(str, config.get("third", ()))),
         "steps": config.get("steps"),
         "batch size": config.get("batch_size"),
+        "weights of the rows": _weights(method, config.get("objective", {})),
         "learning rate": config.get("optim", {}).get("lr"),
         "precision": config.get("precision"),
         "seed": config.get("seed"),
@@ -62,6 +63,20 @@ def _as_comparison(config: dict[str, Any], evaluation: dict[str, Any]) -> Compar
         ],
         "settings": {name: str(value) for name, value in settings.items() if value not in (None, "")},
     }
+
+
+def _weights(method: str, options: dict[str, Any]) -> str | None:
+    """The weights that the run gives its rows, with their schedule; None for a method of a single row."""
+    entry = next((entry for name, entry in METHODS.items() if name == method), None)
+    if entry is None or not entry.needs_third or entry.image != "own":
+        return None
+    start, end = (_numbers(options.get(name)) for name in ("weights", "weights_end"))
+    kind = options.get("weights_schedule", "constant")
+    return f"{start} → {end} ({kind})" if end else start
+
+
+def _numbers(values: Any) -> str:
+    return ", ".join(f"{value:.3g}" for value in values) if isinstance(values, list) else ""
 
 
 def _config(folder: Path) -> dict[str, Any]:

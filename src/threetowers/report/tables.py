@@ -371,7 +371,12 @@ def _curve_rows(curve: dict[str, Any]) -> list[dict[str, Any]]:
     columns = {name: curve[f"{name}s" if name == "alpha" else name] for name in ("alpha", "val", "test")}
     columns |= {f"control_{name}": control[name] for name in ("val", "test") if name in control}
     return [
-        {"third": curve.get("third"), "seed": curve["seed"], "metric": curve["metric"]}
+        {
+            "method": curve.get("method", "3t"),
+            "third": curve.get("third"),
+            "seed": curve["seed"],
+            "metric": curve["metric"],
+        }
         | {name: values[i] for name, values in columns.items()}
         for i in range(len(curve["alphas"]))
     ]

@@ -17,9 +17,10 @@ from open_clip.model import (
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 
-from threetowers.config import PairConfig, did_you_mean
+from threetowers.config import PairConfig
 from threetowers.data.transforms import ImageSpec, per_channel
 from threetowers.errors import CheckpointError, UsageError
+from threetowers.settings import did_you_mean
 from threetowers.towers.heads import initialised
 from threetowers.towers.weights import _first, load_strictly, read_safetensors, say_unwrapped, unwrapped
 

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.config import RunConfig, as_plain, read_config
+from threetowers.config import RunConfig
 from threetowers.errors import BadSample, CheckpointError, DataError
 from threetowers.files import HELD
+from threetowers.objective.pairs import resolved
 from threetowers.paths import under
 from threetowers.progress import warn_once
+from threetowers.settings import as_plain, read_config
 from threetowers.train import checkpoint
 
 MAY_DIFFER = {
@@ -210,7 +212,7 @@ def differing_keys(path: Path, config: RunConfig, *, all_keys: bool = False) -> 
 
     all_keys: also those that may differ in a run that continues.
     """
-    before = read_config(path)
+    before, config = resolved(read_config(path)), resolved(config)
     there, here = (_flat(under(as_plain(each), Path.cwd())) for each in (before, config))
     chooses = before.keep_best is not None or config.keep_best is not None
     may_differ = MAY_DIFFER if chooses else MAY_DIFFER | {"eval_every_steps"}

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from threetowers.files import write_whole
 from threetowers.model import ThreeTowers
+from threetowers.objective.pairs import Objective
 from threetowers.progress import warn
 from threetowers.train.step import StepResult
 
@@ -65,6 +67,13 @@ def _step(line: str | bytes) -> float:
         return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
         return float("inf")
+
+
+def weight_metrics(table: Objective, weights: Sequence[float]) -> dict[str, float]:
+    """The weights of the rows at a step, by metric path; none where they follow no schedule."""
+    if table.schedule is None:
+        return {}
+    return {f"train/weight/{row.name}": weight for row, weight in zip(table.rows, weights, strict=True)}
 
 
 def step_metrics(model: ThreeTowers, result: StepResult) -> dict[str, float]:

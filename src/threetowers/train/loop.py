@@ -8,16 +8,18 @@ from pathlib import Path
 
 import torch
 
-from threetowers.config import RunConfig, write_config
+from threetowers.config import RunConfig
 from threetowers.data.loader import batches
 from threetowers.evaluate.encode import encode
 from threetowers.evaluate.retrieval import ranks_of, recalls
+from threetowers.objective.pairs import resolved
 from threetowers.progress import Progress, duration
 from threetowers.run.finished import save_run
 from threetowers.run.setup import Setup, autocast
+from threetowers.settings import write_config
 from threetowers.train import checkpoint
 from threetowers.train.guards import StopRequest, differing_keys, folder_lock, holds_run
-from threetowers.train.log import Clock, step_metrics, summary
+from threetowers.train.log import Clock, step_metrics, summary, weight_metrics
 from threetowers.train.optim import learning_rate
 from threetowers.train.profile import TABLE, TRACE, fetched
 from threetowers.train.session import (
@@ -65,7 +67,7 @@ def train(
     stop: a request that the caller has entered and that counts instead. Raises UsageError, DataError, CheckpointError
     or NonFiniteError.
     """
-    started = time.monotonic()
+    started, config = time.monotonic(), resolved(config)
     folder.mkdir(parents=True, exist_ok=True)
     listening = StopRequest(max_minutes) if stop is None else nullcontext(stop)
     with listening as stop, folder_lock(folder):
@@ -103,6 +105,7 @@ def train(
 def _steps(session: Session) -> bool:
     """Steps to the end, a stop request or the end of patience; True when the run must return to a checkpoint."""
     setup, state, config = session.setup, session.state, session.setup.config
+    table = setup.model.objective
     phase = session.take_step.phase
     bar = Progress(f"training {config.method}", config.steps, "steps", done=state.step)
     clock = Clock(state.seconds)
@@ -114,7 +117,9 @@ def _steps(session: Session) -> bool:
         clock.data_ready()
         session.bad.add(batch.bad, seen=len(batch.index))
         lr = learning_rate(state.step, config.steps, config.optim)
-        result = session.take_step(batch, lr, partial(session.guard.watch, state.step, batch.index))
+        weights = table.weights(state.step)
+        watch = partial(session.guard.watch, state.step, batch.index)
+        result = session.take_step(batch, lr, watch, weights=weights)
 
         state.step += 1
         clock.step_done(len(batch.index))
@@ -125,6 +130,7 @@ def _steps(session: Session) -> bool:
                 return True
             if report:
                 row = step_metrics(setup.model, result)
+                row |= weight_metrics(table, weights)
                 row |= {"train/lr": lr, "train/grad_norm": result.norm.item()} | clock.rates()
                 session.log.metrics(state.step, row | session.bad.counts())
                 bar.update(state.step, summary(row), force=end)

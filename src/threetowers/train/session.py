@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.config import RunConfig, config_hash, did_you_mean
+from threetowers.config import RunConfig
 from threetowers.data.loader import BatchReader
 from threetowers.errors import CheckpointError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import check_evaluation
 from threetowers.evaluate.retrieval import METRICS
 from threetowers.run.finished import changed_parts
 from threetowers.run.setup import Setup, prepare
+from threetowers.settings import config_hash, did_you_mean
 from threetowers.system import OtherLoad
 from threetowers.train import checkpoint
 from threetowers.train.guards import BadSamples, FiniteGuard, StopRequest

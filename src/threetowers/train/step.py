@@ -5,8 +5,9 @@ result = take_step(batch, lr=1e-3)
 result.loss, result.rows, result.norm
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,10 +64,16 @@ class TrainingStep:
         model.train()
 
     def __call__(
-        self, batch: Batch, lr: float, found_inf: Callable[[Tensor, Tensor], Tensor] | None = None
+        self,
+        batch: Batch,
+        lr: float,
+        found_inf: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        weights: Sequence[float] | None = None,
     ) -> StepResult:
         """One step on a batch in host memory or on the device.
 
+        weights: of the rows at this step; None takes those of the first step.
         found_inf: from the loss and the gradient's norm, 1.0 on the device when the weights must stay as they are.
         """
         config, model, optimizer, phase = self.config, self.model, self.optimizer, self.phase
@@ -77,13 +84,18 @@ class TrainingStep:
         with trained_attention(self.device, model.img, model.txt, bf16=self.bf16):
             if 0 < config.micro_batch_size < len(batch.index):
                 loss, rows, feats = accumulate(
-                    batch, config.micro_batch_size, self.device, self.features, self.loss, phase
+                    batch,
+                    config.micro_batch_size,
+                    self.device,
+                    self.features,
+                    partial(self.loss, weights=weights),
+                    phase,
                 )
             else:
                 with phase("data"):
                     batch = batch.to(self.device)
                 feats = self.features(batch)
-                loss, rows = self.loss(feats, batch)
+                loss, rows = self.loss(feats, batch, weights)
                 with phase("backward"):
                     loss.backward()  # type: ignore[no-untyped-call]
         with phase("optimiser"):
@@ -106,10 +118,13 @@ class TrainingStep:
                 autocast=autocast(self.config, self.device),
             )
 
-    def loss(self, feats: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum over the rows of the objective, and each row's own loss by name."""
+    def loss(
+        self, feats: dict[str, Tensor], batch: Batch, weights: Sequence[float] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum over the rows of the objective, and each row's own loss by name; weights: as in a step."""
         with self.phase("loss"):
             ids: tuple[Tensor, ...] = ()
             if self.config.inputs.mask_duplicates:
                 ids = (batch.image_ids.to(self.device), batch.caption_ids.to(self.device))
-            return self.model.loss(feats, ids, bf16=self.bf16 and self.device.type == "cuda")
+            bf16 = self.bf16 and self.device.type == "cuda"
+            return self.model.loss(feats, ids, bf16=bf16, weights=weights)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from threetowers.config import did_you_mean
 from threetowers.data.cells import cell_texts
 from threetowers.data.formats.places import find_file, image_path, is_address
 from threetowers.data.parts import part_of
 from threetowers.data.source import SPLIT_COLUMN, ColumnNames, is_picture_name
 from threetowers.errors import UsageError
+from threetowers.settings import did_you_mean
 
 _PATH_NAMES = (
     "image", "image_path", "img_path", "filepath", "file_path", "image_file", "image_name", "image_filename",

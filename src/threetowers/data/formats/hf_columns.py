@@ -4,10 +4,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-from threetowers.config import did_you_mean
 from threetowers.data.formats.columns import Captions, usual_image_column
 from threetowers.data.source import ColumnNames
 from threetowers.errors import UsageError
+from threetowers.settings import did_you_mean
 
 _NUM_SAMPLED = 1000  # rows that columns are recognised by
 

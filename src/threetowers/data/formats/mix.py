@@ -20,12 +20,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from threetowers.config import did_you_mean, read_toml
 from threetowers.data.copies import Place, describe_copies, equal_images, image_ids_of, middles_of
 from threetowers.data.formats.hf_datasets import PREFIX
 from threetowers.data.order import hash64
 from threetowers.data.source import ANY_COLUMNS, SPLIT_COLUMN, ColumnNames, Format, Opener, Record, Source
 from threetowers.errors import BadSample, DataError, UsageError
+from threetowers.settings import did_you_mean, read_toml
 
 MAX_WEIGHT = 1000.0
 T = TypeVar("T")

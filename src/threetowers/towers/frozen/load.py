@@ -1,7 +1,7 @@
 """Which frozen tower a name means: the list of kinds, and how one of them is loaded."""
 
-from threetowers.config import did_you_mean
 from threetowers.errors import UsageError
+from threetowers.settings import did_you_mean
 from threetowers.towers.frozen.base import FEATURES, FrozenTower, Kind
 from threetowers.towers.frozen.file import FILE
 from threetowers.towers.frozen.hf import HF

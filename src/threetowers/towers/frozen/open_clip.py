@@ -11,9 +11,9 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import _build_vision_tower, convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-from threetowers.config import did_you_mean
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
+from threetowers.settings import did_you_mean
 from threetowers.towers.frozen.base import (
     Card,
     Kind,

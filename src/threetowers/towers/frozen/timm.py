@@ -8,9 +8,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from threetowers.config import did_you_mean
 from threetowers.data.transforms import ImageSpec, Interpolation
 from threetowers.errors import CheckpointError, UsageError
+from threetowers.settings import did_you_mean
 from threetowers.towers.frozen.base import (
     Card,
     Kind,
