@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from kit import tasks as tasks_module
 from kit.runs import Config, assert_same_weights, events
 from kit.tasks import Steps
 from threetowers.compare import concurrency, runs, side_by_side
@@ -29,7 +30,7 @@ from threetowers.run.setup import open_data
 from threetowers.train.log import last_step
 
 OPTIONS = CompareConfig(methods=("3t",), seeds=(0, 1), lrs=(1e-3, 3e-3))
-SHARED = Shared(jobs=2, threads=1, tokenizers={}, pixels=Pixels(None))
+SHARED = Shared(jobs=2, threads=2, tokenizers={}, pixels=Pixels(None))
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def lives(pid: int) -> bool:
 
 
 @pytest.mark.usefixtures("quick")
-def test_runs_side_by_side_end_with_the_bits_of_runs_with_one_thread_after_each_other(
+def test_runs_side_by_side_have_the_bits_of_runs_after_each_other(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(concurrency, "cpu_count", lambda: 2)
@@ -142,7 +143,7 @@ def test_workers_stay_from_one_task_to_the_next(tmp_path: Path, capfd: pytest.Ca
     out, err = capfd.readouterr()
     own = [json.loads(line) for line in out.splitlines() if line.startswith("  {")]
     assert len({each["pid"] for each in own}) == 2 and os.getpid() not in {each["pid"] for each in own}
-    assert {(each["threads"], each["sharers"]) for each in own} == {(1, 2)}
+    assert {(each["threads"], each["sharers"]) for each in own} == {(2, 2)}
     assert "training 5 runs: 20/20 steps" in err
     assert not multiprocessing.active_children()
 
@@ -166,8 +167,10 @@ def test_what_one_run_ends_with_is_said_when_the_others_are_saved(
 ) -> None:
     a, b, c = tasks = [Steps(name, tmp_path / name) for name in "abc"]
     tasks[1] = b = replace(b, does=does, beside=a.folder)
+    begun = time.monotonic()
     with pytest.raises(error, match=says) as raised:
         run(tasks)
+    assert time.monotonic() - begun < tasks_module.CHILD_SECONDS
     assert saved(a) > 0 and not (b.folder / "saved").exists() and not c.folder.exists()
     if isinstance(raised.value, ThreeTowersError):
         assert "\n" not in str(raised.value)
