@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.compare.claims import Key, Measured, claims
+from threetowers.compare.claims import Exact, Key, Measured, claims
 from threetowers.compare.machine import machine
 from threetowers.compare.runs import PRIMARY, Job, Trials, named_thirds
-from threetowers.compare.showcase import identical_without_third, inference_rate, showcase
+from threetowers.compare.showcase import inference_rate, showcase, third_checks
 from threetowers.config import CompareConfig, RunConfig
 from threetowers.data.overlap import shared_captions
 from threetowers.evaluate.combine import Pair, Sweep, combine, sweep
 from threetowers.evaluate.retrieval import Ranks, System, ranks_from_features
 from threetowers.evaluate.statistics import bootstrap_interval, t_interval
-from threetowers.objective.pairs import METHODS
+from threetowers.objective.pairs import METHODS, objective, tower_of
 from threetowers.run.finished import load_run
 from threetowers.run.setup import open_data
 from threetowers.towers.weights import read_safetensors
 
-SCHEMA = 1
+SCHEMA = 2
 MAIN = ("img", "txt")
 SIDES = {"images": ("third@txt", "txt@third"), "texts": ("img@third", "third@img")}
 """The image and the text view of the third tower read through the heads, by what the tower reads."""
@@ -69,9 +69,7 @@ def collect(
     runs: dict[Key, dict[int, Measured]] = {}
     for each in evaluated:
         runs.setdefault(each.job.key, {})[each.job.seed] = _measure(each)
-    three = next((job for job in jobs if job.method == "3t"), None)
-    ends_equal = all(_ends_equal(each) for each in evaluated if each.combination)
-    identical = identical_without_third(three.folder) if three else None
+    forms = list(dict.fromkeys(job.method for job in jobs if _is_3t(job)))
     train, val, test = open_data(config)
     first = [each for each in evaluated if each.job.seed == options.seeds[0]]
     shown = [(each.job.method, each.job.third, each.job.label, each.tensors) for each in first]
@@ -93,6 +91,7 @@ def collect(
             "shared_captions": f"{shared_captions(train, test):.1%}",
             "repeated_captions": _shares(first[0].evaluation["repeated_captions"]) or None,
             "primary": f"retrieval/{PRIMARY}",
+            "margin": options.margin,
         },
         "methods": [
             _describe(each.job, trials[each.job.key], [job for job in jobs if job.key == each.job.key])
@@ -100,7 +99,7 @@ def collect(
         ],
         "results": _results(jobs, runs),
         "summary": _summary(runs),
-        "claims": claims(runs, list(named_thirds(config)), ends_equal, identical),
+        "claims": claims(runs, list(named_thirds(config)), forms, _exact(evaluated), options.margin),
         "combination": [_combination_row(each) for each in evaluated if each.combination],
         "per_class": _per_class(evaluated),
         "runs": [
@@ -156,6 +155,23 @@ def _measure(run: Evaluated) -> Measured:
 def _own_pair(run: Evaluated) -> Pair:
     """The main pair and the third tower read through the heads, on test data."""
     return Pair(run.system(), run.system(run.side_views()), *run.answers())
+
+
+def _is_3t(job: Job) -> bool:
+    """Whether a run contrasts its towers with a third tower, through heads on that tower."""
+    return any("@" in view and tower_of(view) not in ("img", "txt") for view in objective(job.config).views())
+
+
+def _exact(evaluated: Sequence[Evaluated]) -> Exact:
+    """The checks of every run; those of the third tower, of each that has one beside two towers of its own."""
+    methods = [(each.job, METHODS[each.job.config.method]) for each in evaluated]
+    beside = [job for job, method in methods if method.needs_third and method.image == "own"]
+    checks = [third_checks(job.folder) for job in beside]
+    return Exact(
+        [_ends_equal(each) for each in evaluated if each.combination],
+        [check.identical for check in checks],
+        [check.untouched for check in checks],
+    )
 
 
 def _ends_equal(run: Evaluated) -> bool:
