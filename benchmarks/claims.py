@@ -20,11 +20,11 @@ from threetowers.compare.demo import demo
 from threetowers.config import CompareConfig
 from threetowers.objective.pairs import METHODS, method_label
 from threetowers.recipes import PRESETS
+from threetowers.report.claims import certainty, evidence, title
 from threetowers.report.page import write_report
 from threetowers.report.tables import text_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-MARKS = {True: "held", False: "**not held**", None: "not tested"}
 
 
 def main() -> None:
@@ -69,14 +69,18 @@ def _document(result: dict[str, Any]) -> str:
         f"seeds {', '.join(map(str, settings['seeds']))}; learning rate per method from "
         f"{', '.join(f'{lr:g}' for lr in settings['lrs'])} on validation with seed {settings['lr_seed']}. "
         f"{settings['num_test']:,} test images. Machine: {machine['cpu']}, {machine['cores']} cores, torch "
-        f"{machine['torch']}. Intervals are 95 % t-intervals over seeds; differences are paired by seed.",
+        f"{machine['torch']}. Intervals are 95 % t-intervals over seeds; differences are paired by seed. p is "
+        "corrected by Holm's method for all tests of the table. [method.md](method.md#when-a-claim-holds) says when a "
+        "claim holds.",
         "",
-        "| claim | | difference in points [95 %] |",
-        "|---|---|---|",
+        "| claim | | difference, 95 % interval | test |",
+        "|---|---|---|---|",
     ]
     for claim in result["claims"]:
-        figures = "; ".join(f"{name}: {value}" for name, value in claim["figures"].items()) or claim["note"]
-        lines.append(f"| {claim['id']}: {claim['text']} | {MARKS[claim['held']]} | {figures} |")
+        figures = "; ".join(f"{name}: {value}" for name, value in evidence(claim))
+        test = "; ".join(filter(None, (certainty(claim), claim["note"])))
+        verdict = f"**{claim['verdict']}**" if claim["verdict"] == "not held" else claim["verdict"]
+        lines.append(f"| {title(claim)} | {verdict} | {figures} | {test} |")
     lines += [
         "",
         "| method | learning rate | mean R@1 [95 %] | combination | zero-shot top-1 |",

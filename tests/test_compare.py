@@ -1,4 +1,4 @@
-"""The comparison end to end on small real files, and the claims on figures that are known."""
+"""The comparison end to end on small real files."""
 
 import json
 from dataclasses import replace
@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kit.runs import Config
 from kit.towers import byte_tower
 from threetowers.compare import runs as compare_module
-from threetowers.compare.claims import Measured, claims
+from threetowers.compare import showcase
 from threetowers.compare.comparison import compare
+from threetowers.compare.showcase import ThirdChecks, third_checks
 from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.evaluate.retrieval import Ranks
 from threetowers.report.page import write_report
+from threetowers.report.tables import text_table
 from threetowers.run import thirds as thirds_module
 from threetowers.train.loop import train
 from threetowers.world.write import write_world
@@ -82,9 +82,14 @@ def test_a_comparison_trains_all_continues_and_repeats_nothing(
         assert row["ends"]["main"] == row["test"][0] and row["ends"]["third"] == row["test"][-1]
         assert row["chosen"] == row["test"][row["alphas"].index(row["alpha"])]
         assert row["control"]["test"][0] == row["references"]["baseline"]
-    by_id = {(c["id"], c["text"][:20]): c for c in written["claims"]}
-    assert next(c for key, c in by_id.items() if key[0] == "C6")["held"] is True
-    assert next(c for key, c in by_id.items() if key[0] == "C5")["held"] is None
+    exact = [claim for claim in written["claims"] if claim["details"].get("runs")]
+    assert [(claim["id"], claim["verdict"], claim["details"]["runs"]) for claim in exact] == [
+        ("C4", "held", "2 of 2"),
+        ("C6", "held", "2 of 2"),
+        ("C6", "held", "2 of 2"),
+    ], "both seeds are checked"
+    assert next(claim for claim in written["claims"] if claim["id"] == "C5")["verdict"] == "not tested"
+    assert "No winner can be named yet" in text_table(written) and "--steps" in text_table(written)
     for example in written["examples"]:
         for answer in example["answers"]:
             assert len(answer["items"]) == 5
@@ -103,68 +108,10 @@ def test_comparisons_that_cannot_be_run_are_refused(tiny_config: Config, tmp_pat
     with pytest.raises(CheckpointError, match=r"config\.json"):
         compare(tiny_config(third=("timm:local-dir:/nowhere",)), OPTIONS, tmp_path)
     assert not (tmp_path / "runs").exists(), "nothing was trained before the tower was looked at"
+    with pytest.raises(UsageError, match="--margin 2 is a share"):
+        compare(tiny_config(), replace(OPTIONS, margin=2.0), tmp_path)
     with pytest.raises(UsageError, match="at least one"):
         compare(tiny_config(), replace(OPTIONS, lrs=()), tmp_path)
-
-
-def measured(value: float, **more: float) -> Measured:
-    metrics = {f"retrieval/{name}": value for name in ("i2t_r@1", "t2i_r@1", "mean_r@1")}
-    ids = torch.arange(100)
-    rank = (ids >= round(100 * value)).long()
-    ranks = {"main": Ranks(rank, rank, ids, ids)}
-    for name, other in more.items():
-        metrics[f"{name}/mean_r@1"] = other
-        rank = (ids >= round(100 * other)).long()
-        ranks[name] = Ranks(rank, rank, ids, ids)
-    return Measured(metrics, ranks, 0.4)
-
-
-def figures(
-    base: float, lit: float, three: float, noise: float = 0.01, seeds: int = 3
-) -> dict[tuple[str, str], Any]:
-    steps = [noise * (seed - 1) for seed in range(seeds)]
-    rest = {"combination": three + 0.1, "third": lit, "control": three + 0.02}
-    return {
-        ("baseline", ""): {s: measured(base + e) for s, e in enumerate(steps)},
-        ("lit", "t"): {s: measured(lit + e) for s, e in enumerate(steps)},
-        ("3t", "t"): {s: measured(three + 2 * e, **rest) for s, e in enumerate(steps)},
-    }
-
-
-def held(rows: list[dict[str, Any]], id: str) -> list[bool | None]:
-    return [row["held"] for row in rows if row["id"] == id]
-
-
-def test_claims_hold_exactly_when_every_interval_excludes_zero() -> None:
-    rows = claims(figures(0.3, 0.35, 0.6), ["t"], True, True)
-    assert held(rows, "C1") == [True, True] and held(rows, "C4") == [True, True]
-    assert held(rows, "C2") == [None], "no classification was measured"
-    rows = claims(figures(0.3, 0.62, 0.6), ["t"], True, True)
-    assert held(rows, "C1") == [True, False]
-    rows = claims(figures(0.3, 0.58, 0.6, noise=0.05), ["t"], True, True)
-    assert held(rows, "C1") == [True, False], "a mean above is not enough"
-    assert held(claims(figures(0.3, 0.35, 0.6), ["t"], False, True), "C4")[0] is False, "ends must be equal"
-    assert held(rows, "C6") == [True] and held(claims({}, ["t"], True, None), "C6") == [None]
-
-
-def test_the_mismatched_tower_has_its_own_claims() -> None:
-    runs = {(m, "mismatched" if t else ""): v for (m, t), v in figures(0.4, 0.2, 0.41).items()}
-    rows = claims(runs, ["mismatched"], True, True)
-    assert held(rows, "C3") == [True, True] and held(rows, "C1") == []
-    runs = {(m, "mismatched" if t else ""): v for (m, t), v in figures(0.4, 0.5, 0.3).items()}
-    assert held(claims(runs, ["mismatched"], True, True), "C3") == [False, False]
-
-
-def test_one_seed_is_said_and_uses_the_queries() -> None:
-    rows = claims(figures(0.2, 0.3, 0.7, seeds=1), ["t"], True, True)
-    assert held(rows, "C1") == [True, True]
-    assert {row["note"] for row in rows if row["id"] == "C1"} == {"one seed"}
-
-
-def test_missing_methods_are_not_tested_rather_than_guessed() -> None:
-    runs = {key: value for key, value in figures(0.3, 0.35, 0.6).items() if key[0] != "lit"}
-    rows = claims(runs, ["t"], True, True)
-    assert held(rows, "C1") == [True, None]
 
 
 def test_runs_of_other_settings_in_the_same_folder_are_refused(
@@ -175,6 +122,28 @@ def test_runs_of_other_settings_in_the_same_folder_are_refused(
     compare(config, options, tmp_path)
     with pytest.raises(CheckpointError, match=r"steps: 3 → 4"):
         compare(replace(config, steps=4), options, tmp_path)
+
+
+def test_a_run_is_checked_for_a_third_tower_that_training_touched(
+    tiny_config: Config, small_world: Path, timm_tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train(prepared(tiny_config, small_world, timm_tower), run)
+    described = json.loads((run / "model.json").read_text())
+
+    def checked(**third: Any) -> ThirdChecks:
+        thirds = [described["thirds"][0] | third]
+        (run / "model.json").write_text(json.dumps(described | {"thirds": thirds}))
+        return third_checks(run)
+
+    assert described["thirds"][0]["had_gradient"] is False
+    assert checked() == (True, True)
+    assert checked(fingerprint="another") == (True, False)
+    assert checked(had_gradient=True) == (True, False)
+    del described["thirds"][0]["had_gradient"]
+    assert checked() == (True, True), "a run of an earlier version"
+    monkeypatch.setattr(showcase, "restore_trained", lambda model, folder: None)
+    assert checked() == (False, True), "other weights beside the third tower than without it"
 
 
 def test_a_third_tower_of_texts_is_compared_by_its_own_sides_and_refused_for_lit(
@@ -192,7 +161,5 @@ def test_a_third_tower_of_texts_is_compared_by_its_own_sides_and_refused_for_lit
     folder = tmp_path / "runs" / "3t-words-seed0-lr0.001"
     stored = json.loads((folder / "evaluation.json").read_text())["combination"]["third"]
     assert row["ends"] == {"main": stored["ends"][0], "third": stored["ends"][1]}
-    assert (
-        next(c for c in result["claims"] if c["id"] == "C4")["figures"]["ends equal the two systems"]
-        == "True"
-    )
+    ends = next(claim for claim in result["claims"] if claim["text"].startswith("The combination's ends"))
+    assert ends["verdict"] == "held" and ends["details"] == {"runs": "1 of 1"}

@@ -96,7 +96,7 @@ def make_compare(folder: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, 
         best = max((r for r in summary if (r["task"], r["metric"]) == column), key=lambda r: r["mean"])
         best["best"] = True
     compare = {
-        "schema": 1, "title": "Which method wins on shapes", "data": "shapes", "created": "2026-01-31T12:00:00",
+        "schema": 2, "title": "Which method wins on shapes", "data": "shapes", "created": "2026-01-31T12:00:00",
         "machine": {"cpu": "some CPU", "cores": 2, "device": "cpu", "python": "3.11.7", "torch": "2.10.0"},
         "settings": {"steps": 400, "batch_size": 256, "seeds": list(seeds), "lrs": [0.0005, 0.001, 0.002], "lr_seed": 0,
                      "num_train": 10000, "num_val": 1000, "num_test": 1000, "primary": "retrieval/mean_r@1"},
@@ -140,16 +140,32 @@ def combined(
 
 
 def claims(num_seeds: int) -> list[dict[str, Any]]:
-    note = "one seed" if num_seeds == 1 else ""
+    """Four claims, one of each verdict; with one seed nothing is tested."""
+
+    def claim(id: str, third: str, text: str, verdict: str, p: float | None, *tests: Any, **more: Any) -> Any:
+        one = num_seeds == 1 and bool(tests)
+        return {
+            "id": id, "third": third, "text": text, "verdict": "not shown" if one else verdict,
+            "p": None if one else p, "p_adjusted": None if one or p is None else min(1.0, 3 * p),
+            "tests": tests, "details": {}, "note": "one seed: not a test" if one else "",
+        } | more  # fmt: skip
+
+    def test(what: str, mean: float, bound: float = 0.0) -> dict[str, Any]:
+        return {
+            "what": what, "mean": mean, "low": mean - 0.019, "high": mean + 0.019, "num": num_seeds, "bound": bound,
+            "over": "seeds" if num_seeds > 1 else "queries", "side": "above", "unit": "points", "p": 0.01,
+        }  # fmt: skip
+
+    above = "3T is above LiT in both directions of retrieval"
+    both = test("image → text", 0.091), test("text → image", 0.087)
     return [
-        {"id": "C1", "held": True, "text": "Retrieval: 3T above baseline and LiT, with a matched third tower.",
-         "figures": {"3T − baseline": "+14.0 points [12.1, 15.9]", "3T − LiT": "+9.1 points [7.2, 11.0]"},
-         "note": note},
-        {"id": "C3", "held": False, "text": "With a mismatched third tower LiT falls below the baseline, 3T does not.",
-         "figures": {"3T − baseline": "+9.7 points [8.0, 11.4]", "LiT − baseline": "-1.0 points [-3.1, 1.1]"},
-         "note": note},
-        {"id": "C5", "held": None, "text": "The gap 3T − LiT grows with model size and data.", "figures": {},
-         "note": ""},
+        claim("C1", "matched", above, "held", 0.004, *both),
+        claim("C3", "mismatched", "3T is not worse than the baseline by more than 2 points", "not shown", 0.3,
+              test("mean R@1", -0.01, -0.02)),
+        claim("C4", "matched", "3T combined with the third tower is better than either of the two alone", "not held",
+              1.0, test("over the main pair", -0.05), details={"α chosen on validation": "0.4, 0.35, 0.4"}),
+        claim("C5", "", "The gap 3T − LiT grows with model size and with data", "not tested", None),
+        claim("C6", "", "Without the third tower the outputs are the same", "held", None, details={"runs": "6 of 6"}),
     ]  # fmt: skip
 
 
@@ -285,8 +301,11 @@ def test_page_shows_every_part(full: tuple[Path, str]) -> None:
     folder, page = full
     text = Page(page).text
     assert "3T (matched) leads on shapes: 55.9 % mean R@1" in text
-    for part in ("not held", "not tested", "+9.1 points [7.2, 11.0]", "a large red square on grass", "α chosen on val",
-                 "control: baseline + LiT", "third tower at inference", "some CPU", "t-interval"):  # fmt: skip
+    for part in (
+        "not held", "not shown", "not tested", "+9.1 points, 95 % 7.2 to 11.0", "for the 3 tests of this page",
+        "3 seeds, p = 0.004, corrected 0.012", "C1 matched: 3T is above LiT", "6 of 6", "a large red square on grass",
+        "α chosen on val", "control: baseline + LiT", "third tower at inference", "some CPU", "t-interval",
+    ):  # fmt: skip
         assert part in text, part
     # five of each row's answers, the truths and the query images, and the world; all inside the page
     assert page.count("<img ") == page.count("data:image/png;base64,") == 6 * 9 * 5 + 6 + 6 + 16
@@ -303,6 +322,11 @@ def test_page_of_one_seed_without_the_optional_parts(bare: tuple[Path, str]) -> 
     text = Page(page).text
     assert "One seed: the 95 % intervals, a bootstrap over test queries" in text
     assert "3T (matched) leads on shapes" in text  # one seed is never a win
+    assert (
+        "95 % over queries 7.2 to 11.0" in text
+        and "one seed: not a test" in text
+        and "for the 3 tests" not in text
+    )
     assert (
         "Retrieval examples" not in text and "accuracy by class" not in text and "Examples from" not in text
     )
@@ -407,8 +431,8 @@ def test_metrics_that_cannot_be_read_are_named(full: tuple[Path, str], tmp_path:
         (None, "cannot be read"),
         ("{", "is not JSON"),
         ("[]", "schema is None"),
-        ('{"schema": 2}', "schema is 2"),
-        ('{"schema": 1, "methods": []}', "has no 'summary'"),
+        ('{"schema": 1}', "schema is 1, this version reads schema 2.*finished runs are not repeated"),
+        ('{"schema": 2, "methods": []}', "has no 'summary'"),
     ],
 )
 def test_a_folder_without_a_usable_comparison(tmp_path: Path, content: str | None, message: str) -> None:
@@ -420,7 +444,7 @@ def test_a_folder_without_a_usable_comparison(tmp_path: Path, content: str | Non
 
 
 def test_the_least_that_makes_a_page(tmp_path: Path) -> None:
-    save(tmp_path, {"schema": 1, "methods": [], "summary": []})
+    save(tmp_path, {"schema": 2, "methods": [], "summary": []})
     assert "No method has a result for mean R@1 yet." in Page(write_report(tmp_path).read_text()).text
 
 
@@ -446,7 +470,7 @@ def rivals(
         {"method": m, "third": "", "task": "retrieval", "metric": "mean_r@1", "seed": seed, "value": value}
         for m, value in (("3t", 0.6), ("baseline", 0.5)) for seed in range(num_seeds)
     ]  # fmt: skip
-    return {"schema": 1, "data": "birds", "methods": methods, "summary": summary, "results": results}
+    return {"schema": 2, "data": "birds", "methods": methods, "summary": summary, "results": results}
 
 
 def test_headline_says_wins_only_when_intervals_are_apart() -> None:
@@ -464,6 +488,19 @@ def test_headline_says_wins_only_when_intervals_are_apart() -> None:
     assert "leads" in what and "not known" in certainty
 
 
+def test_too_short_runs_have_no_winner(tmp_path: Path) -> None:
+    clear = rivals((0.6, 0.58, 0.62), (0.5, 0.48, 0.52), 3)
+    short = clear | {"settings": {"steps": 100, "batch_size": 32, "num_train": 2000}}
+    what, certainty = headline(short)
+    assert what.startswith(
+        "No winner can be named yet: each run saw the training data 1.6 times. Give --steps 188"
+    )
+    assert certainty.startswith("After these steps 3T leads on birds: 60.0 %")
+    save(tmp_path, short)
+    assert what in Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert "No winner can be named yet" in text_table(short)
+
+
 def test_text_table_is_aligned_and_narrow(full: tuple[Path, str]) -> None:
     compare = json.loads((full[0] / "compare.json").read_text())
     compare["methods"][3]["label"] = "a label \x1b[31m that is far too long for any terminal " * 3
@@ -474,7 +511,17 @@ def test_text_table_is_aligned_and_narrow(full: tuple[Path, str]) -> None:
     ends = [match.end() for match in re.finditer(r"\S+(?: \S+)?(?=\s{2,}|$)", lines[head])][1:]
     assert all(row[end - 1] != " " for row in rows for end in ends)
     assert [row.count("*") for row in rows] == [5] + [0] * 8
-    assert "Claims: C1 held, C3 not held, C5 not tested." in lines
+    text = " ".join(line.strip() for line in lines[lines.index("Claims:") :])
+    assert (
+        "C1 matched: 3T is above LiT in both directions of retrieval: held (image → text +9.1 points, 95 % 7.2"
+        in text
+    )
+    assert (
+        "by more than 2 points: not shown (−1.0 points, 95 % −2.9 to 0.9, 3 seeds, p = 0.3, corrected 0.9)"
+        in text
+    )
+    assert "C6: Without the third tower the outputs are the same: held (runs 6 of 6)" in text
+    assert text.count("C5: ") == 1 and text.count(": not tested") == 1
 
 
 @given(st.floats(0, 1))

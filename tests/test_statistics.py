@@ -1,8 +1,9 @@
-"""Intervals against scipy, and their coverage in simulations."""
+"""Intervals, tests and corrections against scipy and plain references, and their coverage in simulations."""
 
 import subprocess
 import sys
 from collections.abc import Callable
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from scipy import stats
 
 from threetowers.errors import DataError
 from threetowers.evaluate.statistics import (
-    Interval,
+    Side,
     bootstrap_difference,
     bootstrap_interval,
-    held,
+    doubling_slopes,
+    holm,
+    p_value,
     paired_difference,
     t_interval,
 )
@@ -43,22 +46,75 @@ def test_paired_difference_is_scipys_paired_test(pairs: list[tuple[float, float]
     mirrored = paired_difference(b, a)
     assert result[:3] == pytest.approx((-mirrored.mean, -mirrored.high, -mirrored.low), abs=1e-12)
     if abs(expected.pvalue - 0.05) > 1e-6:
-        assert (expected.pvalue < 0.05) == (held(result, "greater") or held(result, "less"))
+        assert (expected.pvalue < 0.05) == (result.low > 0 or result.high < 0)
 
 
 @pytest.mark.parametrize("value", [0.1, 0.0, -0.3])
 def test_equal_values_give_an_interval_of_no_width(value: float) -> None:
     assert t_interval([value] * 3) == (value, value, value)
-    interval = paired_difference([value] * 3, [0.0] * 3)
-    assert held(interval) == (value > 0)
-    assert held(interval, "less") == (value < 0)
+    assert paired_difference([value] * 3, [0.0] * 3) == (value, value, value, 3)
+    assert p_value([value] * 3) == p_value([value] * 3, side="below") == 1, "no spread, no test"
+    assert p_value([0.35 - 0.3, 0.36 - 0.31, 0.34 - 0.29]) == 1, "equal up to rounding"
 
 
-def test_held_needs_the_interval_clear_of_zero_on_the_claimed_side() -> None:
-    assert held(Interval(0.2, 0.1, 0.3, 5)) and not held(Interval(0.2, 0.1, 0.3, 5), "less")
-    assert held(Interval(-0.2, -0.3, -0.1, 5), "less") and not held(Interval(-0.2, -0.3, -0.1, 5))
-    for touching in (Interval(0.1, 0.0, 0.2, 5), Interval(-0.1, -0.2, 0.0, 5), Interval(0.0, -0.1, 0.1, 5)):
-        assert not held(touching) and not held(touching, "less")
+@settings(deadline=None)
+@given(st.lists(finite, min_size=2, max_size=12), st.floats(-5, 5), st.sampled_from(["above", "below"]))
+def test_p_is_scipys_and_agrees_with_the_interval(values: list[float], bound: float, side: Side) -> None:
+    assume(np.std(values) > 1e-6)
+    p = p_value(values, bound, side)
+    alternative = "greater" if side == "above" else "less"
+    assert p == pytest.approx(min(1, 2 * stats.ttest_1samp(values, bound, alternative=alternative).pvalue))
+    _, low, high = t_interval(values)
+    if abs(p - 0.05) > 1e-6:
+        assert (p < 0.05) == (low > bound if side == "above" else high < bound)
+
+
+def plain_holm(p_values: list[float]) -> list[float]:
+    """Holm's procedure as he wrote it, for every level at which it changes its mind: the least one that rejects."""
+    adjusted = []
+    for place in range(len(p_values)):
+        levels = sorted({min(1.0, p * k) for p in p_values for k in range(1, len(p_values) + 1)})
+        adjusted.append(next(level for level in levels if place in rejected(p_values, level) or level == 1.0))
+    return adjusted
+
+
+def rejected(p_values: list[float], level: float) -> set[int]:
+    """Steps down from the smallest p, and stops at the first that is above the level over what is left."""
+    found: set[int] = set()
+    for step, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        if p_values[place] * (len(p_values) - step) > level:
+            break
+        found.add(place)
+    return found
+
+
+@given(st.lists(st.floats(0, 1), max_size=7), st.randoms(use_true_random=False))
+def test_holm_is_the_plain_procedure(p_values: list[float], random: Random) -> None:
+    adjusted = holm(p_values)
+    assert adjusted == pytest.approx(plain_holm(p_values))
+    assert all(p <= corrected <= 1 for p, corrected in zip(p_values, adjusted, strict=True))
+    ordered = sorted(zip(p_values, adjusted, strict=True))
+    assert [corrected for _, corrected in ordered] == sorted(adjusted), "a smaller p stays the smaller one"
+    places = list(range(len(p_values)))
+    random.shuffle(places)
+    assert holm([p_values[i] for i in places]) == [adjusted[i] for i in places]
+
+
+def test_holm_on_a_known_family() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.2]) == [0.2]
+
+
+def test_slopes_are_those_of_the_plane_that_the_values_lie_on() -> None:
+    size, data = [1, 2, 4, 1, 2, 4], [100, 100, 100, 400, 400, 400]
+    values = [0.1 + 0.03 * np.log2(s) - 0.02 * np.log2(d) for s, d in zip(size, data, strict=True)]
+    assert doubling_slopes({"size": size, "data": data}, values) == pytest.approx(
+        {"size": 0.03, "data": -0.02}
+    )
+    assert doubling_slopes({"size": size[:3], "data": data[:3]}, values[:3]) == pytest.approx({"size": 0.03})
+    noisy = [0.0, 0.1, 0.05, 0.2, 0.15, 0.3]
+    alone = doubling_slopes({"size": size}, noisy)["size"]
+    assert alone == pytest.approx(stats.linregress(np.log2(size), noisy).slope)
 
 
 def test_t_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -131,12 +187,12 @@ def test_bootstrap_difference_is_paired_over_queries() -> None:
     assert difference.mean == pytest.approx(
         sum((b.mean() - h.mean()) / 2 for b, h in zip(better, hits, strict=True))
     )
-    assert held(difference) and not held(difference, "less")
+    assert difference.low > 0
     alone = bootstrap_interval(hits, images=images)
     assert difference.high - difference.low < 0.5 * (alone.high - alone.low)
-    assert held(bootstrap_difference(hits, (better[0], better[1]), images=images), "less")
+    assert bootstrap_difference(hits, (better[0], better[1]), images=images).high < 0
     same = bootstrap_difference(hits, hits, images=images)
-    assert same[:3] == (0.0, 0.0, 0.0) and not held(same)
+    assert same[:3] == (0.0, 0.0, 0.0)
     single = bootstrap_difference(better[0], hits[0])
     assert single.mean == pytest.approx(better[0].mean() - hits[0].mean()) and single.num == 300
 
@@ -149,6 +205,11 @@ def test_what_cannot_be_an_interval_is_refused() -> None:
         (lambda: t_interval([]), "non-empty"),
         (lambda: t_interval([0.1, float("nan")]), "row 1 is not finite"),
         (lambda: paired_difference([1.0, 2.0], [1.0]), "got 2 and 1"),
+        (lambda: p_value([0.5]), "at least 2 values, got 1: add seeds"),
+        (lambda: holm([0.5, 1.5]), "from 0 to 1"),
+        (lambda: doubling_slopes({"size": [1, 0]}, [0.1, 0.2]), "size: 2 numbers above 0"),
+        (lambda: doubling_slopes({"size": [1, 2]}, [0.1]), "size: 1 numbers above 0"),
+        (lambda: doubling_slopes({"a": [1, 2], "b": [2, 4]}, [0.1, 0.2]), "a and b vary only together"),
         (lambda: bootstrap_interval([1.0]), "at least 2 queries"),
         (lambda: bootstrap_interval(np.ones((2, 3))), r"shape \(2, 3\)"),
         (lambda: bootstrap_interval(pair, images=(images[0], images[1][:5])), "one index per query"),

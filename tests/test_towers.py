@@ -92,9 +92,11 @@ def test_eval_for_ever_no_gradient_and_never_changed(timm_tower: str) -> None:
     optimizer = torch.optim.SGD(parent.parameters(), lr=1.0)
     parent.head(features).sum().backward()
     optimizer.step()
-    assert all(p.grad is None for p in tower.module.parameters())
+    assert all(p.grad is None for p in tower.module.parameters()) and not tower.had_gradient()
     assert parent.head.weight.grad is not None and parent.head.weight.grad.abs().sum() > 0
     assert tower.fingerprint() == before
+    next(tower.module.parameters()).requires_grad_(True)
+    assert tower.had_gradient()
 
 
 def test_a_weights_file_beside_a_timm_name_is_loaded_strictly(timm_tower: str, tmp_path: Path) -> None:

@@ -136,8 +136,7 @@ class RunConfig:
     steps: int = 1000
     batch_size: int = 256
     micro_batch_size: int = 0
-    """Samples that go through the towers at once, for batches beyond memory; 0: all. The loss is the whole batch's all
-    the same, and the forward pass is done twice."""
+    """Samples in the towers at once, for batches beyond memory; 0: all. Same loss, and a second forward pass."""
     seed: int = 0
     log_every_steps: int = 20
     eval_every_steps: int = 0
@@ -153,8 +152,7 @@ class RunConfig:
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     precision: Literal["fp32", "bf16-autocast"] = "fp32"
-    """Precision of the main towers; weights, heads and losses are fp32 all the same. `threetowers doctor` says whether
-    the device has bf16."""
+    """Precision of the main towers; weights, heads and losses stay fp32. `threetowers doctor` says if bf16 works."""
     grad_checkpointing: bool = False
     """Keep fewer activations and compute them again for the gradient: less memory, about a third more time."""
     compile: bool = False
@@ -228,6 +226,8 @@ class CompareConfig:
     """Each method is trained once per seed; intervals over seeds need at least two."""
     lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     """Learning rates tried for every method with the first seed; validation picks one."""
+    margin: float = 0.02
+    """A mean R@1 lower by at most this share counts as not worse; fix it before the runs."""
     title: str = "Which method wins on this data"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from threetowers.compare.figures import collect
 from threetowers.compare.runs import train_all
 from threetowers.config import CompareConfig, RunConfig
+from threetowers.errors import UsageError
 from threetowers.files import write_whole
 
 
@@ -20,6 +21,10 @@ def compare(
     their own, which import the calling script; 0 takes what a short trial finds fastest. Raises UsageError for a
     comparison that cannot be run, and whatever training raises.
     """
+    if not 0 <= options.margin < 1:
+        raise UsageError(
+            f"compare: --margin {options.margin:g} is a share of R@1, from 0 to below 1; 0.02 is 2 points"
+        )
     trained = train_all(config, options, out, max_minutes=max_minutes, jobs=jobs)
     if trained is None:
         return None

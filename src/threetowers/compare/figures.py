@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.compare.claims import Key, Measured, claims
+from threetowers.compare.claims import Exact, Key, Measured, claims
 from threetowers.compare.concurrency import Concurrency
 from threetowers.compare.machine import machine
 from threetowers.compare.runs import PRIMARY, Job, Trials, named_thirds
-from threetowers.compare.showcase import identical_without_third, inference_rate, showcase
+from threetowers.compare.showcase import inference_rate, showcase, third_checks
 from threetowers.config import CompareConfig, RunConfig
 from threetowers.data.overlap import shared_captions
 from threetowers.evaluate.combine import Pair, Sweep, combine, sweep
@@ -25,7 +25,7 @@ from threetowers.run.finished import load_run
 from threetowers.run.setup import open_data
 from threetowers.towers.weights import read_safetensors
 
-SCHEMA = 1
+SCHEMA = 2
 MAIN = ("img", "txt")
 SIDES = {"images": ("third@txt", "txt@third"), "texts": ("img@third", "third@img")}
 """The image and the text view of the third tower read through the heads, by what the tower reads."""
@@ -75,9 +75,7 @@ def collect(
     runs: dict[Key, dict[int, Measured]] = {}
     for each in evaluated:
         runs.setdefault(each.job.key, {})[each.job.seed] = _measure(each)
-    ends_equal = all(_ends_equal(each) for each in evaluated if each.combination)
-    forms = {job.method: job.folder for job in jobs if METHODS[job.config.method].is_3t}
-    identical = all(identical_without_third(folder) for folder in forms.values()) if forms else None
+    forms = list(dict.fromkeys(job.method for job in jobs if METHODS[job.config.method].is_3t))
     train, val, test = open_data(config)
     first = [each for each in evaluated if each.job.seed == options.seeds[0]]
     shown = [(each.job.method, each.job.third, each.job.label, each.tensors) for each in first]
@@ -102,6 +100,7 @@ def collect(
             "weights": _weights(jobs),
             "repeated_captions": _shares(first[0].evaluation["repeated_captions"]) or None,
             "primary": f"retrieval/{PRIMARY}",
+            "margin": options.margin,
         },
         "methods": [
             _describe(each.job, trials[each.job.key], [job for job in jobs if job.key == each.job.key])
@@ -109,7 +108,7 @@ def collect(
         ],
         "results": _results(jobs, runs),
         "summary": _summary(runs),
-        "claims": claims(runs, list(named_thirds(config)), ends_equal, identical),
+        "claims": claims(runs, list(named_thirds(config)), forms, _exact(evaluated), options.margin),
         "combination": [_combination_row(each) for each in evaluated if each.combination],
         "per_class": _per_class(evaluated),
         "runs": [
@@ -172,6 +171,18 @@ def _measure(run: Evaluated) -> Measured:
 def _own_pair(run: Evaluated) -> Pair:
     """The main pair and the third tower read through the heads, on test data."""
     return Pair(run.system(), run.system(run.side_views()), *run.answers())
+
+
+def _exact(evaluated: Sequence[Evaluated]) -> Exact:
+    """The checks of every run; those of the third tower, of each that has one beside two towers of its own."""
+    methods = [(each.job, METHODS[each.job.config.method]) for each in evaluated]
+    beside = [job for job, method in methods if method.needs_third and method.image == "own"]
+    checks = [third_checks(job.folder) for job in beside]
+    return Exact(
+        [_ends_equal(each) for each in evaluated if each.combination],
+        [check.identical for check in checks],
+        [check.untouched for check in checks],
+    )
 
 
 def _ends_equal(run: Evaluated) -> bool:

@@ -1,9 +1,9 @@
-"""The examples of a comparison (retrieval and sample images), and two measurements of a finished run."""
+"""The examples of a comparison (retrieval and sample images), and what is measured on a finished run."""
 
 import time
 from array import array
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,17 @@ NUM_QUERIES = 6
 NUM_ANSWERS = 5
 NUM_WORLD = 12
 THUMBNAIL = 96
+
+
+class ThirdChecks(NamedTuple):
+    """Two checks of a finished run.
+
+    identical: the main pair gives the same bits with and without the third tower. untouched: no gradient reached the
+    third tower, and training left its weights as they were.
+    """
+
+    identical: bool
+    untouched: bool
 
 
 def showcase(
@@ -118,8 +129,8 @@ def inference_rate(finished: FinishedRun, num_images: int = 64, repeats: int = 3
     return num_images / min(times[1:])
 
 
-def identical_without_third(folder: Path, num_images: int = 64) -> bool:
-    """Whether the main pair of a finished run gives the same bits with and without its third tower."""
+def third_checks(folder: Path, num_images: int = 64) -> ThirdChecks:
+    """Checks the main pair and the third tower of a finished run, which has one."""
     setup = prepare(read_config(folder / "config.toml"), folder, saved_tokenizer=folder)
     restore_trained(setup.model, folder)
     source = setup.test if len(setup.test) else setup.train
@@ -127,6 +138,10 @@ def identical_without_third(folder: Path, num_images: int = 64) -> bool:
     beside = encode(setup.model, sample, setup.tokenizer, setup.thirds.stores(sample), setup.device)
     alone = load_run(folder, setup.device)
     images = [decode(sample.image(i), sample.record(i).id) for i in beside.index.tolist()]
-    return torch.equal(alone.encode_image(images), beside.views["img"]) and torch.equal(
-        alone.encode_text(beside.captions), beside.views["txt"]
-    )
+    same_images = torch.equal(alone.encode_image(images), beside.views["img"])
+    same_texts = torch.equal(alone.encode_text(beside.captions), beside.views["txt"])
+    # the fingerprint was taken of the tower in memory after training; a freshly loaded tower is the one before it
+    recorded = {third["view"]: third["fingerprint"] for third in alone.described["thirds"]}
+    # runs of earlier versions have the fingerprint alone
+    gradient = any(third.get("had_gradient", False) for third in alone.described["thirds"])
+    return ThirdChecks(same_images and same_texts, not gradient and not setup.thirds.changed(recorded))

@@ -1,20 +1,25 @@
-"""Confidence intervals: t-intervals over seeds and, where there is one seed, a bootstrap over queries.
+"""Confidence intervals and tests: Student's t over seeds and, where there is one seed, a bootstrap over queries.
 
 A bootstrap over queries shows the variation over test images. It does not include the variation between training runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 
 from threetowers.errors import DataError
 
 Hits = ArrayLike | tuple[ArrayLike, ArrayLike]
 """One value per query, or a tuple of two such arrays, image→text and text→image."""
 
+Side = Literal["above", "below"]
+"""The side of a bound on which a claim puts a mean."""
+
+EQUAL = 1e-9
+"""Values that are nearer to each other than this are equal, and differ by rounding alone."""
 _BATCH_VALUES = 2**22  # resampled values in memory at a time: 32 MB
 
 
@@ -125,9 +130,59 @@ def bootstrap_difference(
     return bootstrap_interval(paired, images=images, num_resamples=num_resamples, seed=seed, level=level)
 
 
-def held(interval: Interval, direction: Literal["greater", "less"] = "greater") -> bool:
-    """Whether the interval excludes 0 and lies on the claimed side of it; an end at 0 does not exclude 0."""
-    return interval.low > 0 if direction == "greater" else interval.high < 0
+def p_value(values: Sequence[float], bound: float = 0.0, side: Side = "above") -> float:
+    """p of the t test that the mean of independent values lies on a side of a bound.
+
+    It is twice the one-sided p, at most 1, and so below 0.05 exactly when the 95 % `t_interval` lies on that side. With
+    a bound of minus a margin it is a test of non-inferiority (ICH E9, 1998, section 3.3.2). Equal values have no spread
+    to compare the mean with, and give 1. Raises DataError for fewer than two values and for one that is not finite.
+
+        p_value([0.01, -0.005, 0.02], bound=-0.02)  # the differences are not worse than −2 points
+    """
+    array = _vector(values, "values")
+    if len(array) < 2:
+        raise DataError(f"a t test needs at least 2 values, got {len(array)}: add seeds")
+    if np.ptp(array) < EQUAL:
+        return 1.0
+    t = float((array.mean() - bound) / array.std(ddof=1)) * len(array) ** 0.5
+    return min(1.0, 2 * float(special.stdtr(len(array) - 1, -t if side == "above" else t)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number, in the order given; the chance of any wrong rejection stays below the level.
+
+    The smallest of m is multiplied by m, the next by m − 1, and so on; none is below one that was smaller (Holm, 1979,
+    Scandinavian Journal of Statistics 6). Raises DataError for a value outside 0 to 1.
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise DataError(f"p-values from 0 to 1 are needed, got {list(p_values)}")
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def doubling_slopes(factors: Mapping[str, Sequence[float]], values: Sequence[float]) -> dict[str, float]:
+    """How much the values grow with each doubling of each factor: one least-squares fit over all factors' logarithms.
+
+    A factor that has the same value everywhere has no slope. Raises DataError for factors that are not above 0, for
+    lists of different lengths, and for factors that vary only together, whose slopes cannot be told apart.
+
+        doubling_slopes({"size": [1, 2, 1, 2], "data": [1, 1, 2, 2]}, gaps)["size"]
+    """
+    response = _vector(values, "values")
+    columns = {name: _vector(factor, name) for name, factor in factors.items()}
+    for name, column in columns.items():
+        if len(column) != len(response) or not (column > 0).all():
+            raise DataError(f"{name}: {len(response)} numbers above 0 are needed, one for each value")
+    varied = {name: np.log2(column) for name, column in columns.items() if np.ptp(column) > 0}
+    design = np.column_stack([np.ones(len(response)), *varied.values()])
+    solution, _, rank, _ = np.linalg.lstsq(design, response, rcond=None)
+    if rank < design.shape[1]:
+        raise DataError(f"{' and '.join(varied)} vary only together: vary one while the other stays")
+    return dict(zip(varied, solution[1:].tolist(), strict=True))
 
 
 def _vector(values: ArrayLike, name: str) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ from typing import Any
 from threetowers.files import write_whole
 from threetowers.objective.pairs import METHODS, MethodEntry
 from threetowers.progress import duration
+from threetowers.report.claims import TERMS, VERDICTS, certainty, evidence, title
 from threetowers.report.examples import examples, more, pictures, world
 from threetowers.report.panels import PALETTE, Plot
 from threetowers.report.plots import average, draw_plots
@@ -19,7 +20,6 @@ from threetowers.report.tables import (
     Curves,
     Html,
     cells,
-    claim_word,
     csv_tables,
     csv_text,
     finite,
@@ -52,6 +52,7 @@ _SETTINGS = {
     "repeated_captions": "captions that are equal to one of another image",
     "weights": "weights of the rows",
     "primary": "primary metric",
+    "margin": "margin within which a method counts as not worse",
 }
 DRAWN = ("baseline", "lit", "3t")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -147,10 +148,9 @@ def definitions(pairs: Iterable[tuple[str, str]]) -> Html:
 
 def _opening(compare: Compare, plots: list[Plot]) -> Html:
     """The title, the headline and its certainty, the plot of the primary metric and a list of the claims."""
-    what, certainty = headline(compare)
+    what, how_certain = headline(compare)
     glance = [
-        tag("li", _state(claim["held"]), tag("span", f"{claim['id']}: {claim['text']}"))
-        for claim in compare.get("claims", [])
+        tag("li", _state(claim["verdict"]), tag("span", title(claim))) for claim in compare.get("claims", [])
     ]
     claims = tag("div", tag("h3", "Claims"), tag("ul", *glance, class_="glance")) if glance else None
     note = tag("figcaption", f"{metric_name(primary(compare))}, {interval_note(compare)}.")
@@ -158,7 +158,7 @@ def _opening(compare: Compare, plots: list[Plot]) -> Html:
     return join(
         tag("h1", str(compare.get("title", "Comparison"))),
         tag("p", what, class_="headline"),
-        tag("p", certainty, class_="certainty"),
+        tag("p", how_certain, class_="certainty"),
         tag("div", *figures, claims, class_="panels beside"),
     )
 
@@ -214,20 +214,26 @@ def _results(compare: Compare) -> Html | None:
     return join(result_table(compare), tag("p", note, class_="muted"))
 
 
-def _state(held: bool | None) -> Html:
-    symbol, word = claim_word(held)
-    kind = {True: "state yes", False: "state no", None: "state unknown"}[held]
-    return tag("span", tag("span", symbol, class_="symbol", aria_hidden="true"), word, class_=kind)
+def _state(verdict: str) -> Html:
+    symbol, kind = VERDICTS[verdict]
+    return tag(
+        "span", tag("span", symbol, class_="symbol", aria_hidden="true"), verdict, class_=f"state {kind}"
+    )
 
 
 def _claims(compare: Compare) -> Html | None:
+    """Every claim with its differences; the correction is for all tests of the page together."""
     items = []
     for claim in compare.get("claims", []):
-        figures = definitions((name, str(value)) for name, value in (claim.get("figures") or {}).items())
-        note = tag("p", claim["note"], class_="muted") if claim.get("note") else None
-        text = tag("p", tag("b", claim["id"]), " ", claim["text"])
-        items.append(tag("li", _state(claim["held"]), tag("div", text, figures, note)))
-    return tag("ul", *items, class_="claims") if items else None
+        details = claim["details"].items() if claim["tests"] else ()
+        figures = [*evidence(claim), ("test", certainty(claim)), *details, ("note", claim["note"])]
+        rows = definitions((name, value) for name, value in figures if value)
+        items.append(tag("li", _state(claim["verdict"]), tag("div", tag("p", title(claim)), rows)))
+    if not items:
+        return None
+    number = sum(claim["p"] is not None for claim in compare["claims"])
+    text = f"p is corrected by Holm's method for the {number} tests of this page." if number else None
+    return join(tag("p", text, class_="muted") if text else None, tag("ul", *items, class_="claims"))
 
 
 def _combination(compare: Compare, plots: list[Plot]) -> Html | None:
@@ -351,8 +357,7 @@ def _reading(compare: Compare) -> Html:
         "zero-shot top-1": "Share of images that score highest with the name of their own class. The methods are "
         "trained with captions, not with class labels.",
         "interval": interval,
-        "held": "A claim is held when the 95 % interval of the differences, paired by seed, excludes 0. With one seed "
-        "the interval is a bootstrap over queries, and the claim has the note “one seed”.",
+        **TERMS,
         "third tower": f"A frozen pretrained model; here: {thirds}. A mismatched one was trained for another task.",
         "α": "Weight of the third tower: score = (1 − α) · main pair + α · third tower.",
         "cost at inference": "3T with α = 0 runs only the image and text towers, as the baseline does. With α > 0 the "

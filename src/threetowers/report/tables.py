@@ -16,6 +16,7 @@ from typing import Any
 
 from threetowers.errors import DataError
 from threetowers.objective.pairs import method_label
+from threetowers.report.claims import sentence, short_budget
 
 Compare = dict[str, Any]
 Line = list[tuple[float, float]]
@@ -25,6 +26,7 @@ Key = tuple[str, str]
 Curves = dict[Key, dict[str, list[Line]]]
 """By method and third tower, then by metric: one line per seed."""
 
+SCHEMA = 2
 COLUMNS = (
     *("retrieval/mean_r@1", "retrieval/i2t_r@1", "retrieval/t2i_r@1"),
     *("retrieval/mean_r@5", "retrieval/i2t_r@5", "retrieval/t2i_r@5"),
@@ -91,9 +93,11 @@ def read_compare(folder: Path) -> Compare:
         raise DataError(f"{path}: cannot be read ({error.strerror}). {again}") from error
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error}). {again}") from error
-    if not isinstance(compare, dict) or compare.get("schema") != 1:
+    if not isinstance(compare, dict) or compare.get("schema") != SCHEMA:
         found = compare.get("schema") if isinstance(compare, dict) else None
-        raise DataError(f"{path}: schema is {found!r}, this version reads schema 1. {again}")
+        raise DataError(
+            f"{path}: schema is {found!r}, this version reads schema {SCHEMA}. {again}; finished runs are not repeated"
+        )
     for key in ("methods", "summary"):
         if key not in compare:
             raise DataError(f"{path}: has no {key!r}. {again}")
@@ -206,7 +210,8 @@ def num_seeds(compare: Compare) -> int:
 def headline(compare: Compare) -> tuple[str, str]:
     """Which method is best by the primary metric, and how certain that is: two texts.
 
-    The best method "wins" when the 95 % intervals over several seeds do not overlap; otherwise it "leads".
+    The best method "wins" when the 95 % intervals over several seeds do not overlap; otherwise it "leads". After too
+    few passes over the data the first text says so instead.
     """
     table, path = cells(compare), primary(compare)
     ranked = [key for key in ranking(compare) if path in table[key]]
@@ -220,9 +225,14 @@ def headline(compare: Compare) -> tuple[str, str]:
     apart = None
     if first.low is not None and second.high is not None:
         apart = first.low > second.high
-    verb = "wins" if apart and num_seeds(compare) > 1 else "leads"
+    short = short_budget(compare)
+    verb = "wins" if apart and num_seeds(compare) > 1 and not short else "leads"
     runner_up = f"{percent(second.mean)} % for the runner-up {label(compare, ranked[1])}"
-    return f"{name} {verb}{where}: {figure}, against {runner_up}.", _certainty(compare, ranked, apart)
+    what, certainty = (
+        f"{name} {verb}{where}: {figure}, against {runner_up}.",
+        _certainty(compare, ranked, apart),
+    )
+    return (short, f"After these steps {what} {certainty}") if short else (what, certainty)
 
 
 def _certainty(compare: Compare, ranked: Sequence[Key], apart: bool | None) -> str:
@@ -263,11 +273,6 @@ def interval_note(compare: Compare) -> str:
     return "one seed, with a 95 % bootstrap interval over test queries" if count else "no results yet"
 
 
-def claim_word(held: bool | None) -> tuple[str, str]:
-    """The symbol and the word for a claim that is held, not held or not tested (None)."""
-    return {True: ("✓", "held"), False: ("✗", "not held"), None: ("–", "not tested")}[held]
-
-
 def text_table(compare: Compare) -> str:
     """The comparison for the terminal, at most 100 columns wide: headline, one row per method, and the claims.
 
@@ -288,10 +293,10 @@ def text_table(compare: Compare) -> str:
         notes.append(
             "combined: mean R@1 with the third tower at inference as well; α is chosen on validation data."
         )
-    if claims := [f"{claim['id']} {claim_word(claim['held'])[1]}" for claim in compare.get("claims", [])]:
-        notes.append(f"Claims: {', '.join(claims)}.")
     opening = _wrap([str(compare.get("title", "Comparison")), *headline(compare)])
+    claims = [sentence(claim) for claim in compare.get("claims", [])]
     lines = [*opening, "", head, "─" * len(head), *rows, "", *_wrap(notes)]
+    lines += ["", "Claims:", *_wrap(claims, "    ")] if claims else []
     return "".join(_printable(line).rstrip() + "\n" for line in lines)
 
 
@@ -302,8 +307,10 @@ def _terminal_cell(cell: Cell | None) -> str:
     return f"{percent(cell.mean) + half:>13}" + ("*" if cell.best else " ")
 
 
-def _wrap(paragraphs: Iterable[str]) -> list[str]:
-    return [line for text in paragraphs for line in textwrap.wrap(text, TERMINAL_WIDTH)]
+def _wrap(paragraphs: Iterable[str], indent: str = "") -> list[str]:
+    return [
+        line for text in paragraphs for line in textwrap.wrap(text, TERMINAL_WIDTH, subsequent_indent=indent)
+    ]
 
 
 def _cut(text: str, width: int) -> str:

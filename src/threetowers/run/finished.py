@@ -143,7 +143,7 @@ def save_run(
         "tokenizer": "open_clip" if config.pair.tokenizer == "open_clip" else "tokenizer.json",
         "thirds": [
             {"view": view, "spec": tower.spec, "width": tower.width, "fingerprint": tower.fingerprint(),
-             "reads": tower.reads}
+             "reads": tower.reads, "had_gradient": tower.had_gradient()}
             for view, tower in thirds.items()
             if view in model.thirds
         ],

@@ -136,6 +136,10 @@ class FrozenTower:
         """One hex digest of all fingerprints."""
         return digest_of(self.fingerprints())
 
+    def had_gradient(self) -> bool:
+        """Whether any weight could receive a gradient, or has received one since the tower was loaded."""
+        return any(weight.requires_grad or weight.grad is not None for weight in self.module.parameters())
+
 
 @dataclass(frozen=True)
 class Card:
