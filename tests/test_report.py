@@ -520,7 +520,7 @@ def test_text_table_is_aligned_and_narrow(full: tuple[Path, str]) -> None:
         "by more than 2 points: not shown (−1.0 points, 95 % −2.9 to 0.9, 3 seeds, p = 0.3, corrected 0.9)"
         in text
     )
-    assert "C6: Without the third tower the outputs are the same: held (runs 6 of 6)" in text
+    assert "C6: Without the third tower the outputs are the same: held (6 of 6 runs)" in text
     assert text.count("C5: ") == 1 and text.count(": not tested") == 1
 
 

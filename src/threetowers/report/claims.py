@@ -46,9 +46,9 @@ def certainty(claim: dict[str, Any]) -> str:
 
 def sentence(claim: dict[str, Any]) -> str:
     """The claim, its verdict, and in brackets what that rests on."""
-    shown = evidence(claim)
-    alone = len(shown) == 1 and bool(claim["tests"])
-    parts = [words if alone else f"{what} {words}" for what, words in shown]
+    shown, tested = evidence(claim), bool(claim["tests"])
+    alone = len(shown) == 1 and tested
+    parts = [words if alone else f"{what} {words}" if tested else f"{words} {what}" for what, words in shown]
     grounds = (", " if alone else "; ").join(filter(None, (*parts, certainty(claim), claim["note"])))
     return f"{title(claim)}: {claim['verdict']}" + (f" ({grounds})" if grounds else "")
 
