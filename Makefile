@@ -38,7 +38,7 @@ claims: $(STAMP) ## the paper's claims over three seeds; about an hour on two co
 bench: $(STAMP) ## the step, the loss, data and saves beside their peers; an hour of a quiet machine
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	mkdir -p runs/bench
-	for name in methods loss step e2e embed pieces ranks busy decode store loader checkpoint resume precision accumulate attention allocator; do \
+	for name in methods loss step e2e embed pieces ranks busy decode store loader checkpoint resume precision accumulate attention allocator jobs; do \
 	  $(RUN)/python benchmarks/$$name.py --out runs/bench/$$name.json || exit 1; done
 	$(RUN)/python benchmarks/page.py
 

@@ -2,24 +2,22 @@
 
     python benchmarks/claims.py [--out runs/claims] [--seeds 0 1 2] [--steps 500] [--docs docs]
 
-Stopped and started again it continues. About an hour on two cores; progress is shown throughout. The runs of each
-third tower are trained by a process of their own with one thread: towers this small gain little from a second one.
+Stopped and started again it continues. About an hour on two cores; progress is shown throughout. Runs train side by
+side with one thread each: towers this small gain little from a second one.
 """
 
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in the processes below
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in the workers
 
-from threetowers.compare.demo import TOWERS, demo, make_towers
-from threetowers.compare.runs import train_all
-from threetowers.config import CompareConfig, RunConfig
+from threetowers.compare.demo import demo
+from threetowers.config import CompareConfig
 from threetowers.objective.pairs import METHODS
 from threetowers.recipes import PRESETS
 from threetowers.report.page import write_report
@@ -38,7 +36,6 @@ def main() -> None:
     parser.add_argument(
         "--docs", type=Path, default=DOCS, help="where the document and its folder are written"
     )
-    parser.add_argument("--only", choices=TOWERS, help="train the runs of this third tower and stop")
     arguments = parser.parse_args()
     config = replace(PRESETS["shapes"](), steps=arguments.steps)
     options = CompareConfig(
@@ -47,12 +44,7 @@ def main() -> None:
         lrs=tuple(arguments.lrs),
         title="The claims of Three Towers on the built-in world",
     )
-    if arguments.only:
-        sys.exit(_train(config, options, arguments.out, arguments.only))
-    make_towers(config, arguments.out)
-    children = [subprocess.Popen([sys.executable, *sys.argv, "--only", third]) for third in TOWERS]
-    failed = any([child.wait() for child in children])  # noqa: C419 - every child is waited for
-    result = None if failed else demo(config, options, arguments.out)
+    result = demo(config, options, arguments.out, jobs=0)
     if result is None:
         sys.exit("stopped; the same command continues")
     page = write_report(arguments.out)
@@ -62,15 +54,6 @@ def main() -> None:
     shutil.copy(arguments.out / "compare.json", folder / "compare.json")
     (arguments.docs / "claims.md").write_text(_document(result), encoding="utf-8")
     print(f"{text_table(result)}\n\nwritten: {arguments.docs / 'claims.md'}, {folder / 'report.html'}")
-
-
-def _train(config: RunConfig, options: CompareConfig, out: Path, third: str) -> int:
-    """The runs of one third tower, which the whole comparison then finds done; the first takes the baseline too."""
-    with_baseline = third == next(iter(TOWERS))
-    methods = tuple(name for name, method in METHODS.items() if with_baseline or method.needs_third)
-    towers = make_towers(config, out)
-    own = replace(config, third=tuple(entry for entry in towers if entry.startswith(f"{third}=")))
-    return 0 if train_all(own, replace(options, methods=methods), out) else 1
 
 
 def _document(result: dict[str, Any]) -> str:

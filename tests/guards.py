@@ -46,6 +46,7 @@ RANDOM = "test_kill.py::test_resume_matrix[4-0-False-0-bf16-autocast]"
 REASONS = "test_decode.py::test_reasons"
 RESUMED = "test_guarded.py::test_rows_and_counters_of_a_killed_run_are_those_of_an_uninterrupted_one"
 SAVE = "test_guarded.py::test_all_is_on_the_disk_before_the_rename_and_older_ones_go_after_it"
+SIDE = "test_side_by_side.py"
 STEP = "test_guarded.py::test_gradients_are_clipped_and_the_scale_is_clamped_in_every_step"
 STRICT = "test_towers.py::test_a_weights_file_beside_a_timm_name_is_loaded_strictly"
 WORKER = "test_guarded.py::test_a_dead_worker_is_started_again_where_it_was_and_not_for_ever"
@@ -130,7 +131,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
               never(raises="UsageError"), "test_further_runs.py::test_an_at_without_a_file_never_means_random_weights"),
         Guard("changed-data-said", "an evaluation on other data than before says nothing", "evaluate_run",
               never("changed"), "test_awkward_changes.py::test_an_evaluation_says_which_part_has_changed"),
-        Guard("compared-on-the-same-data", "runs are compared that saw different data", "compare.runs._run",
+        Guard("compared-on-the-same-data", "runs are compared that saw different data", "compare.runs._is_done",
               never(raises="CheckpointError"),
               "test_awkward_changes.py::test_a_comparison_on_changed_data_is_refused"),
         Guard("first-save", "a disk that refuses is met after hours of training", "open_session", drop("save"), FULL),
@@ -328,6 +329,22 @@ GUARDS: dict[str, Sequence[Guard]] = {
         Guard("images-inside", "a path in compare.json puts any image of the disk into the report", "pictures",
               instead("is_relative_to", "True"),
               "test_report.py::test_images_that_are_missing_or_outside_are_named"),
+    ),
+    "Runs side by side": (
+        Guard("worker-death-seen", "a killed run is waited for as long as a process of its own lives",
+              "Worker.received", assigned("alive", "True"),
+              f"{SIDE}::test_what_one_run_ends_with_is_said_when_the_others_are_saved"),
+        Guard("others-saved", "runs beside one that fails are not asked to save", "side_by_side.side_by_side",
+              drop("send", which=(1, 2)), f"{SIDE}::test_what_one_run_ends_with_is_said_when_the_others_are_saved"),
+        Guard("parent-death-seen", "runs go on when their command is killed", "side_by_side._listen",
+              drop("request", which=(0, 2)), f"{SIDE}::test_a_killed_comparison_ends_soon_and_continues"),
+        Guard("early-signal-kept", "a Ctrl-C kills runs that are starting", "Worker.__init__",
+              instead("pthread_sigmask", "set()", which=(1, 2)),
+              f"{SIDE}::test_a_signal_to_a_worker_that_starts_is_not_lost"),
+        Guard("stored-before", "processes side by side embed the same images", "train_all",
+              drop("make_stores"), f"{SIDE}::test_runs_side_by_side_have_the_bits_of_runs_after_each_other"),
+        Guard("choice-kept", "a continued comparison changes the threads of its runs", "concurrency.choose",
+              never("recorded"), f"{SIDE}::test_the_choice_is_recorded_and_taken_again_unless_another_is_asked_for"),
     ),
 }  # fmt: skip
 

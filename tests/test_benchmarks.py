@@ -42,6 +42,7 @@ SLOW = {
     "checkpoint": "--rounds 1 --minute 15",
     "claims": "--seeds 0 --lrs 1e-3 --steps 4 --docs docs",
     "e2e": "--rounds 1 --seconds 3 --batch-size 8 --samples 512",
+    "jobs": "--rounds 1 --steps 2 --seeds 0",
     "resume": "--quick",
 }
 NARROW: dict[str, Any] = {

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from kit import tasks as tasks_module
 from kit.runs import Config, assert_same_weights, events
 from kit.tasks import Steps
 from threetowers.compare import concurrency, runs, side_by_side
@@ -28,7 +29,7 @@ from threetowers.run.setup import open_data
 from threetowers.train.log import last_step
 
 OPTIONS = CompareConfig(methods=("3t",), seeds=(0, 1), lrs=(1e-3, 3e-3))
-SHARED = Shared(jobs=2, threads=1, tokenizers={})
+SHARED = Shared(jobs=2, threads=2, tokenizers={})
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def lives(pid: int) -> bool:
 
 
 @pytest.mark.usefixtures("quick")
-def test_runs_side_by_side_end_with_the_bits_of_runs_with_one_thread_after_each_other(
+def test_runs_side_by_side_have_the_bits_of_runs_after_each_other(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(concurrency, "cpu_count", lambda: 2)
@@ -141,7 +142,7 @@ def test_workers_stay_from_one_task_to_the_next(tmp_path: Path, capfd: pytest.Ca
     out, err = capfd.readouterr()
     own = [json.loads(line) for line in out.splitlines() if line.startswith("  {")]
     assert len({each["pid"] for each in own}) == 2 and os.getpid() not in {each["pid"] for each in own}
-    assert {(each["threads"], each["sharers"]) for each in own} == {(1, 2)}
+    assert {(each["threads"], each["sharers"]) for each in own} == {(2, 2)}
     assert "training 5 runs: 20/20 steps" in err
     assert not multiprocessing.active_children()
 
@@ -165,8 +166,10 @@ def test_what_one_run_ends_with_is_said_when_the_others_are_saved(
 ) -> None:
     a, b, c = tasks = [Steps(name, tmp_path / name) for name in "abc"]
     tasks[1] = b = replace(b, does=does, beside=a.folder)
+    begun = time.monotonic()
     with pytest.raises(error, match=says) as raised:
         run(tasks)
+    assert time.monotonic() - begun < tasks_module.CHILD_SECONDS, "it waits for a process that it cannot end"
     assert saved(a) > 0 and not (b.folder / "saved").exists() and not c.folder.exists()
     if isinstance(raised.value, ThreeTowersError):
         assert "\n" not in str(raised.value)
@@ -196,7 +199,7 @@ def test_a_stop_saves_every_run_and_begins_no_other(
     assert not multiprocessing.active_children()
 
 
-def test_a_signal_to_a_worker_that_is_still_starting_is_not_lost(tmp_path: Path) -> None:
+def test_a_signal_to_a_worker_that_starts_is_not_lost(tmp_path: Path) -> None:
     task = Steps("a", tmp_path / "a")
 
     def strike() -> None:
@@ -221,7 +224,7 @@ def test_warnings_of_runs_reach_the_user_once(tmp_path: Path, capfd: pytest.Capt
         assert (task.folder / "output.log").read_text() == "only for the log\n"
 
 
-def test_a_comparison_whose_process_is_killed_ends_soon_and_continues(
+def test_a_killed_comparison_ends_soon_and_continues(
     tiny_config: Config, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     config = tiny_config(steps=100_000, log_every_steps=1, checkpoint_every_steps=90_000, third=())
@@ -307,6 +310,7 @@ def test_the_choice_is_recorded_and_taken_again_unless_another_is_asked_for(
             2,
             "2 would be 1.5 times as fast by a trial of 9 steps, but memory is short",
         ),
+        (2, {1: 0.0015, 2: 0.001}, 9, 3, 1, 2, "steps, which is less than their start takes"),
         (2, {}, 9, 3, 1, 2, "a step is long enough for all threads"),
         (2, {1: 1.5, 2: 1.0}, 9, 1, 1, 2, "one run is left"),
         (1, {1: 1.5, 2: 1.0}, 9, 3, 1, 1, "there is one core"),
@@ -328,7 +332,7 @@ def test_the_trial_decides_with_a_margin(
         return seconds, 9
 
     monkeypatch.setattr(concurrency, "_trial", trial)
-    found = choose(0, [tiny_config()] * waiting, tmp_path)
+    found = choose(0, [tiny_config(steps=100)] * waiting, tmp_path)
     assert (found.jobs, found.threads) == (jobs, threads) and says in found.text()
 
 
