@@ -16,7 +16,8 @@ from threetowers.progress import warn, warn_once
 from threetowers.train.guards import StopRequest
 from threetowers.train.log import last_step
 
-ENDLESS = 1_000_000
+ENDLESS = 2_000
+"""More steps than any test waits for."""
 CHILD_SECONDS = 30.0
 
 

@@ -26,6 +26,8 @@ from threetowers.train.step import TrainingStep
 FILE = "concurrency.json"
 GAIN = 1.15
 """What runs side by side must gain in the trial, in which no other run competes for the caches."""
+START_SECONDS = 10.0
+"""What the start of the processes takes, and what they must therefore save."""
 TRIAL_SECONDS = 3.0
 LONG_STEP_SECONDS = 1.0
 """A longer step is not tried: it is work enough for all threads."""
@@ -84,12 +86,14 @@ def _fastest(waiting: Sequence[RunConfig], folder: Path) -> Concurrency:
     seconds, num_steps = _trial(waiting[0], folder, each)
     if not seconds:
         return _concurrency(1, "a step is long enough for all threads")
-    best = min(seconds, key=lambda jobs: seconds[jobs] * (GAIN if jobs > 1 else 1.0))
+    best = min(numbers, key=lambda jobs: seconds[jobs])
+    gain = f"{seconds[1] / seconds[best]:.1f} times as fast by a trial of {num_steps} steps"
+    saved = (seconds[1] - seconds[best]) * sum(config.steps for config in waiting)
     fits = max(1, _room_for())
-    side_by_side = best if best > 1 else min(numbers, key=lambda jobs: seconds[jobs])
-    gain = f"{seconds[1] / seconds[side_by_side]:.1f} times as fast by a trial of {num_steps} steps"
-    if best == 1:
-        return _concurrency(1, f"{side_by_side} at a time would be {gain}")
+    if seconds[1] < GAIN * seconds[best]:
+        return _concurrency(1, f"{best} at a time would be {gain}")
+    if saved < START_SECONDS:
+        return _concurrency(1, f"{best} at a time would be {gain}, which is less than their start takes")
     if fits < best:
         return _concurrency(fits, f"{best} would be {gain}, but memory is short")
     return _concurrency(best, gain)
