@@ -183,6 +183,24 @@ def test_small_tensors_need_no_shared_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert all(torch.equal(tensor, torch.full((300,), number)) for tensor, number in items) and not said
 
 
+def test_workers_end_with_a_killed_parent_whatever_they_have_made() -> None:
+    """Each item fills the pipe, which the other worker keeps open."""
+    program = (
+        "import os, signal, torch\nfrom threetowers.data.workers import read_ahead\n"
+        "class Reads:\n    def __getitem__(self, task): return [os.getpid(), *torch.zeros(9, 10_000)]\n"
+        "items = read_ahead(Reads(), list(range(99)), 2, name='photos')\n"
+        "print(*sorted({next(items)[0] for _ in range(4)}), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60)
+    pids = [int(word) for word in result.stdout.split()]
+    assert result.returncode == -signal.SIGKILL and len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
 @pytest.mark.parametrize("size", ["4k", "200k", "1m"])
 def test_a_small_dev_shm_is_said_once_and_does_no_harm(size: str) -> None:
     """In a mount namespace of its own, with a /dev/shm of this size."""

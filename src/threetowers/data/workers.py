@@ -6,6 +6,7 @@ ends in a result, in a restart where the work was, or in an error of one line; n
 
 import io
 import math
+import os
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
+from torch.utils.data._utils.worker import ManagerWatchdog
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from threetowers.errors import DataError, ThreeTowersError
@@ -130,10 +132,27 @@ def _start(packing: "_Packing", tasks: Sequence[Any], workers: int, pin_memory: 
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # the loader must not draw from the generator that dropout uses
             pin_memory=pin_memory,
+            worker_init_fn=_end_with_parent,
         )
     iterator = _Loading(loader)
     _keep_worker_deaths_to_the_queue()
     return iterator
+
+
+def _end_with_parent(worker: int) -> None:
+    """Ends this loader worker soon after its parent, however that ended.
+
+    torch's worker leaves its loop then, and waits at its end until all that it has made is read. The pipe for it stays
+    open in the other workers, so that they would wait for each other.
+    """
+
+    def watch() -> None:
+        watchdog = ManagerWatchdog()  # type: ignore[no-untyped-call]
+        while watchdog.is_alive():  # type: ignore[no-untyped-call]
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Loading(_MultiProcessingDataLoaderIter):
