@@ -21,10 +21,11 @@ def free_memory() -> int | None:
     found = []
     lines = _read("/proc/meminfo").splitlines()
     found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    for limit, use, statistics in _CGROUPS:
-        if _read(limit).strip().isdigit() and _read(use).strip().isdigit():
-            cached = [line.split()[1] for line in _read(statistics).splitlines() if "inactive_file" in line]
-            found.append(int(_read(limit)) - int(_read(use)) + max(map(int, cached), default=0))
+    for places in _CGROUPS:
+        limit, used, statistics = (_read(place).strip() for place in places)
+        if limit.isdigit() and used.isdigit():
+            cached = [int(line.split()[1]) for line in statistics.splitlines() if "inactive_file" in line]
+            found.append(int(limit) - int(used) + max(cached, default=0))
     return max(min(found), 0) if found else None
 
 
@@ -49,16 +50,20 @@ class OtherLoad:
 
     def cores(self) -> float | None:
         """Cores kept busy since the last answer; None when that is less than LEAST_SECONDS ago, or is not known."""
+        if self._then is None or time.monotonic() - self._then[0] < LEAST_SECONDS:
+            return None  # before all processes are looked at, since a run asks often
         now = self._now()
-        if now is None or self._then is None or now[0] - self._then[0] < LEAST_SECONDS:
+        if now is None:
             return None
         (seconds, busy, own), self._then = (a - b for a, b in zip(now, self._then, strict=True)), now
         return max(busy - max(own, 0.0), 0.0) / seconds
 
     def remark(self, threads: int) -> str:
         """A line for the user, once, when fewer cores are free than this process has threads; else an empty text."""
+        if self._said:
+            return ""
         busy, cores = self.cores(), os.cpu_count() or 1
-        if self._said or busy is None or threads - (cores - busy) < 0.5:
+        if busy is None or threads - (cores - busy) < 0.5:
             return ""
         self._said = True
         text = f"other processes keep {busy:.1f} of {cores} cores busy, so this goes slower than it could"
