@@ -4,11 +4,12 @@
 
 Five minutes on two slow cores. The tower is open_clip's ViT-B-32 with random weights, the same for all. From memory,
 the plain loop has float tensors ready, as open_clip's transform leaves them, and ours has uint8 pixels, which it
-normalises. From shards, both read, decode and resize JPEGs of 256 × 256 pixels in as many workers: the plain loop with
-webdataset and open_clip's transform, ours as `threetowers embed` does, up to the finished store on the disk; the
-fingerprint of the tower, which a command takes once, is not counted. Autocast keeps the weights that it has cast only
-outside of inference_mode, so the plain loop has its autocast under no_grad too. Contenders take turns in this process,
-ratios are to the fastest plain loop of the same kind, and all features are compared with those of the plain fp32 loop.
+normalises. From shards, both read, decode and resize JPEGs of 256 × 256 pixels: the plain loop with webdataset, workers
+and open_clip's transform, ours as `threetowers embed` does (as many workers on a GPU, threads on a CPU), up to the
+finished store on the disk; the fingerprint of the tower, which a command takes once, is not counted. Autocast keeps the
+weights that it has cast only outside of inference_mode, so the plain loop has its autocast under no_grad too.
+Contenders take turns in this process, ratios are to the fastest plain loop of the same kind, and all features are
+compared with those of the plain fp32 loop.
 """
 
 import argparse

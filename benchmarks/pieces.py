@@ -120,7 +120,7 @@ def measure(
 
     def ours() -> None:
         out = scratch / f"{name}-{next(numbers)}"
-        write_store(tower, source, out, device, fingerprints=fingerprints, workers=WORKERS)
+        write_store(tower, source, out, device, fingerprints=fingerprints)
         return_freed_memory()
 
     before = resident_mb()

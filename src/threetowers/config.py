@@ -136,7 +136,8 @@ class RunConfig:
     steps: int = 1000
     batch_size: int = 256
     micro_batch_size: int = 0
-    """Samples in the towers at once, for batches beyond memory; 0: all. Same loss, and a second forward pass."""
+    """Samples that go through the towers at once, for batches beyond memory; 0 is the whole batch. The loss is that
+    of the whole batch all the same; the towers' forward pass is done twice."""
     seed: int = 0
     log_every_steps: int = 20
     eval_every_steps: int = 0
@@ -152,17 +153,19 @@ class RunConfig:
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     precision: Literal["fp32", "bf16-autocast"] = "fp32"
-    """Precision of the main towers; weights, heads and losses stay fp32. `threetowers doctor` says if bf16 works."""
+    """Precision of the main towers; weights, heads and losses are fp32 all the same. `threetowers doctor` says whether
+    the device has bf16."""
     grad_checkpointing: bool = False
     """Keep fewer activations and compute them again for the gradient: less memory, about a third more time."""
     compile: bool = False
-    """Run the trained towers through torch.compile. The first steps take minutes; measure whether it pays."""
+    """Run the trained towers through torch.compile: the first steps take minutes; measure whether later ones gain."""
     third_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the frozen towers' weights and arithmetic; bf16 is faster where the device has it."""
     third_features: Literal["pooled", "cls", "mean"] = "pooled"
     """What a frozen tower gives: its own pooled features, its class token, or the mean over patches or words."""
     embeddings: str | None = None
-    """A store of `threetowers embed`, or the folder of several, made on first use; `none`: beside the run folder."""
+    """A store that `threetowers embed` made, or the folder of several; what is missing there is made on first use.
+    `none` puts the folder beside the run folder."""
     pair: PairConfig = field(default_factory=PairConfig)
     inputs: InputConfig = field(default_factory=InputConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -213,6 +213,10 @@ class MethodEntry:
         return self.max_thirds != 0
 
 
+def _three_towers(thirds: Sequence[str], weights: Weights, options: ObjectiveConfig) -> tuple[Row, ...]:
+    return three_towers(thirds, weights, options.kind)
+
+
 METHODS: dict[Method, MethodEntry] = {
     "baseline": MethodEntry(
         "baseline",
@@ -237,13 +241,13 @@ METHODS: dict[Method, MethodEntry] = {
     "3t": MethodEntry(
         "3T",
         "Both towers train and also learn to match a frozen third tower, which is dropped after training.",
-        lambda thirds, weights, options: three_towers(thirds, weights, options.kind),
+        _three_towers,
         is_3t=True,
     ),
     "3t-main": MethodEntry(
         "3T main",
         "As 3T, but the image-text pair has more weight than the third tower, unless the settings give other weights.",
-        lambda thirds, weights, options: three_towers(thirds, weights, options.kind),
+        _three_towers,
         weights=MAIN_PAIR,
         is_3t=True,
     ),

@@ -74,8 +74,8 @@ class Setup:
 
     def _keeps_images(self) -> bool:
         """Whether a pass over the training data would find what an earlier pass has decoded."""
-        inputs, several = self.config.inputs, self.config.steps * self.config.batch_size > len(self.train)
-        return inputs.keep_pixels and several and not inputs.draft
+        several = self.config.steps * self.config.batch_size > len(self.train)
+        return self.config.inputs.keep_pixels and several
 
 
 def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
