@@ -19,8 +19,6 @@ from typing import Any
 
 from measure import write
 from threetowers.compare.machine import machine
-from threetowers.config import PretrainConfig
-from threetowers.train.pretrain import pretrain
 
 TABLES = {
     "rows": (
@@ -33,10 +31,10 @@ TABLES = {
 METHODS = ("baseline", "lit", "3t")
 
 
-def compared(folder: Path, tower: Path, words: list[str]) -> float:
+def compared(folder: Path, words: list[str]) -> float:
     """Seconds of a comparison in a folder that does not exist yet."""
     command = [sys.executable, "-m", "threetowers.cli", "compare", "shapes", "--lrs", "2e-3"]
-    command += ["--third", f"tower=file:{tower}", "--embeddings", str(tower.parent / "embeddings")]
+    command += ["--third", "matched=shapes:matched", "--embeddings", str(folder.parent / "embeddings")]
     start = time.perf_counter()
     subprocess.run([*command, "--out", str(folder), *words], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
@@ -57,15 +55,12 @@ def main() -> None:
     settings: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pretrain(PretrainConfig(steps=20), folder / "tower")
-        compared(
-            folder / "stores", folder / "tower", ["--steps", "1", "--methods", "lit", "3t", "--jobs", "1"]
-        )
+        compared(folder / "stores", ["--steps", "1", "--methods", "lit", "3t", "--jobs", "1"])
         for round_number in range(arguments.rounds):
             for jobs, seconds in times.items():
                 out = folder / f"{jobs}-{round_number}"
                 words = ["--steps", str(arguments.steps), "--methods", *METHODS, "--seeds", *seeds]
-                seconds.append(compared(out, folder / "tower", [*words, "--jobs", str(jobs)]))
+                seconds.append(compared(out, [*words, "--jobs", str(jobs)]))
                 settings[jobs] = json.loads((out / "concurrency.json").read_text(encoding="utf-8"))
                 print(f"--jobs {jobs}: {seconds[-1]:.0f} s", flush=True)
     first = statistics.median(times[arguments.jobs[0]])

@@ -15,11 +15,10 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from measure import write
 from threetowers.compare.machine import machine
-from threetowers.config import PretrainConfig, RunConfig
+from threetowers.config import RunConfig
 from threetowers.evaluate.statistics import t_interval
 from threetowers.recipes import PRESETS
 from threetowers.train.loop import train
-from threetowers.train.pretrain import pretrain
 
 TABLES = {
     "rows": (
@@ -50,11 +49,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/precision"))
     parser.add_argument("--out", type=Path, default=Path("runs/bench/precision.json"))
     arguments = parser.parse_args()
-    third = arguments.folder / "third"
-    pretrain(PretrainConfig(device=arguments.device), third)
-    base = replace(
-        PRESETS["shapes"](), third=(f"file:{third}",), steps=arguments.steps, device=arguments.device
-    )
+    preset = PRESETS["shapes"]()
+    base = replace(preset, third=("shapes:matched",), steps=arguments.steps, device=arguments.device)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in PRECISIONS}
     for seed in arguments.seeds:
         for precision in PRECISIONS:

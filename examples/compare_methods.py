@@ -19,7 +19,7 @@ from threetowers.compare.comparison import compare
 from threetowers.config import CompareConfig, InputConfig, PretrainConfig
 from threetowers.recipes import PRESETS
 from threetowers.report.page import write_report
-from threetowers.report.tables import text_table
+from threetowers.report.terminal import text_table
 from threetowers.train.pretrain import pretrain
 
 

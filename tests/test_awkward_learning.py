@@ -97,7 +97,7 @@ def test_the_contrastive_kinds_are_those_of_the_losses() -> None:
     ("changes", "words"),
     [
         ({"batch_size": 1}, "batch_size: 1 .*2 or more"),
-        ({"steps": 0}, "steps: 0"),
+        ({"steps": -1}, "steps: -1"),
         ({"size": 0}, "size: 0"),
         ({"optim": OptimConfig(lr=0.0)}, "optim.lr"),
         ({}, "one class, 'red'"),

@@ -16,7 +16,7 @@ from threetowers.compare.showcase import ThirdChecks, third_checks
 from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.report.page import write_report
-from threetowers.report.tables import text_table
+from threetowers.report.terminal import text_table
 from threetowers.run import thirds as thirds_module
 from threetowers.train.loop import train
 from threetowers.world.write import write_world

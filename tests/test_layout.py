@@ -27,6 +27,7 @@ ORDER = [
     {"evaluate", "export"},
     {"train"},
     {"compare", "commands"},
+    {"reproduce"},
     {"cli"},
 ]
 REPORT_READS = {"errors", "progress", "files", "objective.pairs"}

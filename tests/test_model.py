@@ -13,7 +13,7 @@ from kit.towers import image_tower
 from threetowers.config import ObjectiveConfig
 from threetowers.data.transforms import ImageSpec
 from threetowers.model import ThreeTowers, build
-from threetowers.objective import pairs
+from threetowers.objective import losses, pairs
 from threetowers.objective.pairs import METHODS, Objective, Row
 from threetowers.run.finished import load_run
 from threetowers.towers.frozen.load import load_frozen
@@ -102,6 +102,36 @@ def test_the_frozen_sides_heads_get_their_gradient_and_p_gets_none() -> None:
         gradient = model.heads[name].get_parameter("weight").grad
         assert gradient is not None and gradient.abs().sum() > 0, name
     assert third.grad is None
+
+
+@pytest.mark.parametrize(
+    ("heads", "names", "width"),
+    [
+        ("third", {"third@img", "third@txt"}, 6), ("main", {"img@third", "txt@third"}, 6), ("none", set[str](), 10),
+    ],
+)  # fmt: skip
+def test_a_side_without_head_is_compared_as_the_tower_gives_it(
+    heads: pairs.Heads, names: set[str], width: int
+) -> None:
+    """The loss is the written sum over these views, and both main towers get a gradient from the third rows alone."""
+    model = small(pairs.three_towers(["third"], (0, 0.5, 0.5), heads=heads), {"third": width})
+    assert set(model.heads) == names
+    batch = inputs()
+    third = torch.randn(7, width, generator=torch.Generator().manual_seed(1))
+    feats = model.features(pixels=batch["pixels"], tokens=batch["tokens"], thirds={"third": third})
+    loss, rows = model.loss(feats)
+    for main in ("img", "txt"):
+        own, other = feats[main], third
+        if f"{main}@third" in names:
+            own = own @ model.heads[f"{main}@third"].get_parameter("weight").T
+        if f"third@{main}" in names:
+            other = other @ model.heads[f"third@{main}"].get_parameter("weight").T
+        expected = losses.softmax_loss(losses.unit(own), losses.unit(other), model.scale())
+        torch.testing.assert_close(rows[f"{main}-third"], expected)
+    loss.backward()
+    for tower in (model.img, model.txt):
+        assert tower is not None
+        assert sum(float(p.grad.abs().sum()) for p in tower.parameters() if p.grad is not None) > 0
 
 
 def test_the_loss_is_the_sum_as_written() -> None:

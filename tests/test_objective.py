@@ -116,6 +116,21 @@ def test_the_tables_of_the_methods() -> None:
     ]  # fmt: skip
 
 
+def test_heads_can_be_on_either_side_of_a_third_row() -> None:
+    sides = {
+        heads: [(row.a, row.b) for row in pairs.three_towers(["third"], heads=heads)[1:]]
+        for heads in get_args(pairs.Heads)
+    }
+    assert sides == {
+        "both": [("img@third", "third@img"), ("txt@third", "third@txt")],
+        "third": [("img", "third@img"), ("txt", "third@txt")],
+        "main": [("img@third", "third"), ("txt@third", "third")],
+        "none": [("img", "third"), ("txt", "third")],
+    }
+    rows = pairs.objective(RunConfig(third=("timm:x",), objective=ObjectiveConfig(heads="third"))).rows
+    assert rows == pairs.three_towers(["third"], heads="third") and len({row.name for row in rows}) == 3
+
+
 def test_the_list_of_methods_has_the_names_that_a_configuration_takes() -> None:
     assert tuple(pairs.METHODS) == get_args(Method)
     assert len({entry.label for entry in pairs.METHODS.values()}) == len(pairs.METHODS)

@@ -63,7 +63,7 @@ def test_the_sdist_has_what_the_project_has(built: Path) -> None:
     wanted |= {
         "docs/README.md",
         "docs/figures/methods-light.svg",
-        "docs/claims/compare.json",
+        "docs/claims.md",
         "tests/conftest.py",
     }
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("*.py")}

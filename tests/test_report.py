@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from threetowers.errors import DataError
+from threetowers.report.claims import glance, terminal_claims
 from threetowers.report.page import write_report
 from threetowers.report.panels import PALETTE, inline_svg, spread
 from threetowers.report.plots import average
-from threetowers.report.tables import Html, headline, join, percent, read_curves, tag, text_table
+from threetowers.report.story import story
+from threetowers.report.tables import Html, headline, join, percent, read_curves, tag
+from threetowers.report.terminal import text_table
 
 COLOURS = ("red", "orange", "gold", "green", "cyan", "blue", "purple", "pink")
 SHAPES = ("circle", "ring", "square", "triangle", "star")
@@ -522,6 +525,38 @@ def test_text_table_is_aligned_and_narrow(full: tuple[Path, str]) -> None:
     )
     assert "C6: Without the third tower the outputs are the same: held (6 of 6 runs)" in text
     assert text.count("C5: ") == 1 and text.count(": not tested") == 1
+
+
+def test_the_story_is_told_from_the_figures(full: tuple[Path, str]) -> None:
+    compare = json.loads((full[0] / "compare.json").read_text())
+    told = story(compare)
+    table = {(r["method"], r["third"], r["task"], r["metric"]): 100 * r["mean"] for r in compare["summary"]}
+    classes = max((key for key in table if key[2:] == ("zero_shot", "top1")), key=lambda key: table[key])
+    assert re.fullmatch(rf".+ is best at zero-shot top-1, with {table[classes]:.1f} %\.", told[0])
+    combined = max((key for key in table if key[2] == "combination"), key=lambda key: table[key])
+    assert f"({combined[1]}) reaches {table[combined]:.1f} %; without it " in told[1]
+    (other,) = told[2:]
+    assert other.startswith("With the third tower mismatched: ")
+    lit, base = (
+        table[key]
+        for key in (("lit", "mismatched", "retrieval", "mean_r@1"), ("baseline", "", "retrieval", "mean_r@1"))
+    )
+    assert f"LiT {lit:.1f} %" in other and other.endswith(f"The baseline, without one, reaches {base:.1f} %.")
+    assert story({**compare, "summary": [], "combination": []}) == []
+    text, page = " ".join(text_table(compare).split()), Page(full[1]).text
+    assert all(sentence in text and sentence in page for sentence in told)
+
+
+def test_claims_that_one_seed_cannot_test_stand_together() -> None:
+    several, one = claims(3), claims(1)
+    assert [verdict for verdict, _ in glance(several)] == [claim["verdict"] for claim in several]
+    rows = glance(one)
+    untested = sum(bool(claim["tests"]) for claim in one)
+    assert rows[0][0] == "not shown" and rows[0][1].startswith(f"{untested} claims of C1")
+    assert len(rows) == len(one) - untested + 1
+    assert terminal_claims(one)[0].endswith("can be enough: not shown") and len(
+        terminal_claims(several)
+    ) == len(several)
 
 
 @given(st.floats(0, 1))

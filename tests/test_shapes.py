@@ -99,7 +99,7 @@ def test_seeds_kinds_and_splits_share_no_picture() -> None:
                 seen |= {
                     image.tobytes() for image in pictures.render(seed, np.arange(60), kind=kind, split=split)
                 }
-    assert len(seen) == 2 * 3 * 3 * 60
+    assert len(seen) == 2 * len(KINDS) * len(SPLITS) * 60
 
 
 def holds(scenes: scene_module.Scenes, pairs: tuple[tuple[str, str], ...]) -> Any:
@@ -342,6 +342,19 @@ def test_labels_are_balanced_and_say_what_is_shown(kind: Kind, split: Split) -> 
             assert {BACKGROUNDS[scene.background[row]], layout} <= said
 
 
+def test_attributes_are_named_a_word_each_in_one_order() -> None:
+    names = scene_module.class_names("attributes")
+    assert len(names) == len(set(names)) == 12 * 8 * 4 * 2
+    indices = np.arange(2_000)
+    labels = scene_module.labels(3, indices, kind="attributes", split="test")
+    scene = scene_module.scenes(3, indices, kind="attributes", split="test")
+    assert (scene.layout == 0).all()
+    for row, label in enumerate(labels):
+        size, texture, colour, shape = names[label].split()
+        assert (SIZES[scene.size[row, 0]], TEXTURES[scene.texture[row, 0]]) == (size, texture)
+        assert (COLOURS[scene.colour[row, 0]], SHAPES[scene.shape[row, 0]]) == (colour, shape)
+
+
 # Mistakes
 
 
@@ -369,13 +382,14 @@ def test_a_world_is_written_as_it_is_rendered(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     world = tmp_path / "deep" / "world"
     shapes.write_world(world, seed=4, **SMALL, progress=lambda done, total: told.append((done, total)))
-    assert told[-1] == (41 + 2 * 51, 41 + 2 * 51)
+    assert told[-1] == (41 + 3 * 51, 41 + 3 * 51)
     sets: tuple[tuple[str, Kind, Split, int], ...] = (
         ("train", "pairs", "train", 30),
         ("test", "pairs", "test", 6),
         ("objects/train", "objects", "train", 40),
         ("objects/test", "objects", "test", 6),
         ("scenes/val", "scenes", "val", 5),
+        ("attributes/train", "attributes", "train", 40),
     )
     for folder, kind, split, count in sets:
         source = open_shards(str(world / folder))
@@ -395,6 +409,16 @@ def test_a_world_is_written_as_it_is_rendered(tmp_path: Path) -> None:
                 assert record.label == scene_module.labels(4, indices, kind=kind, split=split)[i]
     templates = world / "scenes" / "val" / "zeroshot_classification_templates.txt"
     assert "a picture of a {c}" in templates.read_text().splitlines()  # CLIP_benchmark formats with c=
+
+
+def test_some_kinds_and_no_labelled_training_sets_can_be_asked_for(tmp_path: Path) -> None:
+    shapes.write_world(tmp_path / "world", **(SMALL | {"num_labelled": 0}))
+    assert not list(tmp_path.glob("world/*/train"))
+    assert len(open_shards(str(tmp_path / "world" / "objects" / "val"))) == 5
+    shapes.write_world(tmp_path / "objects", **SMALL, kinds=("objects",))
+    assert sorted(path.name for path in (tmp_path / "objects").iterdir()) == ["objects", "world.json"]
+    with pytest.raises(DataError, match="kinds is"):
+        shapes.write_world(tmp_path / "objects", **SMALL)
 
 
 def test_writing_twice_is_a_no_op_and_other_parameters_are_an_error(tmp_path: Path) -> None:
@@ -472,3 +496,5 @@ def test_a_place_that_cannot_be_written_is_a_data_error(tmp_path: Path) -> None:
             shapes.write_world(place, **SMALL)
     with pytest.raises(UsageError):
         shapes.write_world(tmp_path / "world", **(SMALL | {"num_test": 0}))
+    with pytest.raises(UsageError, match="one kind"):
+        shapes.write_world(tmp_path / "world", **SMALL, kinds=())

@@ -2,7 +2,8 @@
 
     python docs/figures/make.py      # writes docs/figures/*.svg; `make docs`
 
-The study's figures are those of docs/claims/compare.json, which `make claims` writes. Text is set in system fonts.
+The study's figures are those of docs/claims/study.json, which `make claims` writes; they are drawn when its part `main`
+is complete. Text is set in system fonts.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-STUDY = HERE.parent / "claims" / "compare.json"
+STUDY = HERE.parent / "claims" / "study.json"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 
 
@@ -174,8 +175,8 @@ def methods(colours: Palette) -> str:
 # What the study found
 
 ROWS = (
-    ("3t", "3T"), ("lit-unlocked", "LiT, unlocked"), ("3t-regression", "3T, regression"), ("lit", "LiT"),
-    ("baseline", "baseline"),
+    ("3t-main", "3T main"), ("3t", "3T"), ("lit-unlocked", "LiT unlocked"), ("3t-regression", "3T regression"),
+    ("lit", "LiT"), ("baseline", "baseline"),
 )  # fmt: skip
 THIRDS = (
     ("matched", "Third tower that knows the captions' objects"),
@@ -185,14 +186,14 @@ PLOT_WIDTH, ROW_HEIGHT, PLOT_TOP, LARGEST = 360, 34, 78, 0.9
 
 
 def study(colours: Palette) -> str:
-    """Mean R@1 of five methods with a matched and a mismatched third tower, with 95 % intervals over seeds."""
+    """Mean R@1 of the methods with a matched and a mismatched third tower, with 95 % intervals over seeds."""
     figures = json.loads(STUDY.read_text(encoding="utf-8"))
-    settings = figures["settings"]
+    protocol = figures["protocol"]
     bottom = PLOT_TOP + ROW_HEIGHT * len(ROWS)
-    heading = f"Retrieval on the built-in world: mean R@1 on {settings['num_test']:,} test images"
+    heading = f"Retrieval on the built-in world: mean R@1 on {protocol['num_eval']:,} test images"
     note = (
-        f"{settings['num_train']:,} training pairs, {settings['steps']} steps of {settings['batch_size']}, "
-        f"{len(settings['seeds'])} seeds; bars: 95 % t-intervals; dashed: the baseline's mean"
+        f"{protocol['num_train']:,} training images, {protocol['steps']} steps of {protocol['batch_size']}, "
+        f"{len(protocol['seeds'])} seeds; bars: 95 % t-intervals; dashed: the baseline's mean"
     )
     parts = [
         text(490, 20, heading, colours.text, 15, bold=True),
@@ -216,31 +217,37 @@ def study(colours: Palette) -> str:
         for row, (method, label) in enumerate(ROWS):
             y = PLOT_TOP + ROW_HEIGHT * (row + 0.5)
             found = summary(figures, method, "" if method == "baseline" else third)
-            colour = colours.trained if method == "3t" else colours.faint
+            colour = colours.trained if method in ("3t", "3t-main") else colours.faint
             if not number:
-                parts.append(text(left - 14, y + 4, label, colours.text, 13, "end", bold=method == "3t"))
+                parts.append(
+                    text(left - 14, y + 4, label, colours.text, 13, "end", bold=method in ("3t", "3t-main"))
+                )
             parts += [
                 line(at(found["low"]), y, at(found["high"]), y, colour, 2),
                 f'<circle cx="{at(found["mean"]):.1f}" cy="{y:g}" r="5" fill="{colour}"/>',
                 text(at(found["high"]) + 9, y + 4, f"{100 * found['mean']:.0f}", colours.text, 12, "start"),
             ]
-    return svg(
-        980, bottom + 62, "Mean R@1 of five methods with a matched and a mismatched third tower", parts
-    )
+    return svg(980, bottom + 62, "Mean R@1 of the methods with a matched and a mismatched third tower", parts)
 
 
 def summary(figures: dict[str, Any], method: str, third: str) -> dict[str, float]:
     """Mean and interval of the mean R@1 of a method beside a third tower, as shares."""
-    (row,) = (
-        row
-        for row in figures["summary"]
-        if (row["method"], row["third"], row["task"], row["metric"])
-        == (method, third, "retrieval", "mean_r@1")
-    )
-    return {name: row[name] for name in ("mean", "low", "high")}
+    (row,) = (row for row in figures["methods"] if (row["label"], row["third"]) == (method, third))
+    found: dict[str, float] = row["metrics"]["retrieval/mean_r@1"]
+    return found
 
 
-FIGURES: dict[str, Callable[[Palette], str]] = {"methods": methods, "study": study}
+def is_complete() -> bool:
+    """Whether there is a study whose part `main` has all its runs."""
+    if not STUDY.is_file():
+        return False
+    parts = json.loads(STUDY.read_text(encoding="utf-8"))["progress"]
+    return any(part["part"] == "main" and part["done"] == part["total"] for part in parts)
+
+
+FIGURES: dict[str, Callable[[Palette], str]] = {"methods": methods}
+if is_complete():
+    FIGURES["study"] = study
 
 
 def figures() -> dict[str, str]:

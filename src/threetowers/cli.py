@@ -3,6 +3,7 @@
 Nothing heavy is imported before a verb is known, so that --help is immediate.
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -113,7 +114,10 @@ def _train(words: list[str]) -> int:
 def _compare(words: list[str]) -> int:
     """find out which method wins: threetowers compare PRESET|FILE --data PATH --third NAME=SPEC … [--seeds 0 1 2]"""
     _, arguments = run_arguments(CompareArguments, words, "compare")
+    return _compared(arguments)
 
+
+def _compared(arguments: CompareArguments) -> int:
     from threetowers.compare.comparison import compare
 
     given = (arguments.run, arguments.options, arguments.out)
@@ -123,15 +127,13 @@ def _compare(words: list[str]) -> int:
 
 def _demo(words: list[str]) -> int:
     """see the method at work on the built-in world: threetowers demo [--out runs/demo]"""
-    options = CompareConfig(lrs=(2e-3,), title="Three Towers on the built-in world")
-    default = CompareArguments(out=Path("runs/demo"), options=options, run=PRESETS["shapes"]())
-    arguments = parse(CompareArguments, words, "demo", default)
-
-    from threetowers.compare.demo import demo
-
-    given = (arguments.run, arguments.options, arguments.out)
-    result = demo(*given, max_minutes=arguments.max_minutes, jobs=arguments.jobs)
-    return _report(result, arguments.out)
+    options = CompareConfig(
+        methods=("baseline", "lit", "3t", "3t-main"), lrs=(4e-3,), title="Three Towers on the built-in world"
+    )
+    thirds = tuple(f"{name}=shapes:{name}" for name in ("matched", "mismatched"))
+    run = dataclasses.replace(PRESETS["shapes"](), third=thirds)
+    default = CompareArguments(out=Path("runs/demo"), options=options, run=run)
+    return _compared(parse(CompareArguments, words, "demo", default))
 
 
 def _report(result: dict[str, Any] | None, out: Path) -> int:
@@ -140,11 +142,57 @@ def _report(result: dict[str, Any] | None, out: Path) -> int:
         return STOPPED
 
     from threetowers.report.page import write_report
-    from threetowers.report.tables import text_table
+    from threetowers.report.terminal import text_table
 
     page = write_report(out)
     print(f"\n{text_table(result)}\n\nreport: {page}")
     return 0
+
+
+def _reproduce(words: list[str]) -> int:
+    """the study of the paper's claims, resumable at any kill: threetowers reproduce [--quick] [--only C1 C5] …"""
+
+    def reproduce(
+        *,
+        quick: bool = False,
+        only: tuple[str, ...] = (),
+        out: Path | None = None,
+        records: Path | None = None,
+        docs: Path | None = None,
+        jobs: int = 0,
+        max_minutes: float = 0.0,
+    ) -> int:
+        """Trains what is missing, and writes a page with the claims, their verdicts, and the figures behind them.
+
+        Args:
+            quick: Fewer methods and steps, the third towers of the package and no tuning; about 20 minutes.
+            only: Claims (C1 to C6) or parts (tuning, main, growth, ablations, budgets); all without.
+            out: Folder of runs, worlds and towers; none is runs/reproduce, or runs/reproduce-quick.
+            records: Folder of the finished runs' records, which need no other file; none is OUT/records.
+            docs: A Markdown file to write beside the page.
+            jobs: Runs at a time; 0 takes what a short trial finds fastest.
+            max_minutes: Stop after this long, to be continued; 0 sets no limit.
+        """
+        from threetowers.report.study import study_text, write_study
+        from threetowers.reproduce.plan import FULL, QUICK
+        from threetowers.reproduce.study import reproduce
+        from threetowers.reproduce.summary import write_summary
+        from threetowers.reproduce.tasks import Places
+
+        folder = out or Path("runs/reproduce-quick" if quick else "runs/reproduce")
+        protocol = QUICK if quick else FULL
+        places = Places(folder, records or folder / "records", shipped=not protocol.own_towers)
+        found = reproduce(protocol, places, only=only, jobs=jobs, max_minutes=max_minutes)
+        study = write_summary(protocol, places)
+        page = write_study(places.page, docs)
+        print(f"\n{study_text(study)}\n\nreport: {page}")
+        if found is None:
+            print(f"stopped; the same command continues. Folder: {folder}")
+            return STOPPED
+        return 0
+
+    words = [word if word != "--quick" else "--quick=True" for word in words]
+    return parse(reproduce, words, "reproduce")
 
 
 def _page(words: list[str]) -> int:
@@ -306,6 +354,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "compare": _compare,
     "demo": _demo,
+    "reproduce": _reproduce,
     "evaluate": _evaluate,
     "report": _page,
     "pretrain": _pretrain,

@@ -88,6 +88,9 @@ class ObjectiveConfig:
     """First and last step of the schedule, counted from 0; `none`: 0 and `steps`, the whole run."""
     kind: Literal["softmax", "sigmoid"] = "softmax"
     """Contrastive form of every row that is not a regression."""
+    heads: Literal["both", "third", "main", "none"] = "both"
+    """Which sides of the third rows of 3T have a linear head; `none` needs a frozen tower of the width embed_dim. The
+    combination needs `both`."""
     regression: Literal["cosine", "mse"] = "cosine"
     """Distance of the third rows of 3t-regression."""
     lit_projection: bool = True
@@ -200,22 +203,27 @@ class PretrainConfig:
     """A timm classifier, what it is trained on, and for how long."""
 
     data: str = "objects"
-    """Labelled images (class folders, or CLIP_benchmark's layout); `objects` and `scenes` are built in."""
+    """Labelled images (class folders, or CLIP_benchmark's layout); `objects`, `scenes`, `attributes` are built in."""
+    only: tuple[str, ...] = ()
+    """Class-name patterns (* and ?) to train on; empty takes all classes. One that matches nothing is an error."""
+    heads: Literal["classes", "words"] = "classes"
+    """One softmax over the classes, or one over each word of the class names, which then have equally many words."""
     model: str = "test_nfnet"
     """A timm architecture; it starts from random weights."""
     size: int = 32
     """Side of the square input in pixels."""
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
-    steps: int = 250
+    steps: int = 1000
+    """0 writes the untrained weights."""
     batch_size: int = 128
     seed: int = 0
     device: str = "auto"
     inputs: InputConfig = field(
-        default_factory=lambda: InputConfig(crop_scale=(0.6, 1.0), crop_ratio=(0.9, 1.1), workers=0)
+        default_factory=lambda: InputConfig(crop_scale=(0.8, 1.0), crop_ratio=(0.9, 1.1), workers=0)
     )
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=2e-3, weight_decay=0.05, warmup_steps=40)
+        default_factory=lambda: OptimConfig(lr=4e-3, weight_decay=0.05, warmup_steps=40)
     )
 
 

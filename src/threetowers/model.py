@@ -222,6 +222,12 @@ def build(
         load_pair_weights(img, txt, config.pair.weights)
     used = {tower_of(view) for view in table.views()}
     widths = {view: t.width for view, t in thirds.items() if view in used or table.image == "third"}
+    for row in table.rows:
+        if row.a in ("img", "txt") and widths.get(row.b, model_cfg["embed_dim"]) != model_cfg["embed_dim"]:
+            raise UsageError(
+                f"objective.heads: none compares {row.a}, {model_cfg['embed_dim']} wide, with {row.b}, "
+                f"{widths[row.b]} wide; give another pair.embed_dim, or heads"
+            )
     model = ThreeTowers(
         table, img, txt, model_cfg["embed_dim"], widths, config.objective, image, config.seed,
         text_thirds=[view for view in widths if thirds[view].reads == "texts"],

@@ -68,9 +68,7 @@ class OtherLoad:
         self._said = True
         text = f"other processes keep {busy:.1f} of {cores} cores busy, so this goes slower than it could"
         free = max(round(cores - busy), 1)
-        return (
-            f"{text}; {threads} threads are many, try OMP_NUM_THREADS={free}" if free < threads - 1 else text
-        )
+        return f"{text}; a start with OMP_NUM_THREADS={free} may be faster" if free < threads else text
 
     def _now(self) -> tuple[float, float, float] | None:
         """The clock, and the seconds of all processors and of this process and its descendants."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from threetowers.compare.attributes import known_attributes
 from threetowers.compare.claims import Exact, Key, Measured, claims
 from threetowers.compare.concurrency import Concurrency
 from threetowers.compare.machine import machine
@@ -27,6 +28,8 @@ from threetowers.towers.weights import read_safetensors
 
 SCHEMA = 2
 MAIN = ("img", "txt")
+MAIN_SYSTEM = "main"
+"""The name of the main pair among the systems of `Measured.ranks`."""
 SIDES = {"images": ("third@txt", "txt@third"), "texts": ("img@third", "third@img")}
 """The image and the text view of the third tower read through the heads, by what the tower reads."""
 
@@ -74,7 +77,7 @@ def collect(
     ])  # fmt: skip
     runs: dict[Key, dict[int, Measured]] = {}
     for each in evaluated:
-        runs.setdefault(each.job.key, {})[each.job.seed] = _measure(each)
+        runs.setdefault(each.job.key, {})[each.job.seed] = measure(each)
     forms = list(dict.fromkeys(job.method for job in jobs if METHODS[job.config.method].is_3t))
     train, val, test = open_data(config)
     first = [each for each in evaluated if each.job.seed == options.seeds[0]]
@@ -111,6 +114,7 @@ def collect(
         "claims": claims(runs, list(named_thirds(config)), forms, _exact(evaluated), options.margin),
         "combination": [_combination_row(each) for each in evaluated if each.combination],
         "per_class": _per_class(evaluated),
+        "attributes": _attributes(first) if config.data == "shapes" else [],
         "runs": [
             {"method": j.method, "third": j.third, "seed": j.seed, "lr": j.lr, "path": str(j.folder.relative_to(out))}
             for j in jobs
@@ -148,13 +152,13 @@ def _with_controls(evaluated: list[Evaluated]) -> list[Evaluated]:
     return result
 
 
-def _measure(run: Evaluated) -> Measured:
+def measure(run: Evaluated) -> Measured:
     """A run's metrics, and the test ranks that a bootstrap draws from."""
     metrics = {f"retrieval/{name}": value for name, value in run.evaluation["test"].items()}
     metrics |= {f"zero_shot/{name}": value for name, value in run.evaluation["zero_shot"].items()}
     ranks: dict[str, Ranks] = {}
     if "test/img" in run.tensors:
-        ranks["main"] = ranks_from_features(*run.system(), *run.answers())
+        ranks[MAIN_SYSTEM] = ranks_from_features(*run.system(), *run.answers())
     swept = run.combination
     if swept:
         metrics[f"combination/{PRIMARY}"] = swept["chosen"]
@@ -179,13 +183,13 @@ def _exact(evaluated: Sequence[Evaluated]) -> Exact:
     beside = [job for job, method in methods if method.needs_third and method.image == "own"]
     checks = [third_checks(job.folder) for job in beside]
     return Exact(
-        [_ends_equal(each) for each in evaluated if each.combination],
+        [ends_equal(each) for each in evaluated if each.combination],
         [check.identical for check in checks],
         [check.untouched for check in checks],
     )
 
 
-def _ends_equal(run: Evaluated) -> bool:
+def ends_equal(run: Evaluated) -> bool:
     """Whether α = 0 and α = 1 give exactly what evaluating the main pair alone and the third tower alone gives."""
     pair, swept = _own_pair(run), run.combination
     assert swept is not None
@@ -261,6 +265,15 @@ def _per_class(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
     return [
         {"method": method, "third": third, "class": name, "value": sum(values) / len(values)}
         for (method, third, name), values in by_class.items()
+    ]
+
+
+def _attributes(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """Zero-shot accuracy of each attribute of the built-in world, of the runs of one seed."""
+    return [
+        {"method": run.job.method, "third": run.job.third, "attribute": name, "value": value}
+        for run in evaluated
+        for name, value in known_attributes(load_run(run.job.folder), probe=False).zero_shot.items()
     ]
 
 

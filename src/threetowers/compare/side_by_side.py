@@ -107,7 +107,7 @@ def side_by_side(
     workers: list[_Worker[T]] = []
     failure: Exception | None = None
     ending, finished_steps = False, 0
-    total = num_left * waiting[0].steps
+    total = sum(task.steps for task in waiting) + (num_left - len(waiting)) * waiting[0].steps
     bar = Progress(
         f"training {num_left} runs", total, "steps", done=sum(last_step(t.folder) for t in waiting)
     )

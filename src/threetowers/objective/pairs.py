@@ -22,6 +22,8 @@ from threetowers.objective.weights import EQUAL, MAIN_PAIR, Schedule, Weights, f
 Kind = Literal["softmax", "sigmoid", "cosine", "mse"]
 CONTRASTIVE: tuple[Kind, ...] = ("softmax", "sigmoid")
 """Kinds that tell samples apart."""
+Heads = Literal["both", "third", "main", "none"]
+"""Which sides of a row between a main tower and a third tower have a linear head."""
 ImageFrom = Literal["own", "third", "from-third"]
 """Where the image tower comes from: `own` trains a tower from scratch or from given weights; `third` is LiT, the frozen
 tower with one trainable linear projection; `from-third` starts at the frozen tower's weights and trains."""
@@ -91,16 +93,21 @@ def baseline(kind: Kind = "softmax") -> tuple[Row, ...]:
     return (Row("img", "txt", 1.0, kind),)
 
 
-def three_towers(thirds: Sequence[str], weights: Weights = EQUAL, kind: Kind = "softmax") -> tuple[Row, ...]:
+def three_towers(
+    thirds: Sequence[str], weights: Weights = EQUAL, kind: Kind = "softmax", heads: Heads = "both"
+) -> tuple[Row, ...]:
     """3T (arXiv 2305.16999): the main pair without heads, and each main tower with each third tower through heads.
 
     weights: of img·txt, img·third and txt·third, used as written; K third towers share each of the last two equally.
+    heads: which sides of the third rows have one; both in the paper.
     """
     pair, image, text = weights
     rows = [Row("img", "txt", pair, kind)]
     for third in thirds:
-        rows.append(Row(f"img@{third}", f"{third}@img", image / len(thirds), kind))
-        rows.append(Row(f"txt@{third}", f"{third}@txt", text / len(thirds), kind))
+        for main, weight in (("img", image), ("txt", text)):
+            of_main = f"{main}@{third}" if heads in ("both", "main") else main
+            of_third = f"{third}@{main}" if heads in ("both", "third") else third
+            rows.append(Row(of_main, of_third, weight / len(thirds), kind))
     return tuple(rows)
 
 
@@ -214,7 +221,7 @@ class MethodEntry:
 
 
 def _three_towers(thirds: Sequence[str], weights: Weights, options: ObjectiveConfig) -> tuple[Row, ...]:
-    return three_towers(thirds, weights, options.kind)
+    return three_towers(thirds, weights, options.kind, options.heads)
 
 
 METHODS: dict[Method, MethodEntry] = {

@@ -1,7 +1,7 @@
 """The built-in world: 32-pixel scenes with captions, small enough for two CPU cores.
 
 Command:   threetowers train shapes --method baseline
-           threetowers pretrain --out runs/objects && threetowers train shapes --third file:runs/objects
+           threetowers train shapes --third shapes:matched
 Hardware:  two CPU cores
 Result:    `make claims` writes docs/claims.md
 """

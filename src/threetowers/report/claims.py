@@ -1,6 +1,7 @@
 """The claims of a comparison in words, for the terminal, the page and docs/claims.md."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 VERDICTS = {
@@ -51,6 +52,26 @@ def sentence(claim: dict[str, Any]) -> str:
     parts = [words if alone else f"{what} {words}" if tested else f"{words} {what}" for what, words in shown]
     grounds = (", " if alone else "; ").join(filter(None, (*parts, certainty(claim), claim["note"])))
     return f"{title(claim)}: {claim['verdict']}" + (f" ({grounds})" if grounds else "")
+
+
+def glance(claims: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Verdicts with what they are about, one a claim; claims that one seed cannot test stand together."""
+    untested = [claim for claim in claims if claim["tests"] and claim["p"] is None]
+    rows = [(claim["verdict"], title(claim)) for claim in claims if claim not in untested]
+    if len(untested) < 2:
+        return [(claim["verdict"], title(claim)) for claim in claims]
+    ids = list(dict.fromkeys(claim["id"] for claim in untested))
+    listed = ids[0] if len(ids) == 1 else f"{', '.join(ids[:-1])} and {ids[-1]}"
+    text = f"{len(untested)} claims of {listed}: one seed is no test. Five seeds, --seeds 0 1 2 3 4, can be enough"
+    return [("not shown", text), *rows]
+
+
+def terminal_claims(claims: Sequence[dict[str, Any]]) -> list[str]:
+    """Every claim in a sentence; where one seed tests nothing, the claims in short, since the page has them in full."""
+    rows = glance(claims)
+    if len(rows) == len(claims):
+        return [sentence(claim) for claim in claims]
+    return [f"{text}: {verdict}" for verdict, text in rows]
 
 
 def short_budget(compare: dict[str, Any]) -> str:

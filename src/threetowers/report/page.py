@@ -11,14 +11,16 @@ from typing import Any
 from threetowers.files import write_whole
 from threetowers.objective.pairs import METHODS, MethodEntry
 from threetowers.progress import duration
-from threetowers.report.claims import TERMS, VERDICTS, certainty, evidence, title
+from threetowers.report.claims import TERMS, VERDICTS, certainty, evidence, glance, title
 from threetowers.report.examples import examples, more, pictures, world
 from threetowers.report.panels import PALETTE, Plot
 from threetowers.report.plots import average, draw_plots
+from threetowers.report.story import story
 from threetowers.report.tables import (
     Compare,
     Curves,
     Html,
+    Key,
     cells,
     csv_tables,
     csv_text,
@@ -104,6 +106,7 @@ def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], prob
         ("training", "Training", training(compare, plots, problems)),
         ("examples", "Retrieval examples", examples(compare, image)),
         ("classes", "Zero-shot accuracy by class", _classes(compare, plots["classes"])),
+        ("attributes", "What each method knows of the world", _attributes(compare)),
         ("cost", "Cost and quality", _cost(compare, plots["cost"])),
         ("data", "Examples from the training data", world(compare, image)),
         ("settings", "Settings and machine", _settings(compare)),
@@ -149,16 +152,17 @@ def definitions(pairs: Iterable[tuple[str, str]]) -> Html:
 def _opening(compare: Compare, plots: list[Plot]) -> Html:
     """The title, the headline and its certainty, the plot of the primary metric and a list of the claims."""
     what, how_certain = headline(compare)
-    glance = [
-        tag("li", _state(claim["verdict"]), tag("span", title(claim))) for claim in compare.get("claims", [])
+    rows = [
+        tag("li", _state(verdict), tag("span", text)) for verdict, text in glance(compare.get("claims", []))
     ]
-    claims = tag("div", tag("h3", "Claims"), tag("ul", *glance, class_="glance")) if glance else None
+    claims = tag("div", tag("h3", "Claims"), tag("ul", *rows, class_="glance")) if rows else None
     note = tag("figcaption", f"{metric_name(primary(compare))}, {interval_note(compare)}.")
     figures = [tag("figure", tag("h3", "Which method wins"), Html(plot.svg), note) for plot in plots]
     return join(
         tag("h1", str(compare.get("title", "Comparison"))),
         tag("p", what, class_="headline"),
         tag("p", how_certain, class_="certainty"),
+        *(tag("p", text) for text in story(compare)),
         tag("div", *figures, claims, class_="panels beside"),
     )
 
@@ -286,6 +290,27 @@ def _classes(compare: Compare, plots: list[Plot]) -> Html | None:
         [[name, *(percent(values.get((key, name))) for key in keys)] for name in names],
     )
     return join(_panels(plots), more(f"All {len(names)} classes, in percent", table))
+
+
+def _attributes(compare: Compare) -> Html | None:
+    """Zero-shot accuracy of the built-in world's attributes, a column each; the best of each is bold."""
+    values = {(row_key(row), row["attribute"]): finite(row["value"]) for row in compare.get("attributes", [])}
+    if not values:
+        return None
+    names = list(dict.fromkeys(name for _, name in values))
+    best = {name: max(value or 0.0 for (_, each), value in values.items() if each == name) for name in names}
+
+    def cell(key: Key, name: str) -> str:
+        value = values.get((key, name))
+        return tag("b", percent(value)) if value == best[name] else percent(value)
+
+    keys = [key for key in ranking(compare) if any(key == known for known, _ in values)]
+    rows = [[label(compare, key), *(cell(key, name) for name in names)] for key in keys]
+    text = (
+        "Zero-shot accuracy in percent, with each attribute as a class set of its own, of one seed. The image "
+        "tower of LiT is the third tower, and gives what that one sees. Other methods can learn the rest from captions."
+    )
+    return join(tag("p", text, class_="muted"), html_table(["method", *names], rows))
 
 
 def _cost(compare: Compare, plots: list[Plot]) -> Html:

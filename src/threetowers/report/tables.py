@@ -1,4 +1,4 @@
-"""A comparison read from its folder, and its figures as text, HTML and CSV.
+"""A comparison read from its folder, and its figures as HTML and CSV.
 
 Values in compare.json are fractions; they are shown in percent with one decimal.
 """
@@ -7,7 +7,6 @@ import csv
 import html
 import json
 import math
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -16,7 +15,7 @@ from typing import Any
 
 from threetowers.errors import DataError
 from threetowers.objective.pairs import method_label
-from threetowers.report.claims import sentence, short_budget
+from threetowers.report.claims import short_budget
 
 Compare = dict[str, Any]
 Line = list[tuple[float, float]]
@@ -32,14 +31,6 @@ COLUMNS = (
     *("retrieval/mean_r@5", "retrieval/i2t_r@5", "retrieval/t2i_r@5"),
     *("zero_shot/top1", "combination/mean_r@1"),
 )
-TERMINAL_COLUMNS = {
-    "retrieval/i2t_r@1": "i2t R@1",
-    "retrieval/t2i_r@1": "t2i R@1",
-    "retrieval/mean_r@1": "mean R@1",
-    "zero_shot/top1": "zero-shot",
-    "combination/mean_r@1": "combined",
-}
-TERMINAL_WIDTH = 100
 _METRICS = {"i2t_r": "image → text", "t2i_r": "text → image", "mean_r": "mean"}
 _TASKS = {"retrieval": "", "zero_shot": "zero-shot ", "combination": "combined, "}
 _VOID = frozenset({"img", "meta", "br"})
@@ -271,54 +262,6 @@ def interval_note(compare: Compare) -> str:
     if count > 1:
         return f"mean over {count} seeds with the 95 % t-interval"
     return "one seed, with a 95 % bootstrap interval over test queries" if count else "no results yet"
-
-
-def text_table(compare: Compare) -> str:
-    """The comparison for the terminal, at most 100 columns wide: headline, one row per method, and the claims.
-
-    Figures are in percent, ± half the width of the 95 % interval; `*` marks the best of a column.
-    """
-    table = cells(compare)
-    paths = [path for path in TERMINAL_COLUMNS if any(path in row for row in table.values())]
-    room = TERMINAL_WIDTH - 14 * len(paths)
-    names = {key: _cut(label(compare, key), room) for key in table}
-    width = max([len("method"), *map(len, names.values())])
-    head = "method".ljust(width) + "".join(f"{TERMINAL_COLUMNS[path]:>13} " for path in paths)
-    rows = [
-        names[key].ljust(width) + "".join(_terminal_cell(table[key].get(path)) for path in paths)
-        for key in ranking(compare)
-    ]
-    notes = [f"Percent: {interval_note(compare)} (± half its width). * marks the best of each column."]
-    if "combination/mean_r@1" in paths:
-        notes.append(
-            "combined: mean R@1 with the third tower at inference as well; α is chosen on validation data."
-        )
-    opening = _wrap([str(compare.get("title", "Comparison")), *headline(compare)])
-    claims = [sentence(claim) for claim in compare.get("claims", [])]
-    lines = [*opening, "", head, "─" * len(head), *rows, "", *_wrap(notes)]
-    lines += ["", "Claims:", *_wrap(claims, "    ")] if claims else []
-    return "".join(_printable(line).rstrip() + "\n" for line in lines)
-
-
-def _terminal_cell(cell: Cell | None) -> str:
-    if cell is None:
-        return f"{'–':>13} "
-    half = f" ±{50 * (cell.high - cell.low):4.1f}" if cell.low is not None and cell.high is not None else ""
-    return f"{percent(cell.mean) + half:>13}" + ("*" if cell.best else " ")
-
-
-def _wrap(paragraphs: Iterable[str], indent: str = "") -> list[str]:
-    return [
-        line for text in paragraphs for line in textwrap.wrap(text, TERMINAL_WIDTH, subsequent_indent=indent)
-    ]
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:

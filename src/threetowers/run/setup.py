@@ -26,6 +26,7 @@ from threetowers.run.finished import Parts, describe_parts
 from threetowers.run.pixels import kept_images, kept_views
 from threetowers.run.thirds import Thirds, load_thirds, stores_place
 from threetowers.towers.pair import checkpoint_activations, model_config
+from threetowers.world.scenes import Kind
 from threetowers.world.write import write_world
 
 SHAPES_FOLDER = Path("data/shapes")
@@ -120,13 +121,23 @@ def check_settings(config: RunConfig) -> None:
 
 
 def world(folder: Path = SHAPES_FOLDER) -> Path:
-    """The built-in world on disk, rendered on first use."""
+    """The built-in world on disk, rendered on first use: captioned images, and labelled ones to evaluate on."""
+    return rendered(folder, num_labelled=0)
+
+
+def labelled_world(kind: Kind, seed: int = 0) -> Path:
+    """The labelled images of one kind of the built-in world, to pretrain on; rendered on first use."""
+    name = f"{SHAPES_FOLDER.name}-{kind}" + (f"-{seed}" if seed else "")
+    return rendered(SHAPES_FOLDER.with_name(name), seed=seed, num_labelled=20_000, kinds=(kind,)) / kind
+
+
+def rendered(folder: Path, **sizes: Any) -> Path:
     bars: dict[int, Progress] = {}
 
     def show(done: int, total: int) -> None:
         bars.setdefault(total, Progress("rendering the built-in world", total, "images")).update(done)
 
-    write_world(folder, num_labelled=20_000, progress=show)
+    write_world(folder, progress=show, **sizes)
     return folder
 
 

@@ -4,6 +4,10 @@ import json
 import math
 import os
 import shutil
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -18,17 +22,20 @@ from threetowers.data.decode import decode
 from threetowers.data.loader import augmented_views, usable_sample
 from threetowers.data.open import splits
 from threetowers.data.order import Order, hash64
-from threetowers.data.source import Source
+from threetowers.data.source import Source, Subset
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise, per_channel
 from threetowers.data.workers import read_ahead
 from threetowers.errors import BadSample, DataError, UsageError
 from threetowers.files import disk_errors, write_whole, writing_aside
 from threetowers.progress import Progress
-from threetowers.run.setup import pick_device, world
+from threetowers.run.setup import labelled_world, pick_device
 from threetowers.towers.frozen.timm import near_timm
 from threetowers.towers.heads import initialised
-from threetowers.train.guards import BadSamples
+from threetowers.train.guards import BadSamples, StopRequest
 from threetowers.train.optim import adamw, learning_rate, set_learning_rate
+from threetowers.world.scenes import KINDS
+
+LABELLED = KINDS[1:]
 
 
 def image_spec(config: PretrainConfig) -> ImageSpec:
@@ -40,10 +47,15 @@ def image_spec(config: PretrainConfig) -> ImageSpec:
     return ImageSpec(size=config.size, **colours, resize_size=config.size)
 
 
-def pretrain(config: PretrainConfig, folder: Path) -> float:
+class Interrupted(Exception):  # noqa: N818 - a request that was met, not a failure
+    """Pretraining was stopped on request; nothing of it is kept."""
+
+
+def pretrain(config: PretrainConfig, folder: Path, *, stop: StopRequest | None = None) -> float:
     """Trains the classifier and writes config.json and model.safetensors; returns its accuracy on held-out images.
 
-    A folder that holds a finished classifier is left as it is. Raises DataError without labels.
+    A folder that holds a finished classifier is left as it is. stop: looked at in each step. Raises DataError without
+    labels, and Interrupted when a stop was requested.
     """
     report = folder / "pretrain.json"
     if report.is_file():
@@ -51,7 +63,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
     _check(config)
     image_spec(config)  # refuses a mean that does not fit before anything is read
     device = pick_device(config.device)
-    path = str(world() / config.data) if config.data in ("objects", "scenes") else config.data
+    path = str(labelled_world(config.data)) if config.data in LABELLED else config.data
     train, val, _ = splits(path, val_fraction=config.inputs.val_fraction, test_fraction=0.0)
     if not train.class_names:
         raise DataError(
@@ -61,19 +73,23 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
         raise DataError(
             f"{path}: it has one class, {train.class_names[0]!r}, so nothing can be learned; give two or more"
         )
+    targets = _targets(config, train.class_names)
+    train, val = (_with_target(source, targets) for source in (train, val))
     with initialised(config.seed, "pretrain"):
-        model = timm.create_model(config.model, num_classes=len(train.class_names))
+        model = timm.create_model(config.model, num_classes=sum(targets.sizes))
         model = model.to(device, memory_format=torch.channels_last)
     folder.mkdir(parents=True, exist_ok=True)
     bad = BadSamples(folder, config.inputs.max_bad_share, len(train))
-    _fit(config, model, train, bad, device)
-    accuracy = _accuracy(model, val, image_spec(config), device)
+    _fit(config, model, train, targets, bad, device, stop)
+    accuracy = _accuracy(model, val, targets, image_spec(config), device)
     _save(model, config, folder)
     described = {
         "val/top1": accuracy,
         "data": config.data,
-        "classes": len(train.class_names),
+        "classes": int((targets.columns[:, 0] >= 0).sum()),
+        "outputs": list(targets.sizes),
         "steps": config.steps,
+        "seed": config.seed,
     }
     write_whole(report, json.dumps(described, indent=2))
     return accuracy
@@ -81,13 +97,76 @@ def pretrain(config: PretrainConfig, folder: Path) -> float:
 
 def _check(config: PretrainConfig) -> None:
     """Raises UsageError for settings with which nothing can be trained."""
-    lowest = {"steps": 1, "batch_size": 2, "size": 1}  # a batch of one has no variance to normalise by
+    lowest = {"steps": 0, "batch_size": 2, "size": 1}  # a batch of one has no variance to normalise by
     for key, low in lowest.items():
         if getattr(config, key) < low:
             raise UsageError(f"{key}: {getattr(config, key)} is out of range; it must be {low} or more")
     check(RunConfig(inputs=config.inputs, optim=config.optim))
     if not timm.is_model(config.model):
         raise UsageError(f"model: timm has no model {config.model!r}{near_timm(config.model)}")
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What the classifier tells apart: the names of one or several parts of a class, each with a softmax of its own.
+
+    columns: int64 [classes, parts], the place of the class among the names of each part; -1 for a class that is not
+    learned. sizes: the number of names of each part.
+    """
+
+    columns: Tensor
+    sizes: tuple[int, ...]
+
+    def split(self, logits: Tensor) -> tuple[Tensor, ...]:
+        """Logits [B, sum of sizes] → for each part [B, its size]."""
+        parts: tuple[Tensor, ...] = logits.split(self.sizes, dim=1)  # type: ignore[no-untyped-call]
+        return parts
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of the parts; labels are classes, int64 [B]."""
+        columns = self.columns.to(labels.device)[labels]
+        losses = [
+            F.cross_entropy(part.float(), columns[:, place], label_smoothing=0.1)
+            for place, part in enumerate(self.split(logits))
+        ]
+        return torch.stack(losses).mean()
+
+    def right(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Whether every part of each class is predicted, bool [B]."""
+        predicted = torch.stack([part.argmax(1) for part in self.split(logits)], dim=1).cpu()
+        return (predicted == self.columns[labels.cpu()]).all(dim=1)
+
+
+def _targets(config: PretrainConfig, class_names: Sequence[str]) -> _Targets:
+    """Raises UsageError for patterns that match nothing, and for names that have no equal number of words."""
+    for pattern in config.only:
+        if not any(fnmatchcase(name, pattern) for name in class_names):
+            raise UsageError(
+                f"only: no class matches {pattern!r}; the first are {', '.join(map(repr, class_names[:5]))}"
+            )
+    kept = [not config.only or any(fnmatchcase(name, each) for each in config.only) for name in class_names]
+    chosen = [name for name, keep in zip(class_names, kept, strict=True) if keep]
+    parts = [tuple(name.split()) if config.heads == "words" else (name,) for name in chosen]
+    if len({len(words) for words in parts}) != 1:
+        few, many = min(parts, key=len), max(parts, key=len)
+        raise UsageError(
+            f"heads: words needs class names with equally many words, and {' '.join(few)!r} has {len(few)}, "
+            f"{' '.join(many)!r} has {len(many)}; take heads = classes"
+        )
+    names = [list(dict.fromkeys(column)) for column in zip(*parts, strict=True)]
+    columns = torch.full((len(class_names), len(names)), -1)
+    places = [[column.index(word) for column, word in zip(names, words, strict=True)] for words in parts]
+    columns[torch.tensor(kept)] = torch.tensor(places)
+    return _Targets(columns, tuple(map(len, names)))
+
+
+def _with_target(source: Source, targets: _Targets) -> Source:
+    """The samples whose class is learned; samples without a label stay, to be named as unusable."""
+    if (targets.columns >= 0).all():
+        return source
+    labels = ((index, source.record(index).label) for index in range(len(source)))
+    kept = array("q", (i for i, label in labels if label is None or targets.columns[label, 0] >= 0))
+    return Subset(source, kept, source.name, source.problems)
 
 
 class _Labelled:
@@ -119,7 +198,13 @@ class _Labelled:
 
 
 def _fit(
-    config: PretrainConfig, model: nn.Module, train: Source, bad: BadSamples, device: torch.device
+    config: PretrainConfig,
+    model: nn.Module,
+    train: Source,
+    targets: _Targets,
+    bad: BadSamples,
+    device: torch.device,
+    stop: StopRequest | None,
 ) -> None:
     order = Order(config.seed, len(train), config.batch_size)
     optimizer = adamw(model, config.optim)
@@ -128,22 +213,29 @@ def _fit(
     bar = Progress(f"pretraining {config.model} on {config.data}", config.steps, "steps")
     model.train()
     for step, (pixels, labels, problems) in enumerate(loader):
+        if stop is not None and stop.requested:
+            raise Interrupted
         bad.add(problems, seen=len(labels))
         set_learning_rate(optimizer, learning_rate(step, config.steps, config.optim))
         logits = model(normalise(pixels.to(device), image_spec(config)))
-        loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
+        loss = targets.loss(logits, labels.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
         optimizer.step()
         if (step + 1) % 20 == 0 or step + 1 == config.steps:
-            accuracy = float((logits.argmax(1).cpu() == labels).float().mean())
+            accuracy = float(targets.right(logits, labels).float().mean())
             bar.update(step + 1, f"loss {loss.item():.3f}, batch accuracy {accuracy:.0%}")
 
 
 @torch.inference_mode()
 def _accuracy(
-    model: nn.Module, source: Source, spec: ImageSpec, device: torch.device, most: int = 5_000
+    model: nn.Module,
+    source: Source,
+    targets: _Targets,
+    spec: ImageSpec,
+    device: torch.device,
+    most: int = 5_000,
 ) -> float:
     """Top-1 accuracy on the fixed view of at most `most` images."""
     model.eval()
@@ -152,13 +244,16 @@ def _accuracy(
         views, labels = [], []
         for index in range(start, min(start + 256, len(source))):
             try:
-                views.append(torch.from_numpy(fixed_view(decode(source.image(index), ""), spec).copy()))
+                view = torch.from_numpy(fixed_view(decode(source.image(index), ""), spec).copy())
             except BadSample:
                 continue  # named when training met it, or counted by whoever evaluates this source
-            labels.append(source.record(index).label)
+            label = source.record(index).label
+            if label is not None:
+                views.append(view)
+                labels.append(label)
         if views:
-            predicted = model(normalise(torch.stack(views).to(device), spec)).argmax(1).tolist()
-            right += sum(p == label for p, label in zip(predicted, labels, strict=True))
+            logits = model(normalise(torch.stack(views).to(device), spec))
+            right += int(targets.right(logits, torch.tensor(labels)).sum())
             seen += len(labels)
     return right / max(seen, 1)
 

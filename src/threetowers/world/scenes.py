@@ -10,6 +10,7 @@ Shape suffixes: B scenes, S slots for objects (2).
 # mypy: disable-error-code="no-any-return"
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +19,13 @@ from numpy.typing import NDArray
 from threetowers.data.order import hash64
 from threetowers.errors import UsageError
 
-Kind = Literal["pairs", "objects", "scenes"]
+Kind = Literal["pairs", "objects", "scenes", "attributes"]
 Split = Literal["train", "val", "test"]
 Floats = NDArray[np.floating[Any]]  # float32 throughout
 Ints = NDArray[np.int64]
 
-VERSION = 2  # of the scenes themselves: raised whenever any image, caption or label changes
-KINDS: tuple[Kind, ...] = ("pairs", "objects", "scenes")
+VERSION = 3  # of the world as it is written: raised whenever any image, caption, label or set changes
+KINDS: tuple[Kind, ...] = ("pairs", "objects", "scenes", "attributes")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 # fmt: off
@@ -78,9 +79,9 @@ class Scenes:
 def scenes(seed: int, indices: Ints, *, kind: Kind = "pairs", split: Split = "train") -> Scenes:
     """The content of the scenes at these indices.
 
-    indices: [B], each 0 or more, without an upper bound. Labelled kinds cycle through their classes, so that
-    consecutive indices are balanced. Six pairs of colour and shape never occur in training splits; validation splits
-    show three of them, test splits all.
+    indices: [B], each 0 or more, without an upper bound. `objects` and `scenes` cycle through their classes, so that
+    consecutive indices are balanced; `attributes` are drawn as the objects of `pairs` are. Six pairs of colour and
+    shape never occur in training splits; validation splits show three of them, test splits all.
     Raises UsageError on an unknown kind or split, or on indices that are not a vector of whole numbers >= 0.
     """
     roots = scene_roots(seed, indices, kind, split)
@@ -100,6 +101,8 @@ def scenes(seed: int, indices: Ints, *, kind: Kind = "pairs", split: Split = "tr
         of_shape = np.bincount(shape_of)[shape]  # pairs are sorted by shape
         first = np.searchsorted(shape_of, shape) + (u_pair[:, 0] * of_shape).astype(np.int64)
         layout = np.zeros_like(indices)
+    elif kind == "attributes":
+        layout = np.zeros_like(indices)
     elif kind == "scenes":
         background, layout = indices % len(BACKGROUNDS), indices // len(BACKGROUNDS) % len(LAYOUTS)
     second = (first + 1 + _choice(u_pair[:, 1], len(pairs) - 1)) % len(pairs)  # never the first pair again
@@ -113,8 +116,15 @@ def scenes(seed: int, indices: Ints, *, kind: Kind = "pairs", split: Split = "tr
 def labels(seed: int, indices: Ints, *, kind: Kind, split: Split = "train") -> Ints:
     """[B] class of each scene, an index into `class_names(kind)`. Raises UsageError for `pairs`."""
     if kind == "pairs":
-        raise UsageError("The kind `pairs` has captions and no labels. Ask for kind 'objects' or 'scenes'.")
-    scene_roots(seed, indices, kind, split)  # checks the arguments
+        raise UsageError(
+            "The kind `pairs` has captions and no labels. Ask for kind 'objects', 'scenes' or 'attributes'."
+        )
+    content = scenes(seed, indices, kind=kind, split=split)
+    if kind == "attributes":
+        shape, colour, texture, size = (
+            of[:, 0] for of in (content.shape, content.colour, content.texture, content.size)
+        )
+        return ((size * len(TEXTURES) + texture) * len(COLOURS) + colour) * len(SHAPES) + shape
     return indices.astype(np.int64) % len(class_names(kind))
 
 
@@ -123,12 +133,15 @@ def class_names(kind: Kind) -> tuple[str, ...]:
 
     The 48 `objects` are combinations of texture and shape: a tower trained on them learns what captions are about, but
     no colours or relations. The 18 `scenes` are combinations of layout and background: such a tower learns no objects.
+    The 768 `attributes` name size, texture, colour and shape of one object, a word each.
     """
     if kind == "objects":
         return tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
     if kind == "scenes":
         counts = ("single shape", "pair of shapes side by side", "pair of shapes stacked")
         return tuple(f"{count} on {background}" for count in counts for background in BACKGROUNDS)
+    if kind == "attributes":
+        return tuple(" ".join(words) for words in product(SIZES, TEXTURES, COLOURS, SHAPES))
     return ()
 
 

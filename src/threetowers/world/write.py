@@ -6,7 +6,7 @@
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -40,23 +40,28 @@ def write_world(
     num_val: int = 1_000,
     num_test: int = 1_000,
     num_labelled: int = 30_000,
+    kinds: Sequence[Kind] = KINDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes the world as tar shards: `{train,val,test}` with captions, `{objects,scenes}/{train,val,test}` labelled.
+    """Writes the world as tar shards: `{train,val,test}` with captions, `{objects,scenes,attributes}/{train,val,test}`
+    with labels.
 
     size: side of the images in pixels. num_labelled: training samples of each labelled set, whose validation and test
-    sizes are those of the captioned set. Labelled folders hold `classnames.txt` and
-    `zeroshot_classification_templates.txt`. progress: called with the numbers of images done and in total.
+    sizes are those of the captioned set; 0 leaves out the training sets. kinds: which sets are written. Labelled
+    folders hold `classnames.txt` and `zeroshot_classification_templates.txt`. progress: called with the numbers of
+    images done and in total.
 
     The world is written to a hidden folder `.NAME.*.partial`, which is then renamed; a killed call leaves it behind,
     and it may be deleted. A second call with equal arguments does nothing.
     Raises DataError when the folder holds anything else or cannot be written, UsageError for sizes that are too small.
     """
-    if size < 16 or min(num_train, num_val, num_test, num_labelled) < 1:
-        raise UsageError(f"Size {size} px with {num_train}, {num_val}, {num_test} and {num_labelled} samples cannot be "
-                         "written. Give a size of 16 or more and at least one sample for every set.")  # fmt: skip
+    if size < 16 or min(num_train, num_val, num_test) < 1 or num_labelled < 0 or not kinds:
+        raise UsageError(f"Size {size} px with {num_train}, {num_val}, {num_test} and {num_labelled} samples of "
+                         f"{len(kinds)} kinds cannot be written. Give a size of 16 or more, one kind and at least one "
+                         "sample for every set; only num_labelled may be 0.")  # fmt: skip
     about: dict[str, Any] = {"world": "shapes", "version": VERSION, "seed": seed, "size": size}
     about |= {"num_train": num_train, "num_val": num_val, "num_test": num_test, "num_labelled": num_labelled}
+    about["kinds"] = [kind for kind in KINDS if kind in kinds]
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         if _is_written(directory, about):
@@ -101,10 +106,11 @@ def _is_written(directory: Path, about: dict[str, Any]) -> bool:
 
 def _write_sets(root: Path, about: dict[str, Any], progress: Callable[[int, int], None] | None) -> None:
     sets: list[tuple[Path, Kind, Split, int]] = []
-    for kind in KINDS:
+    for kind in about["kinds"]:
         for split in SPLITS:
             count = about["num_labelled" if kind != "pairs" and split == "train" else f"num_{split}"]
-            sets.append((root / split if kind == "pairs" else root / kind / split, kind, split, count))
+            if count:
+                sets.append((root / split if kind == "pairs" else root / kind / split, kind, split, count))
     total, done = sum(count for *_, count in sets), 0
 
     def counted(samples: Iterator[ShardSample]) -> Iterator[ShardSample]:

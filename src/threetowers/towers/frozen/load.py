@@ -3,13 +3,14 @@
 from threetowers.errors import UsageError
 from threetowers.settings import did_you_mean
 from threetowers.towers.frozen.base import FEATURES, FrozenTower, Kind
+from threetowers.towers.frozen.built_in import SHAPES
 from threetowers.towers.frozen.file import FILE
 from threetowers.towers.frozen.hf import HF
 from threetowers.towers.frozen.open_clip import OPEN_CLIP
 from threetowers.towers.frozen.text import HF_TEXT, OPEN_CLIP_TEXT
 from threetowers.towers.frozen.timm import TIMM
 
-KINDS: tuple[Kind, ...] = (TIMM, HF, OPEN_CLIP, FILE, HF_TEXT, OPEN_CLIP_TEXT)
+KINDS: tuple[Kind, ...] = (TIMM, HF, OPEN_CLIP, FILE, SHAPES, HF_TEXT, OPEN_CLIP_TEXT)
 """Every kind of frozen tower. Help, cards and error messages are drawn from this list."""
 
 PRECISIONS = ("fp32", "bf16")

@@ -1,0 +1,89 @@
+"""A comparison in a few sentences: who is best at what, what combining adds, and what another third tower does."""
+
+from collections.abc import Sequence
+
+from threetowers.report.tables import (
+    Compare,
+    Key,
+    cells,
+    finite,
+    label,
+    metric_name,
+    percent,
+    primary,
+    ranking,
+)
+
+CLASSES = "zero_shot/top1"
+COMBINED = "combination/mean_r@1"
+
+
+def story(compare: Compare) -> list[str]:
+    """Sentences beside the headline, which says who is best by the primary metric; sentences without figures are left
+    out."""
+    return [text for text in (_classes(compare), _combined(compare), *_thirds(compare)) if text]
+
+
+def _best(compare: Compare, path: str) -> Key | None:
+    table = cells(compare)
+    known = [key for key in table if path in table[key]]
+    return max(known, key=lambda key: table[key][path].mean) if len(known) > 1 else None
+
+
+def _figure(compare: Compare, key: Key, path: str) -> str:
+    return f"{percent(cells(compare)[key][path].mean)} %"
+
+
+def _classes(compare: Compare) -> str:
+    best = _best(compare, CLASSES)
+    if best is None:
+        return ""
+    return (
+        f"{label(compare, best)} is best at {metric_name(CLASSES)}, with {_figure(compare, best, CLASSES)}."
+    )
+
+
+def _combined(compare: Compare) -> str:
+    """The combination of the method for which it is best, beside its two ends and the control."""
+    table = cells(compare)
+    known = [key for key in table if COMBINED in table[key]]
+    if not known:
+        return ""
+    best = max(known, key=lambda key: table[key][COMBINED].mean)
+    curves = [
+        curve
+        for curve in compare.get("combination", [])
+        if (curve.get("method", "3t"), curve["third"]) == best
+    ]
+    third = [finite(curve.get("ends", {}).get("third")) for curve in curves]
+    alone = [value for value in third if value is not None]
+    beside = f", and its third tower alone {percent(sum(alone) / len(alone))} %" if alone else ""
+    text = (
+        f"With the third tower at inference as well, {label(compare, best)} reaches "
+        f"{_figure(compare, best, COMBINED)}; without it {_figure(compare, best, primary(compare))}{beside}."
+    )
+    controls = [finite((curve.get("control") or {}).get("chosen")) for curve in curves]
+    scores = [value for value in controls if value is not None]
+    if scores and len(scores) == len(curves):
+        text += f" The score average of an independent baseline and LiT reaches {percent(sum(scores) / len(scores))} %."
+    return text
+
+
+def _thirds(compare: Compare) -> list[str]:
+    """A sentence for each third tower but that of the best method, and the baseline."""
+    table, path = cells(compare), primary(compare)
+    ranked: Sequence[Key] = [key for key in ranking(compare) if path in table[key]]
+    leading = next((third for _, third in ranked if third), "")
+    sentences = []
+    for third in dict.fromkeys(third for _, third in ranked if third and third != leading):
+        figures = [
+            f"{label(compare, key).partition(' (')[0]} {_figure(compare, key, path)}"
+            for key in ranked
+            if key[1] == third
+        ]
+        base = ("baseline", "")
+        beside = (
+            f" The baseline, without one, reaches {_figure(compare, base, path)}." if base in ranked else ""
+        )
+        sentences.append(f"With the third tower {third}: {', '.join(figures)} {metric_name(path)}.{beside}")
+    return sentences

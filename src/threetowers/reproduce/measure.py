@@ -1,0 +1,97 @@
+"""From a finished run to its record."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from threetowers.compare.attributes import known_attributes
+from threetowers.compare.figures import MAIN_SYSTEM, Evaluated, ends_equal, measure
+from threetowers.compare.machine import machine
+from threetowers.compare.runs import PRIMARY, Job
+from threetowers.compare.showcase import third_checks
+from threetowers.config import RunConfig
+from threetowers.evaluate.combine import Pair, sweep
+from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.objective.pairs import METHODS
+from threetowers.reproduce.plan import Unit
+from threetowers.reproduce.records import Record, pack
+from threetowers.run.finished import load_run
+from threetowers.settings import as_plain
+from threetowers.towers.weights import read_safetensors
+
+
+def settings_of(unit: Unit, lr: float) -> dict[str, Any]:
+    """The settings that a record is found by."""
+    return {
+        "part": unit.part, "label": unit.label, "method": unit.method, "third": unit.third, "seed": unit.seed,
+        "lr": lr, "steps": unit.steps, "num_train": unit.num_train, "size": unit.size,
+    }  # fmt: skip
+
+
+def diverged(unit: Unit, lr: float, error: Exception) -> Record:
+    """The record of a unit whose training did not stay finite; it has no metrics, and counts as 0 in a choice."""
+    return Record(settings_of(unit, lr), {}, described={"diverged": str(error), "machine": machine("cpu")})
+
+
+def tuning_record(unit: Unit, config: RunConfig, folder: Path) -> Record:
+    """The record of a trial: the validation metric after the last step. Nothing else is looked at."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    value = next(row[f"val/{PRIMARY}"] for row in reversed(rows) if f"val/{PRIMARY}" in row)
+    return Record(
+        settings_of(unit, config.optim.lr), {f"val/{PRIMARY}": value}, described=_described(config, folder)
+    )
+
+
+def evaluated(unit: Unit, config: RunConfig, folder: Path) -> Evaluated:
+    """A finished run with what its evaluation writes, which is made now if it is missing."""
+    if not (folder / "evaluation.json").is_file() or not (folder / "features.safetensors").is_file():
+        evaluate_run(folder)
+    job = Job(unit.method, unit.third, unit.seed, config.optim.lr, config, folder)
+    return Evaluated(job, job.evaluation(), read_safetensors(folder / "features.safetensors"))
+
+
+def full_record(
+    unit: Unit, config: RunConfig, folder: Path, world: Path, baseline: Evaluated | None = None
+) -> Record:
+    """The record of a finished run. baseline: that of the same seed, with which a LiT is averaged as control."""
+    run = evaluated(unit, config, folder)
+    measured = measure(run)
+    finished = load_run(folder)
+    known = known_attributes(finished, world)
+    metrics = {f"val/{PRIMARY}": run.evaluation["val"][PRIMARY], **measured.metrics}
+    metrics |= {f"attribute/{name}": value for name, value in known.zero_shot.items()}
+    metrics |= {f"probe/{name}": value for name, value in known.probe.items()}
+    hits: dict[str, Any] = {}
+    if MAIN_SYSTEM in measured.ranks:
+        i2t, t2i = measured.ranks[MAIN_SYSTEM].hits()
+        hits |= {"i2t": pack(i2t), "t2i": pack(t2i)}
+    if measured.class_hits is not None:
+        hits["classes"] = pack(measured.class_hits)
+    checks = {"ends": ends_equal(run)} if run.combination else {}
+    method = METHODS[unit.method]
+    if method.needs_third and method.image == "own":
+        checks |= third_checks(folder)._asdict()
+    control = None
+    if baseline is not None:
+        val, test = (
+            Pair(baseline.system(part=part), run.system(part=part), *run.answers(part))
+            for part in ("val", "test")
+        )
+        control = sweep(val, test).figures()
+    described = _described(config, folder) | {
+        "num_trainable": finished.described["num_trainable"],
+        "num_main": sum(p.numel() for tower in (finished.img, finished.txt) for p in tower.parameters()),
+    }
+    return Record(
+        settings_of(unit, config.optim.lr), metrics, run.combination, control, hits, checks, described
+    )
+
+
+def _described(config: RunConfig, folder: Path) -> dict[str, Any]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {
+        "seconds": max(row["seconds"] for row in rows if "seconds" in row),
+        "scale": load_run(folder).scale,
+        "config": as_plain(config),
+        "machine": machine("cpu"),
+    }
