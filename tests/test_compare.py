@@ -14,7 +14,7 @@ from threetowers.compare import showcase
 from threetowers.compare.comparison import compare
 from threetowers.compare.showcase import ThirdChecks, third_checks
 from threetowers.config import CompareConfig, RunConfig
-from threetowers.errors import CheckpointError, UsageError
+from threetowers.errors import CheckpointError, NonFiniteError, UsageError
 from threetowers.report.page import write_report
 from threetowers.report.terminal import text_table
 from threetowers.run import thirds as thirds_module
@@ -96,8 +96,43 @@ def test_a_comparison_trains_all_continues_and_repeats_nothing(
             assert all(
                 item["image"] is None or (tmp_path / item["image"]).is_file() for item in answer["items"]
             )
+    (third,) = written["thirds"]
+    assert third["name"] == "mine" and third["width"] > 0 and third["image"]["size"] == 48
+    assert third["pretrained"] is None and third["num_parameters"] > 1e5
     page = write_report(tmp_path)
     assert page.is_file() and "http://" not in page.read_text().replace("http://www.w3.org", "")
+    assert "reads images of 48 × 48 pixels" in page.read_text()
+
+
+def test_a_trial_that_diverges_counts_as_0_and_ends_nothing(
+    tiny_config: Config, small_world: Path, timm_tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = prepared(tiny_config, small_world, timm_tower)
+    too_high = {3e-3}
+
+    def breaks(job_config: RunConfig, folder: Path, **options: Any) -> Any:
+        if job_config.optim.lr in too_high:
+            folder.mkdir(parents=True, exist_ok=True)
+            raise NonFiniteError("the loss is not finite")
+        return train(job_config, folder, **options)
+
+    monkeypatch.setattr(compare_module, "train", breaks)
+    options = replace(OPTIONS, methods=("baseline", "lit"))
+    result = compare(config, options, tmp_path)
+    assert result is not None
+    for method in result["methods"]:
+        assert method["lr"] == 1e-3 and method["lr_trials"]["0.003"] == 0
+    assert "the lowest was best for baseline, LiT (mine)" in " ".join(text_table(result).split())
+    monkeypatch.setattr(compare_module, "train", None)
+    assert compare(config, options, tmp_path) is not None, "what diverged is not tried again"
+    monkeypatch.setattr(compare_module, "train", breaks)
+    too_high.add(1e-3)
+    with pytest.raises(
+        NonFiniteError, match=r"baseline: .* any of the learning rates 0\.001, 0\.003; give lower"
+    ):
+        compare(config, options, tmp_path / "other")
+    with pytest.raises(NonFiniteError, match="the loss is not finite"):
+        compare(config, replace(options, lrs=(3e-3,)), tmp_path / "third")
 
 
 def test_comparisons_that_cannot_be_run_are_refused(tiny_config: Config, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def _compared(arguments: CompareArguments) -> int:
 def _demo(words: list[str]) -> int:
     """see the method at work on the built-in world: threetowers demo [--out runs/demo]"""
     options = CompareConfig(
-        methods=("baseline", "lit", "3t", "3t-main"), lrs=(4e-3,), title="Three Towers on the built-in world"
+        methods=("baseline", "lit", "3t", "3t-main"), lrs=(2e-3,), title="Three Towers on the built-in world"
     )
     thirds = tuple(f"{name}=shapes:{name}" for name in ("matched", "mismatched"))
     run = dataclasses.replace(PRESETS["shapes"](), third=thirds)

@@ -24,6 +24,9 @@ from threetowers.evaluate.statistics import bootstrap_interval, t_interval
 from threetowers.objective.pairs import METHODS, method_label, objective
 from threetowers.run.finished import load_run
 from threetowers.run.setup import open_data
+from threetowers.run.thirds import load_thirds
+from threetowers.towers.frozen.base import FrozenTower, num_parameters
+from threetowers.towers.frozen.load import pretraining
 from threetowers.towers.weights import read_safetensors
 
 SCHEMA = 2
@@ -105,6 +108,7 @@ def collect(
             "primary": f"retrieval/{PRIMARY}",
             "margin": options.margin,
         },
+        "thirds": [_third(view, tower) for view, tower in load_thirds(config, torch.device("cpu")).items()],
         "methods": [
             _describe(each.job, trials[each.job.key], [job for job in jobs if job.key == each.job.key])
             for each in first
@@ -121,6 +125,18 @@ def collect(
         ],
         **showcase(shown, train, test, out),
     }  # fmt: skip
+
+
+def _third(view: str, tower: FrozenTower) -> dict[str, Any]:
+    """What a third tower is, and what it was trained on where that is known."""
+    return {
+        "name": view.removeprefix("third_"),
+        "spec": tower.spec,
+        "num_parameters": num_parameters(tower.module),
+        "width": tower.width,
+        "image": tower.image.as_dict() if tower.reads == "images" else None,
+        "pretrained": pretraining(tower.spec),
+    }
 
 
 def _weights(jobs: list[Job]) -> str | None:

@@ -17,8 +17,9 @@ from threetowers.compare.claims import Key
 from threetowers.compare.concurrency import Concurrency, choose
 from threetowers.compare.side_by_side import Outcome, Shared, Stopped, side_by_side
 from threetowers.config import CompareConfig, RunConfig
-from threetowers.errors import CheckpointError, UsageError
+from threetowers.errors import CheckpointError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import SCHEMA, check_evaluation, evaluate_run, open_labelled
+from threetowers.files import write_whole
 from threetowers.objective.pairs import METHODS, Objective, method_label, objective
 from threetowers.progress import duration
 from threetowers.run.finished import changed_parts, describe_parts, read_description
@@ -29,13 +30,18 @@ from threetowers.towers.frozen.load import load_frozen
 from threetowers.train.guards import StopRequest, differing_keys, holds_run
 from threetowers.train.loop import train
 
+DIVERGED = "diverged.txt"
+"""In the folder of a trial whose training did not stay finite: the error."""
 PRIMARY = "mean_r@1"
 """The retrieval metric that picks learning rates and ranks the methods."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the comparison."""
+    """One run of the comparison.
+
+    trial: whether it is one of several learning rates, of which one may fail.
+    """
 
     method: str
     third: str
@@ -43,6 +49,7 @@ class Job:
     lr: float
     config: RunConfig
     folder: Path
+    trial: bool = False
 
     @property
     def key(self) -> Key:
@@ -63,10 +70,28 @@ class Job:
         return self.config.steps
 
     def run(self, stop: StopRequest | None = None, *, max_minutes: float = 0.0) -> Outcome:
-        """Trains and evaluates it, or continues it; arguments and errors as in `train`."""
-        trained = train(self.config, self.folder, max_minutes=max_minutes, stop=stop)
+        """Trains and evaluates it, or continues it; arguments and errors as in `train`.
+
+        A trial whose training does not stay finite is finished, and its score is 0.
+        """
+        try:
+            trained = train(self.config, self.folder, max_minutes=max_minutes, stop=stop)
+        except NonFiniteError as error:
+            if not self.trial:
+                raise
+            write_whole(self.folder / DIVERGED, f"{error}\n")
+            return Outcome(True, False, f"{error}\nThis learning rate counts as 0")
         text = evaluate_run(self.folder).text() if trained.finished else ""
         return Outcome(trained.finished, trained.stopped, text)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it is a trial whose training did not stay finite."""
+        return self.trial and (self.folder / DIVERGED).is_file()
+
+    def score(self) -> float:
+        """The validation metric that learning rates are chosen by."""
+        return 0.0 if self.diverged else float(self.evaluation()["val"].get(PRIMARY, 0.0))
 
     def evaluation(self) -> dict[str, Any]:
         """The contents of evaluation.json."""
@@ -146,7 +171,8 @@ class _Schedule:
         """Of the runs that have begun or are done."""
         self._trials: Trials = {key: {} for key in keys}
         self._options, self._job = options, job
-        self._add(job(key, options.seeds[0], lr) for key in keys for lr in options.lrs)
+        trial = len(options.lrs) > 1
+        self._add(replace(job(key, options.seeds[0], lr), trial=trial) for key in keys for lr in options.lrs)
         for key in keys:
             if len(options.lrs) == 1 or self._tried(key):
                 self._add_seeds(key)
@@ -177,10 +203,20 @@ class _Schedule:
 
     def _read(self, job: Job) -> None:
         if job.seed == self._options.seeds[0]:
-            self._trials[job.key][job.lr] = job.evaluation()["val"].get(PRIMARY, 0.0)
+            self._trials[job.key][job.lr] = job.score()
+        if self._tried(job.key) and self._diverged(job.key):
+            raise NonFiniteError(
+                f"{job.label}: the training did not stay finite with any of the learning rates "
+                f"{', '.join(f'{lr:g}' for lr in self._options.lrs)}; give lower ones with --lrs"
+            )
 
     def _tried(self, key: Key) -> bool:
         return len(self._trials[key]) == len(self._options.lrs)
+
+    def _diverged(self, key: Key) -> bool:
+        """Whether no learning rate can be chosen, because every trial failed."""
+        trials = [replace(self._job(key, self._options.seeds[0], lr), trial=True) for lr in self._options.lrs]
+        return len(trials) > 1 and all(trial.diverged for trial in trials)
 
     def _chosen(self, key: Key) -> float:
         lrs = self._options.lrs
@@ -277,6 +313,8 @@ def _is_done(job: Job) -> bool:
 
     Raises CheckpointError when that was on other data.
     """
+    if job.diverged:
+        return True
     if not (job.folder / "evaluation.json").is_file():
         return False
     parts = describe_parts(*open_data(job.config))

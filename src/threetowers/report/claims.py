@@ -55,15 +55,24 @@ def sentence(claim: dict[str, Any]) -> str:
 
 
 def glance(claims: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Verdicts with what they are about, one a claim; claims that one seed cannot test stand together."""
-    untested = [claim for claim in claims if claim["tests"] and claim["p"] is None]
-    rows = [(claim["verdict"], title(claim)) for claim in claims if claim not in untested]
-    if len(untested) < 2:
+    """Verdicts with what they are about, one a claim; with one seed, claims that are not decided stand together."""
+    one_seed = [claim for claim in claims if claim["tests"] and claim["p"] is None]
+    if len(one_seed) < 2:
         return [(claim["verdict"], title(claim)) for claim in claims]
-    ids = list(dict.fromkeys(claim["id"] for claim in untested))
+    lacking = [claim for claim in claims if claim["verdict"] == "not tested"]
+    decided = [(claim["verdict"], title(claim)) for claim in claims if claim not in [*one_seed, *lacking]]
+    rows = [
+        ("not shown", f"{_counted(one_seed)}: one seed is no test. Five, --seeds 0 1 2 3 4, can be enough"),
+        *decided,
+    ]
+    return [*rows, ("not tested", f"{_counted(lacking)}: this takes further runs")] if lacking else rows
+
+
+def _counted(claims: Sequence[dict[str, Any]]) -> str:
+    """`4 claims of C4 and C5`."""
+    ids = list(dict.fromkeys(claim["id"] for claim in claims))
     listed = ids[0] if len(ids) == 1 else f"{', '.join(ids[:-1])} and {ids[-1]}"
-    text = f"{len(untested)} claims of {listed}: one seed is no test. Five seeds, --seeds 0 1 2 3 4, can be enough"
-    return [("not shown", text), *rows]
+    return f"{len(claims)} claim{'s' if len(claims) > 1 else ''} of {listed}"
 
 
 def terminal_claims(claims: Sequence[dict[str, Any]]) -> list[str]:

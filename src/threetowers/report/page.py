@@ -11,10 +11,11 @@ from typing import Any
 from threetowers.files import write_whole
 from threetowers.objective.pairs import METHODS, MethodEntry
 from threetowers.progress import duration
-from threetowers.report.claims import TERMS, VERDICTS, certainty, evidence, glance, title
+from threetowers.report.claims import VERDICTS, certainty, evidence, glance, title
 from threetowers.report.examples import examples, more, pictures, world
 from threetowers.report.panels import PALETTE, Plot
 from threetowers.report.plots import average, draw_plots
+from threetowers.report.settings import reading, settings, thirds
 from threetowers.report.story import story
 from threetowers.report.tables import (
     Compare,
@@ -24,6 +25,7 @@ from threetowers.report.tables import (
     cells,
     csv_tables,
     csv_text,
+    definitions,
     finite,
     headline,
     html_table,
@@ -42,20 +44,6 @@ from threetowers.report.tables import (
     tag,
 )
 
-_SETTINGS = {
-    "lrs": "learning rates tried",
-    "lr_seed": "seed of the learning-rate trials",
-    "jobs": "runs at a time",
-    "threads": "threads of each run",
-    "num_train": "training images",
-    "num_val": "validation images",
-    "num_test": "test images",
-    "shared_captions": "test captions that are training captions too",
-    "repeated_captions": "captions that are equal to one of another image",
-    "weights": "weights of the rows",
-    "primary": "primary metric",
-    "margin": "margin within which a method counts as not worse",
-}
 DRAWN = ("baseline", "lit", "3t")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -109,8 +97,9 @@ def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], prob
         ("attributes", "What each method knows of the world", _attributes(compare)),
         ("cost", "Cost and quality", _cost(compare, plots["cost"])),
         ("data", "Examples from the training data", world(compare, image)),
-        ("settings", "Settings and machine", _settings(compare)),
-        ("reading", "How to read this page", _reading(compare)),
+        ("thirds", "The third towers", thirds(compare)),
+        ("settings", "Settings and machine", settings(compare)),
+        ("reading", "How to read this page", reading(compare)),
     ]
     return document(str(compare.get("title", "Comparison")), _opening(compare, plots["primary"]), sections)
 
@@ -142,11 +131,6 @@ def _css() -> Html:
 
 def _panels(plots: Iterable[Plot]) -> Html:
     return tag("div", *(tag("figure", Html(plot.svg)) for plot in plots), class_="panels")
-
-
-def definitions(pairs: Iterable[tuple[str, str]]) -> Html:
-    """A list of names, each with its value."""
-    return tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in pairs), class_="rows")
 
 
 def _opening(compare: Compare, plots: list[Plot]) -> Html:
@@ -338,57 +322,6 @@ def _cost(compare: Compare, plots: list[Plot]) -> Html:
         if key in methods
     ]
     return join(_panels(plots) if plots else None, html_table(["method", *columns], rows))
-
-
-def _settings(compare: Compare) -> Html:
-    settings, machine = compare.get("settings", {}), compare.get("machine", {})
-    rates = []
-    for m in compare["methods"]:
-        trials = [f"{lr}: {percent(finite(value))}" for lr, value in (m.get("lr_trials") or {}).items()]
-        rates += [[label(compare, row_key(m)), _plain(m.get("lr")), ", ".join(trials)]] if trials else []
-    created = str(compare.get("created", "–")).replace("T", " ")
-    given = [("data", compare.get("data")), *settings.items(), ("created", created)]
-    table = html_table(["method", "learning rate", "validation metric of each rate tried, percent"], rates)
-    return join(
-        tag("div", definitions(_pairs(given)), definitions(_pairs(machine.items())), class_="panels"),
-        more("How each learning rate was chosen", table) if rates else None,
-    )
-
-
-def _pairs(items: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
-    known = ((name, value) for name, value in items if value is not None)
-    return [(_SETTINGS.get(name, name.replace("_", " ")), _plain(value)) for name, value in known]
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(_plain(v) for v in value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _reading(compare: Compare) -> Html:
-    """The terms of the page, explained."""
-    interval = (
-        "A 95 % t-interval over seeds: how far the mean could move with other seeds."
-        if num_seeds(compare) > 1
-        else "A 95 % bootstrap interval over the test queries of one seed. It does not include the variation between "
-        "training runs."
-    )
-    thirds = ", ".join(dict.fromkeys(m["third"] for m in compare["methods"] if m.get("third"))) or "none"
-    words = {
-        "R@k": "Share of queries with a right answer among the k highest-scoring candidates. In image → text the query "
-        "is an image, in text → image it is a caption; mean is the average of both directions. Captions that differ in "
-        "case and white space alone are equal, and each is right for the images of all.",
-        "zero-shot top-1": "Share of images that score highest with the name of their own class. The methods are "
-        "trained with captions, not with class labels.",
-        "interval": interval,
-        **TERMS,
-        "third tower": f"A frozen pretrained model; here: {thirds}. A mismatched one was trained for another task.",
-        "α": "Weight of the third tower: score = (1 − α) · main pair + α · third tower.",
-        "cost at inference": "3T with α = 0 runs only the image and text towers, as the baseline does. With α > 0 the "
-        "third tower also runs on every image. LiT always runs the pretrained tower, which is its image tower.",
-    }
-    return tag("div", definitions(words.items()), class_="prose")
 
 
 def _write(path: Path, content: str | bytes) -> None:

@@ -8,10 +8,19 @@ from typing import Any
 from threetowers.errors import DataError
 from threetowers.files import write_whole
 from threetowers.objective.pairs import METHODS, method_label
-from threetowers.report.page import definitions, document, training
+from threetowers.report.page import document, training
 from threetowers.report.phases import time_split
 from threetowers.report.plots import draw_plots
-from threetowers.report.tables import Compare, finite, join, percent, read_curves, result_table, tag
+from threetowers.report.tables import (
+    Compare,
+    definitions,
+    finite,
+    join,
+    percent,
+    read_curves,
+    result_table,
+    tag,
+)
 
 
 def write_run_report(folder: Path) -> Path:

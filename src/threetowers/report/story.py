@@ -12,6 +12,7 @@ from threetowers.report.tables import (
     percent,
     primary,
     ranking,
+    row_key,
 )
 
 CLASSES = "zero_shot/top1"
@@ -21,7 +22,24 @@ COMBINED = "combination/mean_r@1"
 def story(compare: Compare) -> list[str]:
     """Sentences beside the headline, which says who is best by the primary metric; sentences without figures are left
     out."""
-    return [text for text in (_classes(compare), _combined(compare), *_thirds(compare)) if text]
+    texts = (_classes(compare), _combined(compare), *_thirds(compare), _edges(compare))
+    return [text for text in texts if text]
+
+
+def _edges(compare: Compare) -> str:
+    """Which methods may gain from learning rates that were not tried."""
+    lower, higher = [], []
+    for method in compare["methods"]:
+        tried = {float(lr): finite(value) for lr, value in (method.get("lr_trials") or {}).items()}
+        if len(tried) > 1:
+            lower += [label(compare, row_key(method))] * (method["lr"] == min(tried))
+            higher += [label(compare, row_key(method))] * (method["lr"] == max(tried))
+    said = [
+        f"the {which} was best for {', '.join(names)}"
+        for which, names in (("lowest", lower), ("highest", higher))
+        if names
+    ]
+    return f"Of the learning rates tried, {' and '.join(said)}: --lrs can try more." if said else ""
 
 
 def _best(compare: Compare, path: str) -> Key | None:

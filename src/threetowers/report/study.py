@@ -15,7 +15,7 @@ from threetowers.files import write_whole
 from threetowers.objective.pairs import method_label
 from threetowers.report.claims import TERMS, VERDICTS, certainty, evidence, sentence, title
 from threetowers.report.examples import more
-from threetowers.report.page import definitions, document
+from threetowers.report.page import document
 from threetowers.report.panels import Plot
 from threetowers.report.study_plots import (
     SCORE,
@@ -34,7 +34,7 @@ from threetowers.report.study_plots import (
     rows_of,
     towers_table,
 )
-from threetowers.report.tables import Html, join, tag
+from threetowers.report.tables import Html, definitions, join, tag
 from threetowers.report.terminal import WIDTH
 
 SCHEMA = 1

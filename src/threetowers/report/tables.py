@@ -264,6 +264,11 @@ def interval_note(compare: Compare) -> str:
     return "one seed, with a 95 % bootstrap interval over test queries" if count else "no results yet"
 
 
+def definitions(pairs: Iterable[tuple[str, str]]) -> Html:
+    """A list of names, each with its value."""
+    return tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in pairs), class_="rows")
+
+
 def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
     """A table that scrolls sideways in its own container; the first column holds the names of the rows.
 

@@ -1,9 +1,13 @@
 """Which frozen tower a name means: the list of kinds, and how one of them is loaded."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 from threetowers.errors import UsageError
 from threetowers.settings import did_you_mean
 from threetowers.towers.frozen.base import FEATURES, FrozenTower, Kind
-from threetowers.towers.frozen.built_in import SHAPES
+from threetowers.towers.frozen.built_in import FOLDER, SHAPES
 from threetowers.towers.frozen.file import FILE
 from threetowers.towers.frozen.hf import HF
 from threetowers.towers.frozen.open_clip import OPEN_CLIP
@@ -33,6 +37,17 @@ def _all_forms() -> str:
         for reads in ("images", "texts")
     }
     return f"{forms['images']} for images; {forms['texts']} for texts"
+
+
+def pretraining(spec: str) -> dict[str, Any] | None:
+    """What `threetowers pretrain` noted about a tower that it made; None for any other tower."""
+    kind, name = kind_of(spec)
+    folders = {FILE: Path(name), SHAPES: FOLDER / name}
+    path = folders.get(kind, Path(name)) / "pretrain.json"
+    if kind not in folders or not path.is_file():
+        return None
+    noted: dict[str, Any] = json.loads(path.read_bytes())
+    return noted
 
 
 def load_frozen(
