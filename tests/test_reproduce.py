@@ -113,6 +113,8 @@ def test_the_best_rate_is_chosen_and_an_edge_asks_for_the_next() -> None:
     assert learning_rates(protocol, grown) == ({("b", ""): 16e-3}, []), "the extensions are used up"
     lower = [trial("c", lr, value) for lr, value in ((1e-3, 0.4), (2e-3, 0.3), (4e-3, 0.2))]
     assert learning_rates(protocol, lower)[1] == [0.5e-3]
+    partial = [trial("e", lr, value) for lr, value in ((1e-3, 0.1), (2e-3, 0.3))]
+    assert learning_rates(protocol, partial) == ({("e", ""): 2e-3}, []), "the grid itself comes first"
     equal = [trial("d", lr, 0.2) for lr in (1e-3, 2e-3, 4e-3)]
     assert learning_rates(protocol, equal)[0]["d", ""] == 1e-3, "the lowest of equals"
 

@@ -73,9 +73,11 @@ def learning_rates(protocol: Protocol, records: Iterable[Record]) -> tuple[Chose
     wanted = []
     for key, best in chosen.items():
         tried = trials[key]
+        if len(protocol.lrs) == 1 or not set(protocol.lrs) <= tried.keys():
+            continue  # nothing is tuned, or the grid itself is not done
         for edge, factor in ((min(tried), 0.5), (max(tried), 2.0)):
             steps_beyond = round(abs(math.log2(edge / (low if factor < 1 else high))))
-            if len(tried) > 1 and best == edge and steps_beyond < protocol.max_extensions:
+            if best == edge and steps_beyond < protocol.max_extensions:
                 wanted.append(edge * factor)
     return chosen, sorted(set(wanted))
 
@@ -93,7 +95,7 @@ class _Study:
         for folder in (places.out, places.records):
             folder.mkdir(parents=True, exist_ok=True)
         rest = [unit for part in parts if part != "tuning" for unit in units(protocol, part)]  # type: ignore[arg-type]
-        tuning = list(tuning_units(protocol)) if "tuning" in parts else []
+        tuning = [*tuning_units(protocol), *self._extension()] if "tuning" in parts else []
         missing = [unit for unit in (*tuning, *rest) if not self._is_done(unit)]
         towers = self._towers(missing)
         print(
@@ -148,15 +150,14 @@ class _Study:
         waiting = tuning
         while waiting:
             self._runs([self._task(unit, unit.lr or 0.0) for unit in waiting], "trial")
-            _, extra = learning_rates(self.protocol, read_records(self.places.records).values())
-            waiting = [unit for unit in self._extension(extra) if not self._is_done(unit)]
+            waiting = [unit for unit in self._extension() if not self._is_done(unit)]
             if waiting:
                 said = ", ".join(f"{lr:g}" for lr in sorted({unit.lr or 0.0 for unit in waiting}))
                 print(f"a best learning rate is on the edge of the grid: {said} is tried as well", flush=True)
 
-    def _extension(self, lrs: Sequence[float]) -> list[Unit]:
-        """The further trials, of every label whose best rate is next to one of these."""
-        chosen, _ = learning_rates(self.protocol, read_records(self.places.records).values())
+    def _extension(self) -> list[Unit]:
+        """The trials beyond the grid that the records ask for, of every label whose best rate is next to one."""
+        chosen, lrs = learning_rates(self.protocol, read_records(self.places.records).values())
         return [
             unit
             for unit in tuning_units(self.protocol, lrs)
