@@ -159,13 +159,17 @@ def _with_controls(evaluated: list[Evaluated]) -> list[Evaluated]:
         lit = runs.get((("lit", each.job.third), each.job.seed))
         control = None
         if each.combination and base is not None and lit is not None:
-            val, test = (
-                Pair(base.system(part=part), lit.system(part=part), *base.answers(part))
-                for part in ("val", "test")
-            )
-            control = sweep(val, test)
+            control = score_average(base, lit)
         result.append(Evaluated(each.job, each.evaluation, each.tensors, control))
     return result
+
+
+def score_average(base: Evaluated, lit: Evaluated) -> Sweep:
+    """The control of a combination: the same sweep between two independent runs on the same data."""
+    val, test = (
+        Pair(base.system(part=part), lit.system(part=part), *base.answers(part)) for part in ("val", "test")
+    )
+    return sweep(val, test)
 
 
 def measure(run: Evaluated) -> Measured:
@@ -296,10 +300,10 @@ def _attributes(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
 def _describe(job: Job, trials: dict[float, float], same: list[Job]) -> dict[str, Any]:
     """A method's settings and cost; times are means over its runs, rates medians over the logged steps."""
     finished = load_run(job.folder)
-    logs = [_log(each) for each in same]
+    logs = [metric_rows(each.folder) for each in same]
     rates = sorted(row["examples_per_second"] for log in logs for row in log if "examples_per_second" in row)
     seconds = [max(row["seconds"] for row in log if "seconds" in row) for log in logs]
-    num_inference = sum(p.numel() for tower in (finished.img, finished.txt) for p in tower.parameters())
+    num_inference = num_parameters(finished.img) + num_parameters(finished.txt)
     return {
         "method": job.method,
         "third": job.third,
@@ -315,7 +319,7 @@ def _describe(job: Job, trials: dict[float, float], same: list[Job]) -> dict[str
     }
 
 
-def _log(job: Job) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl."""
-    lines = (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def metric_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -129,15 +129,17 @@ def _css() -> Html:
     return Html(variables + Path(__file__).with_name("style.css").read_text(encoding="utf-8"))
 
 
-def _panels(plots: Iterable[Plot]) -> Html:
-    return tag("div", *(tag("figure", Html(plot.svg)) for plot in plots), class_="panels")
+def plot_panels(plots: Iterable[Plot]) -> Html | None:
+    """Plots beside or below each other; None without any."""
+    figures = [tag("figure", Html(plot.svg)) for plot in plots]
+    return tag("div", *figures, class_="panels") if figures else None
 
 
 def _opening(compare: Compare, plots: list[Plot]) -> Html:
     """The title, the headline and its certainty, the plot of the primary metric and a list of the claims."""
     what, how_certain = headline(compare)
     rows = [
-        tag("li", _state(verdict), tag("span", text)) for verdict, text in glance(compare.get("claims", []))
+        tag("li", state(verdict), tag("span", text)) for verdict, text in glance(compare.get("claims", []))
     ]
     claims = tag("div", tag("h3", "Claims"), tag("ul", *rows, class_="glance")) if rows else None
     note = tag("figcaption", f"{metric_name(primary(compare))}, {interval_note(compare)}.")
@@ -202,21 +204,24 @@ def _results(compare: Compare) -> Html | None:
     return join(result_table(compare), tag("p", note, class_="muted"))
 
 
-def _state(verdict: str) -> Html:
+def state(verdict: str, words: str = "") -> Html:
+    """A verdict with its symbol, in other words where some are given."""
     symbol, kind = VERDICTS[verdict]
-    return tag(
-        "span", tag("span", symbol, class_="symbol", aria_hidden="true"), verdict, class_=f"state {kind}"
-    )
+    mark = tag("span", symbol, class_="symbol", aria_hidden="true")
+    return tag("span", mark, words or verdict, class_=f"state {kind}")
+
+
+def claim_item(claim: dict[str, Any]) -> Html:
+    """A claim with its verdict, its differences and its notes, as an entry of a list."""
+    details = claim["details"].items() if claim["tests"] else ()
+    figures = [*evidence(claim), ("test", certainty(claim)), *details, ("note", claim["note"])]
+    rows = definitions((name, value) for name, value in figures if value)
+    return tag("li", state(claim["verdict"]), tag("div", tag("p", title(claim)), rows))
 
 
 def _claims(compare: Compare) -> Html | None:
     """Every claim with its differences; the correction is for all tests of the page together."""
-    items = []
-    for claim in compare.get("claims", []):
-        details = claim["details"].items() if claim["tests"] else ()
-        figures = [*evidence(claim), ("test", certainty(claim)), *details, ("note", claim["note"])]
-        rows = definitions((name, value) for name, value in figures if value)
-        items.append(tag("li", _state(claim["verdict"]), tag("div", tag("p", title(claim)), rows)))
+    items = [claim_item(claim) for claim in compare.get("claims", [])]
     if not items:
         return None
     number = sum(claim["p"] is not None for claim in compare["claims"])
@@ -240,7 +245,7 @@ def _combination(compare: Compare, plots: list[Plot]) -> Html | None:
         else "Not every curve has a control, a baseline and a LiT combined in the same way. Without one, a gain cannot "
         "be told apart from plain ensembling."
     )
-    return join(tag("p", text), tag("p", control), _panels(plots))
+    return join(tag("p", text), tag("p", control), plot_panels(plots))
 
 
 def training(compare: Compare, plots: dict[str, list[Plot]], problems: list[str]) -> Html | None:
@@ -253,10 +258,10 @@ def training(compare: Compare, plots: dict[str, list[Plot]], problems: list[str]
         "Each row of an objective has its own loss. Contrastive losses are in nats, regression losses are distances: "
         "the two cannot be compared."
     )
-    loss = join(tag("h3", "Loss by row"), tag("p", rows, class_="muted"), _panels(plots["loss"]))
+    loss = join(tag("h3", "Loss by row"), tag("p", rows, class_="muted"), plot_panels(plots["loss"]))
     return join(
         tag("p", text, class_="muted"),
-        _panels(plots["validation"]) if plots["validation"] else None,
+        plot_panels(plots["validation"]),
         loss if plots["loss"] else None,
         *(tag("p", f"Not shown: {problem}.") for problem in problems),
     )
@@ -273,7 +278,7 @@ def _classes(compare: Compare, plots: list[Plot]) -> Html | None:
         ["class", *(label(compare, key) for key in keys)],
         [[name, *(percent(values.get((key, name))) for key in keys)] for name in names],
     )
-    return join(_panels(plots), more(f"All {len(names)} classes, in percent", table))
+    return join(plot_panels(plots), more(f"All {len(names)} classes, in percent", table))
 
 
 def _attributes(compare: Compare) -> Html | None:
@@ -321,7 +326,7 @@ def _cost(compare: Compare, plots: list[Plot]) -> Html:
         for key in ranking(compare)
         if key in methods
     ]
-    return join(_panels(plots) if plots else None, html_table(["method", *columns], rows))
+    return join(plot_panels(plots), html_table(["method", *columns], rows))
 
 
 def _write(path: Path, content: str | bytes) -> None:

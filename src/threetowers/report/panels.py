@@ -5,12 +5,15 @@ SVG are CSS variables with the names of PALETTE, which have other values in the 
 """
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO, StringIO
 
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
@@ -65,6 +68,15 @@ STYLE = {
     "legend.labelspacing": 0.45, "legend.borderpad": 0, "legend.borderaxespad": 0,
 }
 # fmt: on
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """The style of all panels, while the block lasts."""
+    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
+        # foreign scripts: the PNG's font may lack a character that the browser's font has
+        warnings.filterwarnings("ignore", "Glyph")
+        yield
 
 
 @dataclass(frozen=True, slots=True)

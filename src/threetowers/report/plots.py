@@ -1,21 +1,19 @@
 """A comparison's plots, each as an SVG for the page and a PNG file."""
 
-import warnings
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
 import numpy as np
-from matplotlib import style
 
 from threetowers.objective.pairs import method_label
 from threetowers.report.panels import (
     INK,
     MUTED,
     PAPER,
-    STYLE,
     Plot,
     colour,
+    drawing,
     finish,
     label_ends,
     legend,
@@ -44,9 +42,7 @@ _VARIANTS = (("o", "-"), ("D", "--"), ("^", ":"), ("s", "-."))  # marker and lin
 
 def draw_plots(compare: Compare, curves: Curves) -> dict[str, list[Plot]]:
     """The plots by section (primary, validation, loss, combination, classes, cost); sections without data are empty."""
-    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
-        # foreign scripts: the PNG's font may lack a character that the browser's font has
-        warnings.filterwarnings("ignore", "Glyph")
+    with drawing():
         return {
             "primary": _primary(compare),
             "validation": _validation(compare, curves),

@@ -3,19 +3,17 @@
 Everything is made from study.json, and the same study.json gives the same bytes.
 """
 
-import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from threetowers.errors import DataError
 from threetowers.files import write_whole
 from threetowers.objective.pairs import method_label
-from threetowers.report.claims import TERMS, VERDICTS, certainty, evidence, sentence, title
+from threetowers.report.claims import TERMS, VERDICTS, sentence
 from threetowers.report.examples import more
-from threetowers.report.page import document
+from threetowers.report.page import claim_item, document, plot_panels, state
 from threetowers.report.panels import Plot
 from threetowers.report.study_plots import (
     SCORE,
@@ -34,7 +32,7 @@ from threetowers.report.study_plots import (
     rows_of,
     towers_table,
 )
-from threetowers.report.tables import Html, definitions, join, tag
+from threetowers.report.tables import Html, definitions, join, read_json, tag
 from threetowers.report.terminal import WIDTH
 
 SCHEMA = 1
@@ -95,17 +93,8 @@ def write_study(folder: Path, docs: Path | None = None) -> Path:
 
 def read_study(folder: Path) -> Study:
     """The contents of a folder's study.json; raises DataError when it is missing, damaged or of another schema."""
-    path, again = folder / "study.json", "Run `threetowers reproduce` again; finished runs are not repeated"
-    try:
-        study = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {again}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}). {again}") from error
-    found = study.get("schema") if isinstance(study, dict) else None
-    if found != SCHEMA:
-        raise DataError(f"{path}: schema is {found!r}, this version reads schema {SCHEMA}. {again}")
-    return dict(study)
+    again = "Run `threetowers reproduce` again; finished runs are not repeated"
+    return read_json(folder / "study.json", SCHEMA, again)
 
 
 def study_text(study: Study) -> str:
@@ -173,7 +162,7 @@ class Part(NamedTuple):
 
     def html(self, plots: Iterable[Plot] = ()) -> tuple[str, str, Html | None]:
         """The section as `document` takes it, with plots above the table."""
-        body = join(tag("p", self.note, class_="muted"), _panels(plots), self.table.html())
+        body = join(tag("p", self.note, class_="muted"), plot_panels(plots), self.table.html())
         return self.id, self.heading, body if self.table.rows else None
 
 
@@ -269,18 +258,6 @@ def _edges(study: Study) -> str:
 # The sections of the page
 
 
-def _panels(plots: Iterable[Plot]) -> Html | None:
-    figures = [tag("figure", Html(plot.svg)) for plot in plots]
-    return tag("div", *figures, class_="panels") if figures else None
-
-
-def _state(verdict: str, words: str) -> Html:
-    symbol, kind = VERDICTS[verdict]
-    return tag(
-        "span", tag("span", symbol, class_="symbol", aria_hidden="true"), words, class_=f"state {kind}"
-    )
-
-
 def _opening(study: Study, plots: Iterable[Plot]) -> Html:
     """The verdicts in a sentence, what the study is, the scores of the methods, and the claims by what they are of."""
     groups: dict[tuple[str, str], Counter[str]] = {}
@@ -288,7 +265,7 @@ def _opening(study: Study, plots: Iterable[Plot]) -> Html:
         groups.setdefault((claim["id"], claim["third"]), Counter())[claim["verdict"]] += 1
     glance = []
     for (id, third), count in groups.items():
-        states = (tag("div", _state(name, f"{count[name]} {name}")) for name in VERDICTS if count[name])
+        states = (tag("div", state(name, f"{count[name]} {name}")) for name in VERDICTS if count[name])
         link = tag("a", f"{id} {third}".strip(), href=f"#{id}")
         glance.append(tag("li", tag("div", *states), tag("span", link, f": {CLAIMS.get(id, '')}")))
     figures = [tag("figure", Html(plot.svg)) for plot in plots]
@@ -308,13 +285,7 @@ def _claims(study: Study) -> Html | None:
     """Every claim with its differences; the correction is for all tests of the page together."""
     groups: dict[str, list[Html]] = {}
     for claim in study.get("claims") or ():
-        details = claim["details"].items() if claim["tests"] else ()
-        figures = [*evidence(claim), ("test", certainty(claim)), *details, ("note", claim["note"])]
-        rows = definitions((name, value) for name, value in figures if value)
-        verdict = _state(claim["verdict"], claim["verdict"])
-        groups.setdefault(claim["id"], []).append(
-            tag("li", verdict, tag("div", tag("p", title(claim)), rows))
-        )
+        groups.setdefault(claim["id"], []).append(claim_item(claim))
     if not groups:
         return None
     return join(
@@ -335,10 +306,10 @@ def _combination(study: Study, plots: dict[str, list[Plot]]) -> Html | None:
         "trained independently: its gain is that of plain ensembling."
     )
     chosen = [(method_label(row["label"], row["third"]), plain(row["chosen"])) for row in rows]
-    others = _panels(plots["other combination"])
+    others = plot_panels(plots["other combination"])
     return join(
         tag("p", text),
-        _panels(plots["combination"]),
+        plot_panels(plots["combination"]),
         more("The other third towers", others) if others else None,
         tag("h3", "α chosen on validation, by seed"),
         definitions(chosen),
@@ -362,7 +333,7 @@ def _towers(study: Study, plots: Iterable[Plot]) -> Html | None:
     if not rows:
         return None
     said = ((row["name"], f"{row['summary']} Training steps: {row['steps']:,}.") for row in rows)
-    return join(definitions(said), table.html() if table.rows else None, _panels(plots))
+    return join(definitions(said), table.html() if table.rows else None, plot_panels(plots))
 
 
 def _protocol(study: Study) -> Html:

@@ -2,12 +2,10 @@
 
 import html
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import style
 
 from threetowers.objective.pairs import METHODS, method_label
 from threetowers.report.claims import certainty, evidence, title
@@ -16,9 +14,9 @@ from threetowers.report.panels import (
     MUTED,
     PALETTE,
     PAPER,
-    STYLE,
     Plot,
     colour,
+    drawing,
     finish,
     label_ends,
     legend,
@@ -85,9 +83,7 @@ def draw_study(study: Study) -> dict[str, list[Plot]]:
     def each(draw: Callable[[Study, str], Plot | None], thirds: Iterable[str]) -> list[Plot]:
         return [plot for third in thirds if (plot := draw(study, third))]
 
-    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
-        # foreign scripts: the PNG's font may lack a character that the browser's font has
-        warnings.filterwarnings("ignore", "Glyph")
+    with drawing():
         return {
             "methods": each(_methods, MAIN_THIRDS),
             "other methods": each(_methods, others),

@@ -74,21 +74,28 @@ class Cell:
         return "" if self.low is None or self.high is None else f"{percent(self.low)}–{percent(self.high)}"
 
 
-def read_compare(folder: Path) -> Compare:
-    """The contents of a folder's compare.json; raises DataError when it is missing, damaged or of another schema."""
-    path = folder / "compare.json"
-    again = "Run `threetowers compare` again, or name the folder that it wrote"
+def read_json(path: Path, schema: int, again: str, renew: str = "") -> dict[str, Any]:
+    """A file's object of this schema; raises DataError when it is missing, damaged or of another schema.
+
+    again: what to do then. renew: the same for another schema, where it is something else.
+    """
     try:
-        compare = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). {again}") from error
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error}). {again}") from error
-    if not isinstance(compare, dict) or compare.get("schema") != SCHEMA:
-        found = compare.get("schema") if isinstance(compare, dict) else None
-        raise DataError(
-            f"{path}: schema is {found!r}, this version reads schema {SCHEMA}. {again}; finished runs are not repeated"
-        )
+    found = content.get("schema") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or found != schema:
+        raise DataError(f"{path}: schema is {found!r}, this version reads schema {schema}. {renew or again}")
+    return content
+
+
+def read_compare(folder: Path) -> Compare:
+    """The contents of a folder's compare.json; raises DataError when it is missing, damaged or of another schema."""
+    path = folder / "compare.json"
+    again = "Run `threetowers compare` again, or name the folder that it wrote"
+    compare = read_json(path, SCHEMA, again, f"{again}; finished runs are not repeated")
     for key in ("methods", "summary"):
         if key not in compare:
             raise DataError(f"{path}: has no {key!r}. {again}")

@@ -1,22 +1,28 @@
 """From a finished run to its record."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from threetowers.compare.attributes import known_attributes
-from threetowers.compare.figures import MAIN_SYSTEM, Evaluated, ends_equal, measure
+from threetowers.compare.figures import (
+    MAIN_SYSTEM,
+    Evaluated,
+    ends_equal,
+    measure,
+    metric_rows,
+    score_average,
+)
 from threetowers.compare.machine import machine
 from threetowers.compare.runs import PRIMARY, Job
 from threetowers.compare.showcase import third_checks
 from threetowers.config import RunConfig
-from threetowers.evaluate.combine import Pair, sweep
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.objective.pairs import METHODS
 from threetowers.reproduce.plan import Unit
 from threetowers.reproduce.records import Record, pack
-from threetowers.run.finished import load_run
+from threetowers.run.finished import FinishedRun, load_run
 from threetowers.settings import as_plain
+from threetowers.towers.frozen.base import num_parameters
 from threetowers.towers.weights import read_safetensors
 
 
@@ -35,11 +41,10 @@ def diverged(unit: Unit, lr: float, error: Exception) -> Record:
 
 def tuning_record(unit: Unit, config: RunConfig, folder: Path) -> Record:
     """The record of a trial: the validation metric after the last step. Nothing else is looked at."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = metric_rows(folder)
     value = next(row[f"val/{PRIMARY}"] for row in reversed(rows) if f"val/{PRIMARY}" in row)
-    return Record(
-        settings_of(unit, config.optim.lr), {f"val/{PRIMARY}": value}, described=_described(config, folder)
-    )
+    described = _described(config, folder, load_run(folder))
+    return Record(settings_of(unit, config.optim.lr), {f"val/{PRIMARY}": value}, described=described)
 
 
 def evaluated(unit: Unit, config: RunConfig, folder: Path) -> Evaluated:
@@ -71,27 +76,20 @@ def full_record(
     method = METHODS[unit.method]
     if method.needs_third and method.image == "own":
         checks |= third_checks(folder)._asdict()
-    control = None
-    if baseline is not None:
-        val, test = (
-            Pair(baseline.system(part=part), run.system(part=part), *run.answers(part))
-            for part in ("val", "test")
-        )
-        control = sweep(val, test).figures()
-    described = _described(config, folder) | {
+    control = score_average(baseline, run).figures() if baseline is not None else None
+    described = _described(config, folder, finished) | {
         "num_trainable": finished.described["num_trainable"],
-        "num_main": sum(p.numel() for tower in (finished.img, finished.txt) for p in tower.parameters()),
+        "num_main": num_parameters(finished.img) + num_parameters(finished.txt),
     }
     return Record(
         settings_of(unit, config.optim.lr), metrics, run.combination, control, hits, checks, described
     )
 
 
-def _described(config: RunConfig, folder: Path) -> dict[str, Any]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def _described(config: RunConfig, folder: Path, finished: FinishedRun) -> dict[str, Any]:
     return {
-        "seconds": max(row["seconds"] for row in rows if "seconds" in row),
-        "scale": load_run(folder).scale,
+        "seconds": max(row["seconds"] for row in metric_rows(folder) if "seconds" in row),
+        "scale": finished.scale,
         "config": as_plain(config),
         "machine": machine("cpu"),
     }

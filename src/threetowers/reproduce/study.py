@@ -57,17 +57,23 @@ def reproduce(
     return read_records(places.records)
 
 
+def trials_of(records: Iterable[Record]) -> dict[tuple[str, str], dict[float, float]]:
+    """The validation metric of each learning rate, by label and third tower; a trial that diverged counts as 0."""
+    trials: dict[tuple[str, str], dict[float, float]] = {}
+    for record in records:
+        if record.settings["part"] == "tuning":
+            key = record.settings["label"], record.settings["third"]
+            trials.setdefault(key, {})[record.settings["lr"]] = record.metrics.get(f"val/{PRIMARY}", 0.0)
+    return trials
+
+
 def learning_rates(protocol: Protocol, records: Iterable[Record]) -> tuple[Chosen, list[float]]:
     """The best learning rate of every tuned label and third tower, and the rates by which the grid must be extended.
 
     A trial that diverged counts as 0. Where the best is the lowest or the highest of those tried, the next beyond it
     is asked for, up to the protocol's number of extensions on either side.
     """
-    trials: dict[tuple[str, str], dict[float, float]] = {}
-    for record in records:
-        if record.settings["part"] == "tuning":
-            key = record.settings["label"], record.settings["third"]
-            trials.setdefault(key, {})[record.settings["lr"]] = record.metrics.get(f"val/{PRIMARY}", 0.0)
+    trials = trials_of(records)
     chosen = {key: max(sorted(tried), key=tried.__getitem__) for key, tried in trials.items()}
     low, high = min(protocol.lrs), max(protocol.lrs)
     wanted = []
@@ -91,6 +97,7 @@ class _Study:
         self._shared: Shared | None = None
 
     def run(self, parts: Sequence[str], jobs: int) -> None:
+        """Makes the worlds and third towers that are missing, then the trials, then all other runs."""
         protocol, places = self.protocol, self.places
         for folder in (places.out, places.records):
             folder.mkdir(parents=True, exist_ok=True)

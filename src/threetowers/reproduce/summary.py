@@ -15,7 +15,7 @@ from threetowers.objective.pairs import METHODS, method_label
 from threetowers.recipes import PRESETS
 from threetowers.reproduce.plan import ABLATIONS, GROWTH_METHODS, TUNED_THIRDS, Protocol, units
 from threetowers.reproduce.records import Record, of_part, read_records
-from threetowers.reproduce.study import learning_rates
+from threetowers.reproduce.study import learning_rates, trials_of
 from threetowers.reproduce.tasks import Places
 from threetowers.towers.frozen import built_in
 from threetowers.world.attributes import ATTRIBUTES
@@ -85,12 +85,8 @@ def _progress(protocol: Protocol, records: Mapping[str, Record]) -> list[dict[st
 
 def _rates(records: Sequence[Record], chosen: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
     rows = []
-    for (label, third), best in chosen.items():
-        tried = {
-            record.settings["lr"]: record.metrics.get(f"val/{PRIMARY}", 0.0)
-            for record in of_part(records, "tuning")
-            if (record.settings["label"], record.settings["third"]) == (label, third)
-        }
+    for (label, third), tried in trials_of(records).items():
+        best = chosen[label, third]
         rows.append({
             "label": label, "third": third, "lr": best, "on_edge": len(tried) > 1 and best in (min(tried), max(tried)),
             "tried": {f"{lr:g}": tried[lr] for lr in sorted(tried)},

@@ -88,6 +88,7 @@ class TowerTask:
         return max(TOWERS[self.tower].config.steps, 1)
 
     def run(self, stop: StopRequest | None = None) -> Outcome:
+        """Trains it, unless it is on disk; one that was stopped begins anew."""
         try:
             accuracy = make_tower(self.tower, self.folder, seed=self.seed, stop=stop)
         except Interrupted:
