@@ -1,6 +1,6 @@
 """Ranks of both directions of retrieval beside one bare fp32 product of the same size, and beside ranks in fp64.
 
-    python benchmarks/ranks.py [--sizes 5000 20000] [--width 512] [--rounds 2] [--out runs/bench/ranks.json]
+    python benchmarks/ranks.py [--kinds plain ties] [--sizes 5000 20000] [--width 512] [--rounds 2] [--out FILE]
 
 N images with one text each. `product` is the matrix product of images and texts in fp32, 256 images at a time, thrown
 away: it has every score that both directions need. `ours` is `evaluate/ranks.py`. `fp64` is
@@ -33,6 +33,7 @@ TABLES = {
     ),
 }
 """The sentence that docs/benchmarks.md puts before each table."""
+KINDS = ["plain", "ties"]
 
 
 def features(kind: str, num: int, width: int) -> tuple[Tensor, Tensor]:
@@ -102,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--sizes", type=int, nargs="+", default=[5000, 20000])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=2)
@@ -116,7 +118,7 @@ def main() -> None:
         print(highest_mb() - before)
         return
     rows = []
-    for kind in ("plain", "ties"):
+    for kind in options.kinds:
         for num in options.sizes:
             rows += measure(kind, num, options.width, options.rounds, options.fp64_most)
     write(

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from kit.runs import Config
 from kit.towers import image_tower
-from threetowers.config import ObjectiveConfig
+from threetowers.compare.showcase import third_checks
+from threetowers.config import ObjectiveConfig, PairConfig, RunConfig
 from threetowers.data.transforms import ImageSpec
+from threetowers.errors import UsageError
 from threetowers.model import ThreeTowers, build
 from threetowers.objective import losses, pairs
 from threetowers.objective.pairs import METHODS, Objective, Row
@@ -271,6 +273,41 @@ def test_unlocked_lit_starts_at_the_frozen_towers_weights_and_moves(
     moved = model.img.state_dict()
     assert any(not torch.equal(value, moved[key]) for key, value in tower.module.state_dict().items())
     assert tower.fingerprint() == load_frozen(timm_tower).fingerprint(), "the third tower itself has not"
+
+
+def test_3t_trains_a_copy_of_the_third_tower_and_leaves_the_tower_itself_alone(
+    tiny_config: Config, timm_tower: str, tmp_path: Path
+) -> None:
+    pair = replace(tiny_config().pair, image_from="third")
+    tower = image_tower(timm_tower)
+    model, architecture = build(tiny_config(method="3t", pair=pair), {"third": tower}, {"vocab_size": 300})
+    assert architecture.image == tower.image and model.img is not None
+    for key, value in tower.module.state_dict().items():
+        assert torch.equal(model.img.state_dict()[key], value)
+    result = train(tiny_config(method="3t", pair=pair), tmp_path / "run")
+    trained = load_run(result.folder).img.state_dict()
+    trunk = load_frozen(timm_tower).module.state_dict()
+    assert any(not torch.equal(value, trained[key]) for key, value in trunk.items())
+    checks = third_checks(result.folder)
+    assert all(checks), checks
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"method": "baseline"}, "'baseline' has no third tower"),
+        ({"method": "lit"}, "'lit' takes its image tower from the third tower anyway"),
+        ({"third": ("one=timm:a", "two=timm:b")}, "2 third towers are given"),
+    ],
+)
+def test_an_image_tower_starts_at_one_third_towers_weights_that_stands_beside_it(
+    changes: dict[str, Any], expected: str
+) -> None:
+    config = RunConfig(
+        **{"method": "3t", "third": ("timm:a",), "pair": PairConfig(image_from="third"), **changes}
+    )
+    with pytest.raises(UsageError, match=rf"pair\.image_from: .*{expected}"):
+        pairs.objective(config)
 
 
 @pytest.mark.parametrize("method", METHODS)

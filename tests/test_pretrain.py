@@ -63,6 +63,14 @@ def test_mistakes_are_named(folders: Path, photos: Path, tmp_path: Path) -> None
         pretrain(config(photos), tmp_path / "a")
     with pytest.raises(UsageError, match="no model"):
         pretrain(config(folders, model="resnet5"), tmp_path / "b")
+    with pytest.raises(UsageError, match=r"model_args: timm's test_nfnet cannot be built with .*rows"):
+        pretrain(config(folders, model="test_nfnet", model_args={"rows": 3}), tmp_path / "c")
+
+
+def test_arguments_of_the_architecture_are_kept_with_its_weights(folders: Path, tmp_path: Path) -> None:
+    narrow = config(folders, model="test_nfnet", model_args={"num_features": 40}, steps=1)
+    pretrain(narrow, tmp_path / "tower")
+    assert image_tower(f"file:{tmp_path / 'tower'}").width == 40
 
 
 def test_some_classes_alone_can_be_learned(folders: Path, tmp_path: Path) -> None:

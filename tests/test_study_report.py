@@ -198,7 +198,7 @@ def test_a_whole_study_has_every_section_claim_and_figure(tmp_path: Path) -> Non
         "a wide table scrolls in a container of its own"
     )
     assert "svg" in read.tags and {"script", "link", "img"}.isdisjoint(read.tags) and "http" not in markdown
-    assert "The study is complete, with 453 runs." in markdown
+    assert "The study is complete, with 462 runs." in markdown
     for rows in cells_of(markdown):
         assert len(rows) > 2 and len({len(row) for row in rows}) == 1
 
@@ -240,7 +240,7 @@ def test_an_unfinished_study_says_what_is_missing(undrawn: None, tmp_path: Path)
     del made["main-3t-rich-seed105"]
     page, markdown = written(tmp_path, make_study(FULL, made))
     said = (
-        "The study is not finished: there are 109 of 110 runs of main, 0 of 180 runs of growth, 0 of 54 runs of "
+        "The study is not finished: there are 109 of 110 runs of main, 0 of 180 runs of growth, 0 of 63 runs of "
         "ablations and 0 of 24 runs of budgets."
     )
     assert said in page and said in markdown

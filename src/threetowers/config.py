@@ -32,6 +32,9 @@ class PairConfig:
     """Standard deviation of each colour channel, in [0, 1]; open_clip's default."""
     weights: str | None = None
     """A safetensors file in open_clip's layout to start both towers from."""
+    image_from: Literal["scratch", "third"] = "scratch"
+    """3T: the image tower described here, or a copy of the third tower's network that starts at its weights, has its
+    preprocessing, and trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +213,8 @@ class PretrainConfig:
     """One softmax over the classes, or one over each word of the class names, which then have equally many words."""
     model: str = "test_nfnet"
     """A timm architecture; it starts from random weights."""
+    model_args: dict[str, Scalar] = field(default_factory=dict)
+    """Further arguments of the architecture, for example num_features or img_size."""
     size: int = 32
     """Side of the square input in pixels."""
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)

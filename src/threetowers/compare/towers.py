@@ -41,6 +41,22 @@ TOWERS = {
     ),
     "random": Recipe("Its weights are untrained.", PretrainConfig(data="objects", steps=0)),
 }
+"""Those that come with the package."""
+
+OF_OTHER_WIDTHS = {
+    "matched-64": Recipe(
+        "As matched, but with 64 outputs.", PretrainConfig(data="objects", model_args={"num_features": 64})
+    ),
+    "matched-576": Recipe(
+        "As matched, but with 576 outputs.", PretrainConfig(data="objects", model_args={"num_features": 576})
+    ),
+}
+"""Those that an ablation of the study trains; the others have 192 outputs."""
+
+
+def recipe(name: str) -> Recipe:
+    """What the tower is, and how it is trained."""
+    return {**TOWERS, **OF_OTHER_WIDTHS}[name]
 
 
 def make_tower(
@@ -51,7 +67,7 @@ def make_tower(
     A folder that holds it already is left as it is. The weights depend on the machine and its number of threads in
     their last bits. Raises Interrupted when `stop` was requested.
     """
-    config = TOWERS[name].config
+    config = recipe(name).config
     (kind,) = (kind for kind in KINDS if kind == config.data)
     config = replace(config, data=str(labelled_world(kind, seed)), seed=seed, device=device)
     return pretrain(config, folder, stop=stop)

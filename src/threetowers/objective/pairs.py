@@ -149,7 +149,7 @@ def objective(config: RunConfig) -> Objective:
         )
     options = config.objective
     rows = method.rows(thirds, first_weights(options, method.weights), options)
-    table, moving = Objective(rows, method.image), schedule_of(options, config.steps)
+    table, moving = Objective(rows, _image_from(config, method)), schedule_of(options, config.steps)
     if moving is not None:
         schedule, weights = moving
         ends = tuple(row.weight for row in method.rows(thirds, weights, options))
@@ -157,6 +157,27 @@ def objective(config: RunConfig) -> Objective:
             table = replace(table, schedule=schedule, ends=ends)
     _check_learning(config, table)
     return table
+
+
+def _image_from(config: RunConfig, method: "MethodEntry") -> ImageFrom:
+    """Where the image tower comes from; raises UsageError where it cannot start at a third tower's weights."""
+    if config.pair.image_from == "scratch":
+        return method.image
+    if not method.needs_third or method.image != "own":
+        has = (
+            "has no third tower"
+            if not method.needs_third
+            else "takes its image tower from the third tower anyway"
+        )
+        raise UsageError(
+            f"pair.image_from: method {config.method!r} {has}; it is for methods with a third tower beside"
+        )
+    if len(config.thirds()) > 1:
+        raise UsageError(
+            f"pair.image_from: {len(config.thirds())} third towers are given, and the image tower can start at the "
+            "weights of one"
+        )
+    return "from-third"
 
 
 def _check_learning(config: RunConfig, table: Objective) -> None:

@@ -69,7 +69,7 @@ QUICK = replace(
     seeds=(201, 202, 203),
     own_towers=False,
     steps=250,
-    lrs=(4e-3,),
+    lrs=(2e-3,),
     parts=("main",),
     methods=("baseline", "lit", "3t", "3t-main"),
     thirds=TUNED_THIRDS,
@@ -253,8 +253,15 @@ ABLATIONS: Mapping[str, Changes] = {
     "the third tower sees the augmented view": {"inputs.third_view": "same"},
     "four stored views": {"inputs.stored_views": 4},
     "sigmoid": {"objective.kind": "sigmoid"},
+    "the image tower starts at the third tower's weights": {"pair.image_from": "third"},
 }  # fmt: skip
 """3T with the matched third tower, one thing changed at a time."""
+
+WIDTHS: Mapping[str, str] = {
+    "third tower of 64 outputs": "matched-64",
+    "third tower of 576 outputs": "matched-576",
+}
+"""3T with a third tower that was trained as the matched one, and has a third or three times its outputs."""
 
 
 def _ablations(protocol: Protocol) -> Iterator[Unit]:
@@ -263,6 +270,8 @@ def _ablations(protocol: Protocol) -> Iterator[Unit]:
             yield Unit(
                 "ablations", label, "3t", MATCHED, seed, protocol.steps, changes=tuple(changes.items())
             )
+        for label, third in WIDTHS.items():
+            yield Unit("ablations", label, "3t", third, seed, protocol.steps)
 
 
 def _budgets(protocol: Protocol) -> Iterator[Unit]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from threetowers.compare.claims import TWICE, Exact, GridCell, Measured, Runs, claims
 from threetowers.compare.runs import PRIMARY
-from threetowers.compare.towers import TOWERS
+from threetowers.compare.towers import recipe
 from threetowers.evaluate.statistics import paired_difference, t_interval
 from threetowers.files import write_whole
 from threetowers.objective.pairs import METHODS, method_label
@@ -51,7 +51,7 @@ def summary(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, Any]
         "methods": _methods(main),
         "sweeps": _sweeps(main),
         "attributes": _attributes(main),
-        "towers": _towers(protocol, every, main),
+        "towers": _towers(protocol, every),
         "growth": _growth(of_part(every, "growth")),
         "ablations": _ablations(of_part(every, "ablations"), main),
         "budgets": _budgets(of_part(every, "budgets"), main),
@@ -227,16 +227,16 @@ def _attributes(main: Sequence[Record]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _towers(protocol: Protocol, records: Sequence[Record], main: Sequence[Record]) -> list[dict[str, Any]]:
+def _towers(protocol: Protocol, records: Sequence[Record]) -> list[dict[str, Any]]:
     """What each third tower is, its accuracy on its own labels, and the probes of its features, over seeds."""
     rows = []
-    own = of_part(records, "towers")
-    for name in dict.fromkeys(record.settings["third"] for record in main if record.settings["third"]):
+    own, used = of_part(records, "towers"), [*of_part(records, "main"), *of_part(records, "ablations")]
+    for name in dict.fromkeys(record.settings["third"] for record in used if record.settings["third"]):
         found = [record for record in own if record.settings["third"] == name]
         row: dict[str, Any] = {
             "name": name,
-            "summary": TOWERS[name].summary,
-            "steps": TOWERS[name].config.steps,
+            "summary": recipe(name).summary,
+            "steps": recipe(name).config.steps,
         }
         if not found and not protocol.own_towers:
             described = built_in.card(name)

@@ -6,7 +6,7 @@ from pathlib import Path
 from threetowers.compare.attributes import probe_tower
 from threetowers.compare.machine import machine
 from threetowers.compare.side_by_side import Outcome
-from threetowers.compare.towers import TOWERS, make_tower
+from threetowers.compare.towers import make_tower, recipe
 from threetowers.config import RunConfig
 from threetowers.errors import NonFiniteError
 from threetowers.reproduce.measure import diverged, evaluated, full_record, tuning_record
@@ -85,7 +85,7 @@ class TowerTask:
 
     @property
     def steps(self) -> int:
-        return max(TOWERS[self.tower].config.steps, 1)
+        return max(recipe(self.tower).config.steps, 1)
 
     def run(self, stop: StopRequest | None = None) -> Outcome:
         """Trains it, unless it is on disk; one that was stopped begins anew."""

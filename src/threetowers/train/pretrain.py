@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -76,7 +77,7 @@ def pretrain(config: PretrainConfig, folder: Path, *, stop: StopRequest | None =
     targets = _targets(config, train.class_names)
     train, val = (_with_target(source, targets) for source in (train, val))
     with initialised(config.seed, "pretrain"):
-        model = timm.create_model(config.model, num_classes=sum(targets.sizes))
+        model = _network(config, sum(targets.sizes))
         model = model.to(device, memory_format=torch.channels_last)
     folder.mkdir(parents=True, exist_ok=True)
     bad = BadSamples(folder, config.inputs.max_bad_share, len(train))
@@ -93,6 +94,18 @@ def pretrain(config: PretrainConfig, folder: Path, *, stop: StopRequest | None =
     }
     write_whole(report, json.dumps(described, indent=2))
     return accuracy
+
+
+def _network(config: PretrainConfig, outputs: int) -> Any:
+    """Raises UsageError for arguments that the architecture does not take."""
+    try:
+        return timm.create_model(config.model, num_classes=outputs, **config.model_args)
+    except (TypeError, ValueError, AssertionError) as error:
+        if not config.model_args:
+            raise
+        raise UsageError(
+            f"model_args: timm's {config.model} cannot be built with {config.model_args}: {error}"
+        ) from None
 
 
 def _check(config: PretrainConfig) -> None:
@@ -272,7 +285,7 @@ def _save(model: nn.Module, config: PretrainConfig, folder: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     model.to(memory_format=torch.contiguous_format)  # as timm and safetensors expect weights on disk
     with disk_errors(unfinished):
-        save_for_hf(model, str(unfinished), safe_serialization=True)
+        save_for_hf(model, str(unfinished), model_args=config.model_args or None, safe_serialization=True)
     for name in ("model.safetensors", "config.json"):
         with writing_aside(folder / name) as temporary:
             (unfinished / name).replace(temporary)

@@ -21,12 +21,12 @@ def as_image_tower(tower: FrozenTower, projection: Tensor | None) -> tuple[nn.Mo
     """
     if tower.reads == "texts":
         raise UsageError(
-            f"third: {tower.spec!r} reads texts and cannot become an image tower (lit, lit-unlocked). It can serve as "
-            "third tower of 3t"
+            f"third: {tower.spec!r} reads texts and cannot become an image tower (lit, lit-unlocked, "
+            "pair.image_from). It can serve as third tower of 3t"
         )
     if tower.features != "pooled" or tower.precision != "fp32":
         raise UsageError(
-            f"third: as image tower {tower.spec!r} is used as its library builds it; lit and lit-unlocked need "
+            f"third: as image tower {tower.spec!r} is used as its library builds it, which needs "
             "third_features = pooled and third_precision = fp32"
         )
     if tower.vision_cfg is None:
