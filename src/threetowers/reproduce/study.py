@@ -97,7 +97,7 @@ class _Study:
         self._shared: Shared | None = None
 
     def run(self, parts: Sequence[str], jobs: int) -> None:
-        """Makes the worlds and third towers that are missing, then the trials, then all other runs."""
+        """Makes the worlds that are missing, then the trials, then the third towers and all other runs."""
         protocol, places = self.protocol, self.places
         for folder in (places.out, places.records):
             folder.mkdir(parents=True, exist_ok=True)
@@ -115,8 +115,8 @@ class _Study:
         for world in dict.fromkeys([*((seed, protocol.num_train) for seed in seeds), *worlds]):
             render_world(places, *world, protocol.num_eval)
         self._shared = self._choose(jobs, missing, len(towers))
+        self._tune(tuning)  # with the third towers of the package
         self._side_by_side(towers, "third tower")
-        self._tune(tuning)
         self._runs(self._tasks(rest), "run")
 
     def _is_done(self, unit: Unit) -> bool:
