@@ -30,7 +30,7 @@ MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 IMAGE_TOWERS = {
     "own": "trained from scratch",
     "third": "the frozen tower and one trained linear projection",
-    "from-third": "starts at the frozen tower's weights and trains",
+    "start": "starts at the frozen tower's weights and trains",
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kit.runs import Config
 from kit.towers import image_tower
 from threetowers.compare.showcase import third_checks
-from threetowers.config import ObjectiveConfig, PairConfig, RunConfig
+from threetowers.config import ObjectiveConfig, RunConfig, StartConfig
 from threetowers.data.transforms import ImageSpec
 from threetowers.errors import UsageError
 from threetowers.model import ThreeTowers, build
@@ -278,13 +278,13 @@ def test_unlocked_lit_starts_at_the_frozen_towers_weights_and_moves(
 def test_3t_trains_a_copy_of_the_third_tower_and_leaves_the_tower_itself_alone(
     tiny_config: Config, timm_tower: str, tmp_path: Path
 ) -> None:
-    pair = replace(tiny_config().pair, image_from="third")
+    start = StartConfig(image="third")
     tower = image_tower(timm_tower)
-    model, architecture = build(tiny_config(method="3t", pair=pair), {"third": tower}, {"vocab_size": 300})
+    model, architecture = build(tiny_config(method="3t", start=start), {"third": tower}, {"vocab_size": 300})
     assert architecture.image == tower.image and model.img is not None
     for key, value in tower.module.state_dict().items():
         assert torch.equal(model.img.state_dict()[key], value)
-    result = train(tiny_config(method="3t", pair=pair), tmp_path / "run")
+    result = train(tiny_config(method="3t", start=start), tmp_path / "run")
     trained = load_run(result.folder).img.state_dict()
     trunk = load_frozen(timm_tower).module.state_dict()
     assert any(not torch.equal(value, trained[key]) for key, value in trunk.items())
@@ -295,18 +295,18 @@ def test_3t_trains_a_copy_of_the_third_tower_and_leaves_the_tower_itself_alone(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"method": "baseline"}, "'baseline' has no third tower"),
-        ({"method": "lit"}, "'lit' takes its image tower from the third tower anyway"),
-        ({"third": ("one=timm:a", "two=timm:b")}, "2 third towers are given"),
+        ({"method": "baseline"}, "with method 'baseline' it has no third tower"),
+        ({"method": "lit"}, "'lit' has the third tower as image tower"),
+        ({"third": ("one=timm:a", "two=timm:b")}, "its third towers are third_one, third_two"),
     ],
 )
 def test_an_image_tower_starts_at_one_third_towers_weights_that_stands_beside_it(
     changes: dict[str, Any], expected: str
 ) -> None:
     config = RunConfig(
-        **{"method": "3t", "third": ("timm:a",), "pair": PairConfig(image_from="third"), **changes}
+        **{"method": "3t", "third": ("timm:a",), "start": StartConfig(image="third"), **changes}
     )
-    with pytest.raises(UsageError, match=rf"pair\.image_from: .*{expected}"):
+    with pytest.raises(UsageError, match=rf"start\.image: .*{expected}"):
         pairs.objective(config)
 
 

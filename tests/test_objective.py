@@ -1,6 +1,7 @@
 """Losses of rows against their written formulas, and the tables of the methods."""
 
 import math
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from threetowers.config import Method, ObjectiveConfig, RunConfig
+from threetowers.config import Method, ObjectiveConfig, RunConfig, StartConfig
 from threetowers.errors import UsageError
 from threetowers.objective import losses, pairs
 from threetowers.objective.kinds import LOSSES, Compared
@@ -153,6 +154,12 @@ def test_every_method_is_a_table_and_only_the_baseline_needs_no_third(method: Me
         with pytest.raises(UsageError, match="one frozen tower"):
             pairs.objective(several)
     elif entry.needs_third:
+        if entry.image == "start":
+            with pytest.raises(
+                UsageError, match=r"start\.image: 'third' .* its third towers are third_a, third_b"
+            ):
+                pairs.objective(several)
+            several = replace(several, start=StartConfig(image="third_a"))
         faced = {pairs.tower_of(view) for view in pairs.objective(several).views()}
         assert {"third_a", "third_b"} <= faced
 

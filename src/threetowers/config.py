@@ -6,7 +6,9 @@ from typing import Literal
 
 from threetowers.errors import UsageError
 
-Method = Literal["baseline", "lit", "lit-unlocked", "3t", "3t-main", "3t-regression"]
+Method = Literal[
+    "baseline", "lit", "lit-unlocked", "3t", "3t-main", "3t-regression", "3t-warm", "3t-main-warm"
+]
 Scalar = str | bool | int | float
 
 
@@ -32,9 +34,21 @@ class PairConfig:
     """Standard deviation of each colour channel, in [0, 1]; open_clip's default."""
     weights: str | None = None
     """A safetensors file in open_clip's layout to start both towers from."""
-    image_from: Literal["scratch", "third"] = "scratch"
-    """3T: the image tower described here, or a copy of the third tower's network that starts at its weights, has its
-    preprocessing, and trains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """Towers that start at the weights of another model, whose network and preprocessing they take over."""
+
+    image: str | None = None
+    """`third` (one of several: third_NAME), or any frozen tower of images by its name, such as timm:NAME,
+    open_clip:NAME@TAG or file:RUN; `none`: the image tower that `pair` describes."""
+    text: str | None = None
+    """open_clip:NAME@TAG or file:RUN, with its tokenizer; `none`: the text tower that `pair` describes."""
+    image_size: int | None = None
+    """Side of the image tower's square input in pixels; `none`: that of its source."""
+    batchnorm: Literal["frozen", "train"] = "frozen"
+    """Whether the running statistics of a started image tower's BatchNorm stay as they are and are used in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +140,12 @@ class OptimConfig:
     """Parameter-name patterns (* and ?) that do not train; one that matches nothing is an error."""
     no_decay: tuple[str, ...] = ()
     """Parameter-name patterns that train without weight decay; one that matches nothing is an error."""
+    rules: tuple[str, ...] = ()
+    """Rules such as "img.trunk.* lr=0.05 from=200": the learning rate of the parameters that a pattern matches, as a
+    multiple of lr, and the step, counted from 0, up to which they stay as they are. Of several rules for a parameter
+    the last one holds; one that matches nothing is an error."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each layer of a started tower to the layer below it; 1: the same everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +193,7 @@ class RunConfig:
     """A store that `threetowers embed` made, or the folder of several; what is missing there is made on first use.
     `none` puts the folder beside the run folder."""
     pair: PairConfig = field(default_factory=PairConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     inputs: InputConfig = field(default_factory=InputConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -237,7 +258,7 @@ class CompareConfig:
     """Several methods on equal data, batch and steps; everything not listed here is each run's own configuration."""
 
     methods: tuple[Method, ...] = ("baseline", "lit", "3t")
-    """What to compare: baseline, lit, lit-unlocked, 3t, 3t-main, 3t-regression."""
+    """What to compare: baseline, lit, lit-unlocked, 3t, 3t-main, 3t-regression, 3t-warm, 3t-main-warm."""
     seeds: tuple[int, ...] = (0,)
     """Each method is trained once per seed; intervals over seeds need at least two."""
     lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
@@ -266,10 +287,12 @@ def check(config: RunConfig) -> None:
         "inputs.max_bad_share": (0 <= inputs.max_bad_share <= 1, "from 0 to 1"),
         "inputs.crop_scale": (0 < low <= high <= 1, "two shares above 0, the smaller first, up to 1"),
         "inputs.crop_ratio": (0 < flat <= tall, "two numbers above 0, the smaller first"),
+        "start.image_size": (config.start.image_size is None or config.start.image_size >= 1, one),
         "optim.lr": (0 < optim.lr < float("inf"), above),
         "optim.weight_decay": (optim.weight_decay >= 0, zero),
         "optim.betas": (all(0 <= beta < 1 for beta in optim.betas), "from 0 to below 1"),
         "optim.warmup_steps": (optim.warmup_steps >= 0, zero),
+        "optim.layer_decay": (0 < optim.layer_decay <= 1, "above 0, up to 1"),
         "optim.clip_norm": (optim.clip_norm >= 0, zero),
         "objective.init_scale": (0 < objective.init_scale <= objective.max_scale, "above 0, up to max_scale"),
     }

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from threetowers.config import ObjectiveConfig, RunConfig
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.errors import UsageError
 from threetowers.objective import losses
 from threetowers.objective.kinds import LOSSES, Compared
-from threetowers.objective.pairs import Objective, objective, tower_of
+from threetowers.objective.pairs import Objective, objective, start_view, tower_of
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.image_tower import as_image_tower
 from threetowers.towers.heads import head
@@ -29,6 +30,7 @@ from threetowers.towers.pair import (
     load_pair_weights,
     model_config,
 )
+from threetowers.towers.start import TextStart, is_half_of_pair
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class ThreeTowers(nn.Module):
         text_thirds: Collection[str] = (),
     ) -> None:
         super().__init__()
+        self.started: tuple[str, ...] = ()
+        """The towers that start at given weights."""
+        self.keep_statistics = False
+        """Whether BatchNorm of the image tower uses its running statistics in training, and leaves them as they are."""
         self.objective, self.image, self.embed_dim = table, image, embed_dim
         self.img, self.txt = img, txt
         self.thirds, self.third_widths = tuple(third_widths), dict(third_widths)
@@ -82,6 +88,15 @@ class ThreeTowers(nn.Module):
         self.max_log_scale = math.log(options.max_scale)
         biased = any(LOSSES[row.kind].bias for row in table.rows)
         self.bias = nn.Parameter(torch.full((len(table.rows),), options.init_bias)) if biased else None
+
+    def train(self, mode: bool = True) -> "ThreeTowers":
+        """Sets the mode of every module, and keeps BatchNorm of a started image tower in that of evaluation."""
+        super().train(mode)
+        if self.keep_statistics and self.img is not None:
+            for module in self.img.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
 
     def features(
         self,
@@ -192,31 +207,53 @@ class ThreeTowers(nn.Module):
 
 
 def build(
-    config: RunConfig, thirds: Mapping[str, FrozenTower], text_cfg: Mapping[str, Any]
+    config: RunConfig,
+    thirds: Mapping[str, FrozenTower],
+    text_cfg: Mapping[str, Any],
+    image_start: FrozenTower | None = None,
+    text_start: TextStart | None = None,
 ) -> tuple[ThreeTowers, Architecture]:
     """The model of a configuration, freshly initialised, and the architecture of its pair.
 
     thirds: the loaded frozen towers by view name. text_cfg: what the tokenizer decides of open_clip's text_cfg.
+    image_start, text_start: what `start.image` and `start.text` name, where that is no third tower of the run. The
+    width of the shared space is that of a tower that starts as half of a pair; others get a projection to it.
     Raises UsageError for a table or a pair that cannot be built.
     """
     table = objective(config)
     model_cfg = model_config(config.pair)
+    if text_start is not None:
+        model_cfg |= {"embed_dim": text_start.width, "text_cfg": text_start.config}
     model_cfg["text_cfg"] = {**model_cfg["text_cfg"], **text_cfg}
     image = image_spec(model_cfg, config.pair)
     img: nn.Module | None
     if table.image == "own":
         img = build_image_tower(model_cfg, config.seed)
-    else:
+    elif table.image == "third":
         (third,) = thirds.values()
-        img = _image_tower_of(third, config, model_cfg)
-        image = third.image
-        if table.image == "third":
-            img = None  # LiT reads the frozen tower's features; its network joins the pair when training is done
+        _image_tower_of(third, config, model_cfg, projects=config.objective.lit_projection)
+        img, image = None, third.image  # its network joins the pair when training is done
+    else:
+        source = image_start or thirds[start_view(config)]
+        if image_start is not None and is_half_of_pair(source.spec):
+            projects = text_start is not None and text_start.width != source.width
+        else:
+            projects = config.objective.lit_projection
+        img = _image_tower_of(source, config, model_cfg, projects, config.start.image_size)
+        image = source.image.at(config.start.image_size)
     txt = build_text_tower(model_cfg, config.seed)
-    if config.pair.weights is not None:
-        if table.image != "own":
+    if text_start is not None:
+        if model_cfg["embed_dim"] != text_start.width:
             raise UsageError(
-                f"pair.weights: method {config.method!r} takes its image tower from the third tower"
+                f"objective.lit_projection: without it the pair is {model_cfg['embed_dim']} wide, and the text tower "
+                f"of {text_start.spec!r} {text_start.width}"
+            )
+        text_start.load_into(txt)
+    if config.pair.weights is not None:
+        if table.image != "own" or text_start is not None:
+            whose = "start.text" if table.image == "own" else f"method {config.method!r} or start.image"
+            raise UsageError(
+                f"pair.weights: these are weights of both towers, and {whose} names others for one"
             )
         assert img is not None
         load_pair_weights(img, txt, config.pair.weights)
@@ -232,23 +269,32 @@ def build(
         table, img, txt, model_cfg["embed_dim"], widths, config.objective, image, config.seed,
         text_thirds=[view for view in widths if thirds[view].reads == "texts"],
     )  # fmt: skip
+    whole = config.pair.weights is not None
+    starts = {"img": table.image == "start" or whole, "txt": text_start is not None or whole}
+    model.started = tuple(name for name, given in starts.items() if given)
+    model.keep_statistics = table.image == "start" and config.start.batchnorm == "frozen"
     return model, Architecture(model_cfg, image)
 
 
-def _image_tower_of(third: FrozenTower, config: RunConfig, model_cfg: dict[str, Any]) -> nn.Module:
-    """The frozen tower's network as image tower; writes its vision_cfg, and its width, into model_cfg."""
+def _image_tower_of(
+    third: FrozenTower, config: RunConfig, model_cfg: dict[str, Any], projects: bool, size: int | None = None
+) -> nn.Module:
+    """The frozen tower's network as image tower; writes its vision_cfg, and its width, into model_cfg.
+
+    projects: whether a new projection to the pair's width follows. size: of its input, None for its own.
+    """
     if third.reads == "texts":
         raise UsageError(
             f"method {config.method!r} takes its image tower from the third tower, and {third.spec!r} reads texts; "
             "give it an image tower, or use it with method 3t"
         )
     projection = None
-    if config.objective.lit_projection:
+    if projects:
         layer = head(third.width, model_cfg["embed_dim"], seed=config.seed, name="img")
         projection = layer.weight.detach()
     else:
         model_cfg["embed_dim"] = third.width
-    img, model_cfg["vision_cfg"] = as_image_tower(third, projection)
+    img, model_cfg["vision_cfg"] = as_image_tower(third, projection, size)
     if model_cfg.get("quick_gelu") and "timm_model_name" not in model_cfg["vision_cfg"]:
         raise UsageError(
             f"pair.model: {config.pair.model!r} would change the activation of {third.spec!r}; take a pair without "

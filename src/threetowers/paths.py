@@ -89,6 +89,9 @@ def _with_paths(
         "data": places, "classes": places, "embeddings": lambda text: _relative(text, path), "third": tower,
     }  # fmt: skip
     changed = {key: each(value, own[key]) if key in own else value for key, value in values.items()}
+    if isinstance(values.get("start"), dict):
+        start = values["start"]
+        changed["start"] = start | {key: each(start[key], tower) for key in ("image", "text") if key in start}
     if isinstance(values.get("pair"), dict):
         pair = values["pair"]
         changed["pair"] = pair | {

@@ -33,6 +33,7 @@ from threetowers.objective.pairs import objective
 from threetowers.progress import duration
 from threetowers.run.setup import Setup, assemble, check_settings, describe_data, open_data
 from threetowers.train.guards import differing_keys
+from threetowers.train.optim import describe_groups
 from threetowers.train.room import amount, check_room, num_bytes, room, trained_bytes
 from threetowers.train.step import StepResult, TrainingStep
 
@@ -202,6 +203,12 @@ def _step(setup: Setup) -> Iterator[str]:
     batch = replace(batch, third_features=features, third_pixels={})
     torch.manual_seed(config.seed)
     take_step = TrainingStep(config, setup.model, setup.device, lambda batch: batch.third_features)
+    for group in describe_groups(take_step.optimizer, config.optim.lr):
+        yield (
+            f"trains: {group['numbers']:,} numbers of {_names(group['parameters'])}, learning rate {group['lr']:g}, "
+            f"weight decay {group['weight_decay']:g}"
+            + (f", from step {group['from_step']:,}" if group["from_step"] else "")
+        )
     times: list[float] = []
     memory = _Memory()
     while len(times) < STEPS or (sum(times[1:]) < STEP_SECONDS and len(times) < MOST_STEPS):
@@ -227,6 +234,12 @@ def _step(setup: Setup) -> Iterator[str]:
     yield _time(
         setup, step, data_seconds / num, 0.0 if live else sum(map(partial(_all_images, setup), embedding))
     )
+
+
+def _names(parameters: Sequence[str]) -> str:
+    """A few words for the names of parameters: the first, and how many more."""
+    more = len(parameters) - 1
+    return parameters[0] + (f" and {more} more" if more else "")
 
 
 def _all_images(setup: Setup, each: "_Embedding") -> float:

@@ -200,7 +200,7 @@ def _own_pair(run: Evaluated) -> Pair:
 def _exact(evaluated: Sequence[Evaluated]) -> Exact:
     """The checks of every run; those of the third tower, of each that has one beside two towers of its own."""
     methods = [(each.job, METHODS[each.job.config.method]) for each in evaluated]
-    beside = [job for job, method in methods if method.needs_third and method.image == "own"]
+    beside = [job for job, method in methods if method.third_beside]
     checks = [third_checks(job.folder) for job in beside]
     return Exact(
         [ends_equal(each) for each in evaluated if each.combination],

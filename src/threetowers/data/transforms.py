@@ -6,7 +6,7 @@ Pillow by a grey level or two. Pixels are uint8 until they are normalised on the
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -41,6 +41,12 @@ class ImageSpec:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def at(self, size: int | None) -> "ImageSpec":
+        """The same input of another size in pixels, of which the crop is the same share; None keeps the size."""
+        if size is None:
+            return self
+        return replace(self, size=size, resize_size=round(self.resize_size * size / self.size))
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "ImageSpec":

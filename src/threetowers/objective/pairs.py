@@ -24,9 +24,9 @@ CONTRASTIVE: tuple[Kind, ...] = ("softmax", "sigmoid")
 """Kinds that tell samples apart."""
 Heads = Literal["both", "third", "main", "none"]
 """Which sides of a row between a main tower and a third tower have a linear head."""
-ImageFrom = Literal["own", "third", "from-third"]
-"""Where the image tower comes from: `own` trains a tower from scratch or from given weights; `third` is LiT, the frozen
-tower with one trainable linear projection; `from-third` starts at the frozen tower's weights and trains."""
+ImageFrom = Literal["own", "third", "start"]
+"""Where the image tower comes from: `own` trains the tower that the settings describe; `third` is LiT, the frozen tower
+with one trainable linear projection; `start` trains a copy of the third tower, or of another one, from its weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,24 +160,34 @@ def objective(config: RunConfig) -> Objective:
 
 
 def _image_from(config: RunConfig, method: "MethodEntry") -> ImageFrom:
-    """Where the image tower comes from; raises UsageError where it cannot start at a third tower's weights."""
-    if config.pair.image_from == "scratch":
+    """Where the image tower comes from; raises UsageError for a start that the method has no use for."""
+    given = config.start.image
+    if given is None and method.image != "start":
         return method.image
-    if not method.needs_third or method.image != "own":
-        has = (
-            "has no third tower"
-            if not method.needs_third
-            else "takes its image tower from the third tower anyway"
-        )
+    if method.image == "third":
         raise UsageError(
-            f"pair.image_from: method {config.method!r} {has}; it is for methods with a third tower beside"
+            f"start.image: method {config.method!r} has the third tower as image tower, which does not train"
         )
-    if len(config.thirds()) > 1:
+    view, thirds = start_view(config), config.thirds() if method.needs_third else {}
+    if view and view not in thirds:
+        there = f"its third towers are {', '.join(thirds)}" if thirds else "it has no third tower"
         raise UsageError(
-            f"pair.image_from: {len(config.thirds())} third towers are given, and the image tower can start at the "
-            "weights of one"
+            f"start.image: {view!r} is a third tower of the run, and with method {config.method!r} {there}. Name one "
+            "of them, or a tower such as timm:NAME"
         )
-    return "from-third"
+    return "start"
+
+
+def start_view(config: RunConfig) -> str:
+    """The view of the third tower at whose weights the image tower starts; empty where it starts at others.
+
+    `third` means the only one, whatever its name is.
+    """
+    given = config.start.image or "third"
+    if ":" in given:
+        return ""
+    views = list(config.thirds())
+    return views[0] if given == "third" and len(views) == 1 else given
 
 
 def _check_learning(config: RunConfig, table: Objective) -> None:
@@ -240,6 +250,11 @@ class MethodEntry:
     def needs_third(self) -> bool:
         return self.max_thirds != 0
 
+    @property
+    def third_beside(self) -> bool:
+        """Whether the losses compare a third tower with two main towers that train."""
+        return self.max_thirds is None
+
 
 def _three_towers(thirds: Sequence[str], weights: Weights, options: ObjectiveConfig) -> tuple[Row, ...]:
     return three_towers(thirds, weights, options.kind, options.heads)
@@ -261,9 +276,9 @@ METHODS: dict[Method, MethodEntry] = {
     ),
     "lit-unlocked": MethodEntry(
         "LiT unlocked",
-        "As LiT, but the image tower continues to train from its pretrained weights.",
+        "As LiT, but the image tower continues to train from its pretrained weights: the baseline with a warm start.",
         lambda thirds, weights, options: baseline(options.kind),
-        image="from-third",
+        image="start",
         max_thirds=1,
     ),
     "3t": MethodEntry(
@@ -283,6 +298,19 @@ METHODS: dict[Method, MethodEntry] = {
         "3T regression",
         "As 3T, but the main towers predict the third tower's features instead of being contrasted with them.",
         lambda thirds, weights, options: regression(thirds, weights, options.regression, options.kind),
+    ),
+    "3t-warm": MethodEntry(
+        "3T warm",
+        "As 3T, but the image tower starts at the weights of the third tower, which stays frozen beside it.",
+        _three_towers,
+        image="start",
+    ),
+    "3t-main-warm": MethodEntry(
+        "3T main warm",
+        "As 3T main, but the image tower starts at the weights of the third tower, which stays frozen beside it.",
+        _three_towers,
+        image="start",
+        weights=MAIN_PAIR,
     ),
 }
 """Every method by the name that --method takes. A new method is one entry here and one name in `config.Method`."""

@@ -180,7 +180,7 @@ def _drawing(method: str, entry: MethodEntry) -> Html:
 
     left = ("third tower p", "frozen") if entry.image == "third" else ("image tower f", "trained")
     parts = [wire("M106 109H214"), box(2, 86, *left), box(214, 86, "text tower g", "trained")]
-    beside = entry.needs_third and entry.image == "own"
+    beside = entry.third_beside
     if beside:
         third = box(108, 8, "third tower p", "frozen")
         parts = [wire("M108 52L72 86"), wire("M212 52L248 86"), *parts, third]

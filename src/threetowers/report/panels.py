@@ -29,6 +29,8 @@ _METHOD_COLOURS = (
     ("#0072b2", "#58aee8"),
     ("#56b4e9", "#8fd0f5"),
     ("#009e73", "#35c79a"),
+    ("#6a3d9a", "#a987d3"),
+    ("#b15928", "#d98c5f"),
 )
 # Of the phases of a training step, in their order.
 PHASE_COLOURS = (

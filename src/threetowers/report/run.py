@@ -77,7 +77,7 @@ def _as_comparison(config: dict[str, Any], evaluation: dict[str, Any]) -> Compar
 def _weights(method: str, options: dict[str, Any]) -> str | None:
     """The weights that the run gives its rows, with their schedule; None for a method of a single row."""
     entry = next((entry for name, entry in METHODS.items() if name == method), None)
-    if entry is None or not entry.needs_third or entry.image != "own":
+    if entry is None or not entry.third_beside:
         return None
     start, end = (_numbers(options.get(name)) for name in ("weights", "weights_end"))
     kind = options.get("weights_schedule", "constant")

@@ -74,7 +74,7 @@ def full_record(
         hits["classes"] = pack(measured.class_hits)
     checks = {"ends": ends_equal(run)} if run.combination else {}
     method = METHODS[unit.method]
-    if method.needs_third and method.image == "own":
+    if method.third_beside:
         checks |= third_checks(folder)._asdict()
     control = score_average(baseline, run).figures() if baseline is not None else None
     described = _described(config, folder, finished) | {

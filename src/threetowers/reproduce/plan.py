@@ -253,7 +253,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "the third tower sees the augmented view": {"inputs.third_view": "same"},
     "four stored views": {"inputs.stored_views": 4},
     "sigmoid": {"objective.kind": "sigmoid"},
-    "the image tower starts at the third tower's weights": {"pair.image_from": "third"},
+    "the image tower starts at the third tower's weights": {"start.image": "third"},
 }  # fmt: skip
 """3T with the matched third tower, one thing changed at a time."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from threetowers.config import RunConfig
 from threetowers.data.decode import decode, upright_rgb
 from threetowers.data.source import Source
-from threetowers.data.tokenize import Tokenizer, load_tokenizer
+from threetowers.data.tokenize import OpenClipTokenizer, Tokenizer, load_tokenizer
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import BadSample, CheckpointError, DataError
 from threetowers.files import digest_file, write_whole
@@ -140,7 +140,7 @@ def save_run(
         "method": config.method,
         "model_cfg": architecture.model_cfg,
         "image": architecture.image.as_dict(),
-        "tokenizer": "open_clip" if config.pair.tokenizer == "open_clip" else "tokenizer.json",
+        "tokenizer": "open_clip" if isinstance(tokenizer, OpenClipTokenizer) else "tokenizer.json",
         "thirds": [
             {"view": view, "spec": tower.spec, "width": tower.width, "fingerprint": tower.fingerprint(),
              "reads": tower.reads, "had_gradient": tower.had_gradient()}

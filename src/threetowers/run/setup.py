@@ -24,8 +24,9 @@ from threetowers.progress import Progress
 from threetowers.run.allocator import keep_freed_memory
 from threetowers.run.finished import Parts, describe_parts
 from threetowers.run.pixels import kept_images, kept_views
-from threetowers.run.thirds import Thirds, load_thirds, stores_place
+from threetowers.run.thirds import Thirds, load_image_start, load_thirds, stores_place
 from threetowers.towers.pair import checkpoint_activations, model_config
+from threetowers.towers.start import TextStart, text_start
 from threetowers.world.scenes import Kind
 from threetowers.world.write import write_world
 
@@ -197,8 +198,15 @@ def describe_data(config: RunConfig) -> str:
     return f"{describe(train)}\n{len(train):,} images to train on, {len(val):,} to validate, {len(test):,} to test"
 
 
-def make_tokenizer(config: RunConfig, train: Source, saved: Path | None = None) -> Tokenizer:
-    """The configuration's tokenizer; one that was learned and saved in a run folder is read from there."""
+def make_tokenizer(
+    config: RunConfig, train: Source, saved: Path | None = None, start: TextStart | None = None
+) -> Tokenizer:
+    """The configuration's tokenizer; one that was learned and saved in a run folder is read from there.
+
+    start: a text tower to start at, which brings its own.
+    """
+    if start is not None:
+        return load_tokenizer(start.tokenizer, start.context_length)
     context_length = int(model_config(config.pair)["text_cfg"].get("context_length", 77))
     if config.pair.tokenizer != "trained":
         return load_tokenizer(config.pair.tokenizer, context_length)
@@ -237,9 +245,10 @@ def assemble(config: RunConfig, folder: Path, *, saved_tokenizer: Path | None = 
     device = pick_device(config.device)
     objective(config)  # a table that cannot be built should fail before anything is read
     train, val, test = open_data(config)
-    tokenizer = make_tokenizer(config, train, saved_tokenizer)
+    text = text_start(config.start.text) if config.start.text is not None else None
+    tokenizer = make_tokenizer(config, train, saved_tokenizer, text)
     towers = load_thirds(config, device) if METHODS[config.method].needs_third else {}
-    model, architecture = build(config, towers, tokenizer.text_cfg())
+    model, architecture = build(config, towers, tokenizer.text_cfg(), load_image_start(config), text)
     if config.grad_checkpointing:
         checkpoint_activations(model.img, model.txt)
     thirds = Thirds(

@@ -14,12 +14,14 @@ from threetowers.config import InputConfig, RunConfig
 from threetowers.data.loader import Batch
 from threetowers.data.source import Source, Subset
 from threetowers.data.transforms import ImageSpec
+from threetowers.errors import UsageError
 from threetowers.model import ThreeTowers
+from threetowers.objective.pairs import start_view
 from threetowers.run.allocator import return_freed_memory
 from threetowers.store.embed import find_or_make_store, store_for_training
 from threetowers.store.read import FIXED, Store, Views, find_store, is_store
 from threetowers.towers.frozen.base import FrozenTower, digest_of
-from threetowers.towers.frozen.load import load_frozen
+from threetowers.towers.frozen.load import kind_of, load_frozen
 
 NORM_SAMPLES = 1_024
 """Samples from which the norm of a live tower's features is taken."""
@@ -33,6 +35,18 @@ def load_thirds(config: RunConfig, device: torch.device) -> dict[str, FrozenTowe
         )
         for view, spec in config.thirds().items()
     }
+
+
+def load_image_start(config: RunConfig) -> FrozenTower | None:
+    """The tower that `start.image` names, for its weights; None where it names none, or a third tower of the run."""
+    spec = config.start.image
+    if spec is None or start_view(config):
+        return None
+    kind_of(spec, key="start.image")
+    try:
+        return load_frozen(spec, "start")
+    except UsageError as error:
+        raise UsageError(str(error).replace("third:", "start.image:", 1)) from None
 
 
 class Thirds:

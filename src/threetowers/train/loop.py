@@ -119,7 +119,7 @@ def _steps(session: Session) -> bool:
         lr = learning_rate(state.step, config.steps, config.optim)
         weights = table.weights(state.step)
         watch = partial(session.guard.watch, state.step, batch.index)
-        result = session.take_step(batch, lr, watch, weights=weights)
+        result = session.take_step(batch, lr, watch, step=state.step, weights=weights)
 
         state.step += 1
         clock.step_done(len(batch.index))

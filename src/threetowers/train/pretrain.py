@@ -229,7 +229,7 @@ def _fit(
         if stop is not None and stop.requested:
             raise Interrupted
         bad.add(problems, seen=len(labels))
-        set_learning_rate(optimizer, learning_rate(step, config.steps, config.optim))
+        set_learning_rate(optimizer, learning_rate(step, config.steps, config.optim), step)
         logits = model(normalise(pixels.to(device), image_spec(config)))
         loss = targets.loss(logits, labels.to(device))
         optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,7 @@
 """The state of a run in this process: started or continued, saved, and returned to its last checkpoint."""
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from threetowers.data.loader import BatchReader
 from threetowers.errors import CheckpointError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import check_evaluation
 from threetowers.evaluate.retrieval import METRICS
+from threetowers.files import write_whole
 from threetowers.run.finished import changed_parts
 from threetowers.run.setup import Setup, prepare
 from threetowers.settings import config_hash, did_you_mean
@@ -20,6 +22,7 @@ from threetowers.system import OtherLoad
 from threetowers.train import checkpoint
 from threetowers.train.guards import BadSamples, FiniteGuard, StopRequest
 from threetowers.train.log import RunLog
+from threetowers.train.optim import describe_groups
 from threetowers.train.profile import Profile, no_phase
 from threetowers.train.room import check_room, room
 from threetowers.train.saver import Saver
@@ -161,6 +164,8 @@ def open_session(
     if found is None:
         torch.manual_seed(config.seed)
         log.rewind(0)
+        table = describe_groups(take_step.optimizer, config.optim.lr)
+        write_whole(folder / "optimizer.json", json.dumps(table, indent=1))
         log.event(f"starting: {config.method}, {len(setup.train)} training samples, {config.steps} steps")
         session.save(final=True)  # a full disk is better found now than after hours
         needs = room(setup)

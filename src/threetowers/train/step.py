@@ -56,7 +56,7 @@ class TrainingStep:
     ) -> None:
         self.config, self.model, self.device, self.third_features = config, model, device, third_features
         self.phase = phase
-        self.optimizer = adamw(model, config.optim)
+        self.optimizer = adamw(model, config.optim, model.started)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.bf16 = config.precision != "fp32"
         if config.compile:
@@ -69,16 +69,18 @@ class TrainingStep:
         lr: float,
         found_inf: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
+        step: int = 0,
         weights: Sequence[float] | None = None,
     ) -> StepResult:
         """One step on a batch in host memory or on the device.
 
+        step: its number, counted from 0, by which rules say what trains.
         weights: of the rows at this step; None takes those of the first step.
         found_inf: from the loss and the gradient's norm, 1.0 on the device when the weights must stay as they are.
         """
         config, model, optimizer, phase = self.config, self.model, self.optimizer, self.phase
         with phase("optimiser"):
-            set_learning_rate(optimizer, lr)
+            set_learning_rate(optimizer, lr, step)
             optimizer.zero_grad(set_to_none=True)
         # around the backward pass too, where checkpointed activations are made again
         with trained_attention(self.device, model.img, model.txt, bf16=self.bf16):

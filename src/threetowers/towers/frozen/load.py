@@ -20,14 +20,17 @@ KINDS: tuple[Kind, ...] = (TIMM, HF, OPEN_CLIP, FILE, SHAPES, HF_TEXT, OPEN_CLIP
 PRECISIONS = ("fp32", "bf16")
 
 
-def kind_of(spec: str) -> tuple[Kind, str]:
-    """The kind that a tower's name begins with, and the rest of the name; raises UsageError for an unknown kind."""
+def kind_of(spec: str, *, key: str = "third") -> tuple[Kind, str]:
+    """The kind that a tower's name begins with, and the rest of the name.
+
+    key: of the setting that an error names. Raises UsageError for an unknown kind.
+    """
     prefix, colon, name = spec.partition(":")
     kind = next((kind for kind in KINDS if colon and kind.prefix == prefix), None)
     if kind is None:
         near = did_you_mean(prefix, [kind.prefix for kind in KINDS]) if colon else ""
         hint = near if near.startswith(";") else ""
-        raise UsageError(f"third: {spec!r} names no tower{hint}. Write {_all_forms()}")
+        raise UsageError(f"{key}: {spec!r} names no tower{hint}. Write {_all_forms()}")
     return kind, name
 
 
