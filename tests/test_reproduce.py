@@ -187,6 +187,8 @@ def _check_records(records: dict[str, Record]) -> None:
     assert form.settings["lr"] == 1e-3 and form.described["config"]["optim"]["lr"] == 1e-3
     assert form.described["seconds"] > 0 and form.described["machine"]["torch"]
     assert records["main-3t-twice-matched-seed5"].described["config"]["steps"] == 6
+    assert form.described["config"]["data"] == "worlds/seed5-64", "no folder of the machine"
+    assert not re.search(r'": "/|file:/', json.dumps([vars(record) for record in records.values()]))
 
 
 def _check_summary(found: dict[str, Any]) -> None:
@@ -207,7 +209,7 @@ def test_a_training_that_diverges_has_a_record_and_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaks(*_: Any, **__: Any) -> Any:
-        raise NonFiniteError("the loss is not finite")
+        raise NonFiniteError(f"the loss is not finite; see {tmp_path}/runs/x/events.log")
 
     monkeypatch.setattr(tasks, "train", breaks)
     places = Places(tmp_path, tmp_path / "records", shipped=True)
@@ -216,6 +218,7 @@ def test_a_training_that_diverges_has_a_record_and_ends_nothing(
     assert task.run().finished
     record = read_record(task.record)
     assert record.diverged and record.metrics == {}
+    assert record.described["diverged"] == "the loss is not finite; see runs/x/events.log"
     assert summary(SMALL, {task.name: record})["diverged"] == [task.name]
 
 

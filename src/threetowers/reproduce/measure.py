@@ -19,7 +19,7 @@ from threetowers.config import RunConfig
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.objective.pairs import METHODS
 from threetowers.reproduce.plan import Unit
-from threetowers.reproduce.records import Record, pack
+from threetowers.reproduce.records import Record, pack, within
 from threetowers.run.finished import FinishedRun, load_run
 from threetowers.settings import as_plain
 from threetowers.towers.frozen.base import num_parameters
@@ -34,9 +34,13 @@ def settings_of(unit: Unit, lr: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def diverged(unit: Unit, lr: float, error: Exception) -> Record:
+def diverged(unit: Unit, lr: float, folder: Path, error: Exception) -> Record:
     """The record of a unit whose training did not stay finite; it has no metrics, and counts as 0 in a choice."""
-    return Record(settings_of(unit, lr), {}, described={"diverged": str(error), "machine": machine("cpu")})
+    return Record(
+        settings_of(unit, lr),
+        {},
+        described={"diverged": within(folder.parents[1], str(error)), "machine": machine("cpu")},
+    )
 
 
 def tuning_record(unit: Unit, config: RunConfig, folder: Path) -> Record:
@@ -90,6 +94,6 @@ def _described(config: RunConfig, folder: Path, finished: FinishedRun) -> dict[s
     return {
         "seconds": max(row["seconds"] for row in metric_rows(folder) if "seconds" in row),
         "scale": finished.scale,
-        "config": as_plain(config),
+        "config": within(folder.parents[1], as_plain(config)),
         "machine": machine("cpu"),
     }

@@ -82,6 +82,19 @@ def of_part(records: Iterable[Record], part: str) -> list[Record]:
     return [record for record in records if record.settings["part"] == part]
 
 
+def within(folder: Path, value: Any) -> Any:
+    """Plain values with the paths below a folder as seen from there, so that a record says nothing of its machine.
+
+    >>> within(Path("/home/me/runs"), {"third": ["file:/home/me/runs/towers/rich"], "steps": 5})
+    {'third': ['file:towers/rich'], 'steps': 5}
+    """
+    if isinstance(value, str):
+        return value.replace(f"{folder}/", "")
+    if isinstance(value, Mapping):
+        return {key: within(folder, each) for key, each in value.items()}
+    return [within(folder, each) for each in value] if isinstance(value, list) else value
+
+
 def _rounded(value: Any) -> Any:
     """Floats to six significant digits, which is beyond what any figure is read to."""
     if isinstance(value, float):

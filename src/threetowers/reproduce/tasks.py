@@ -142,7 +142,7 @@ class RunTask:
         try:
             trained = train(self.config, self.folder, stop=stop)
         except NonFiniteError as error:
-            write_record(self.record, diverged(unit, lr, error))
+            write_record(self.record, diverged(unit, lr, self.folder, error))
             return Outcome(True, False, f"diverged: {error}")
         if not trained.finished:
             return Outcome(False, trained.stopped)
