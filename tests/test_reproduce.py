@@ -17,9 +17,10 @@ from threetowers.compare.concurrency import Concurrency
 from threetowers.compare.towers import OF_OTHER_WIDTHS
 from threetowers.errors import DataError, NonFiniteError, UsageError
 from threetowers.objective.pairs import METHODS, objective
-from threetowers.reproduce import plan, study, tasks
+from threetowers.reproduce import plan, runner, study, tasks
 from threetowers.reproduce.plan import FULL, QUICK, Protocol, Unit, chosen_parts, tuning_units, units
 from threetowers.reproduce.records import Record, pack, read_record, read_records, unpack, write_record
+from threetowers.reproduce.runner import Runner
 from threetowers.reproduce.study import learning_rates, reproduce
 from threetowers.reproduce.summary import label_of, summary
 from threetowers.reproduce.tasks import Places
@@ -237,10 +238,10 @@ def test_the_tuning_is_extended_and_later_runs_take_what_it_chose(
             write_record(task.record, Record(settings, {"val/mean_r@1": value}))
             yield task
 
-    monkeypatch.setattr(study, "side_by_side", pretend)
+    monkeypatch.setattr(runner, "side_by_side", pretend)
     monkeypatch.setattr(study, "render_world", lambda *_: None)
     monkeypatch.setattr(
-        study, "choose", lambda jobs, waiting, folder: Concurrency(1, 1, "a test", step_seconds=0.1)
+        runner, "choose", lambda jobs, waiting, folder: Concurrency(1, 1, "a test", step_seconds=0.1)
     )
     protocol = replace(SMALL, lrs=(1e-3, 2e-3), parts=("tuning", "main"), methods=("3t",), max_extensions=3)
     places = Places(tmp_path, tmp_path / "records", shipped=True)
@@ -252,12 +253,12 @@ def test_the_tuning_is_extended_and_later_runs_take_what_it_chose(
 
 def test_without_a_tuning_the_missing_rate_is_named(tmp_path: Path) -> None:
     protocol = replace(SMALL, lrs=(1e-3, 2e-3))
-    runner = study._Study(protocol, Places(tmp_path, tmp_path / "records", shipped=True), 0.0, 0.0)
+    places = Places(tmp_path, tmp_path / "records", shipped=True)
     with pytest.raises(
         DataError,
         match="there is no learning rate for 3t matched, baseline, lit matched; the part tuning chooses",
     ):
-        runner._tasks(list(units(protocol, "main"))[:4])
+        study._Study(protocol, places, Runner(tmp_path, 0.0))._tasks(list(units(protocol, "main"))[:4])
 
 
 @pytest.mark.parametrize(

@@ -62,14 +62,19 @@ def evaluated(unit: Unit, config: RunConfig, folder: Path) -> Evaluated:
 def full_record(
     unit: Unit, config: RunConfig, folder: Path, world: Path, baseline: Evaluated | None = None
 ) -> Record:
-    """The record of a finished run. baseline: that of the same seed, with which a LiT is averaged as control."""
+    """The record of a finished run.
+
+    world: the folder of its data; attributes are measured where that is the built-in world. baseline: the run of the
+    same seed with which a LiT is averaged as control.
+    """
     run = evaluated(unit, config, folder)
     measured = measure(run)
     finished = load_run(folder)
-    known = known_attributes(finished, world)
     metrics = {f"val/{PRIMARY}": run.evaluation["val"][PRIMARY], **measured.metrics}
-    metrics |= {f"attribute/{name}": value for name, value in known.zero_shot.items()}
-    metrics |= {f"probe/{name}": value for name, value in known.probe.items()}
+    if (world / "world.json").is_file():
+        known = known_attributes(finished, world)
+        metrics |= {f"attribute/{name}": value for name, value in known.zero_shot.items()}
+        metrics |= {f"probe/{name}": value for name, value in known.probe.items()}
     hits: dict[str, Any] = {}
     if MAIN_SYSTEM in measured.ranks:
         i2t, t2i = measured.ranks[MAIN_SYSTEM].hits()
@@ -91,8 +96,15 @@ def full_record(
 
 
 def _described(config: RunConfig, folder: Path, finished: FinishedRun) -> dict[str, Any]:
+    rows = metric_rows(folder)
+    seconds, curve = 0.0, []
+    for row in rows:
+        seconds = row.get("seconds", seconds)
+        if f"val/{PRIMARY}" in row:
+            curve.append([row["step"], seconds, row[f"val/{PRIMARY}"]])
     return {
-        "seconds": max(row["seconds"] for row in metric_rows(folder) if "seconds" in row),
+        "seconds": max(row["seconds"] for row in rows if "seconds" in row),
+        "curve": curve,
         "scale": finished.scale,
         "config": within(folder.parents[1], as_plain(config)),
         "machine": machine("cpu"),

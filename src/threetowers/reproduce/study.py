@@ -5,24 +5,20 @@ Records that were made on another machine count as well.
 """
 
 import math
-import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-from threetowers.compare.concurrency import Concurrency, choose
+from threetowers.compare.concurrency import Concurrency
 from threetowers.compare.runs import PRIMARY
-from threetowers.compare.side_by_side import Shared, Stopped, Task, side_by_side
+from threetowers.compare.side_by_side import Stopped
 from threetowers.errors import DataError
 from threetowers.progress import duration
 from threetowers.reproduce.plan import Protocol, Unit, chosen_parts, tuning_units, units
 from threetowers.reproduce.records import Record, read_records
+from threetowers.reproduce.runner import Runner
 from threetowers.reproduce.tasks import Places, RunTask, TowerTask, render_world
-from threetowers.run.pixels import Pixels
 
-T = TypeVar("T", bound=Task)
 RELATIVE_COST = {
     "baseline": 0.7,
     "lit": 0.35,
@@ -49,7 +45,7 @@ def reproduce(
     after this long, to be continued. Raises UsageError and DataError as the runs do.
     """
     parts = chosen_parts(protocol, only)
-    study = _Study(protocol, places, time.monotonic(), max_minutes)
+    study = _Study(protocol, places, Runner(places.out, max_minutes))
     try:
         study.run(parts, jobs)
     except Stopped:
@@ -91,10 +87,8 @@ def learning_rates(protocol: Protocol, records: Iterable[Record]) -> tuple[Chose
 class _Study:
     """One call of `reproduce`."""
 
-    def __init__(self, protocol: Protocol, places: Places, start: float, max_minutes: float) -> None:
-        self.protocol, self.places = protocol, places
-        self._start, self._max_minutes = start, max_minutes
-        self._shared: Shared | None = None
+    def __init__(self, protocol: Protocol, places: Places, runner: Runner) -> None:
+        self.protocol, self.places, self.runner = protocol, places, runner
 
     def run(self, parts: Sequence[str], jobs: int) -> None:
         """Makes the worlds that are missing, then the trials, then the third towers and all other runs."""
@@ -114,9 +108,9 @@ class _Study:
         seeds = sorted({protocol.tuning_seed, *(tower.seed for tower in towers)})
         for world in dict.fromkeys([*((seed, protocol.num_train) for seed in seeds), *worlds]):
             render_world(places, *world, protocol.num_eval)
-        self._shared = self._choose(jobs, missing, len(towers))
+        self._choose(jobs, missing, len(towers))
         self._tune(tuning)  # with the third towers of the package
-        self._side_by_side(towers, "third tower")
+        self.runner.run(towers, "third tower")
         self._runs(self._tasks(rest), "run")
 
     def _is_done(self, unit: Unit) -> bool:
@@ -134,16 +128,16 @@ class _Study:
     def _third(self, unit: Unit) -> str:
         return self.places.third(unit.third, unit.seed, self.protocol.tuning_seed) if unit.third else ""
 
-    def _choose(self, jobs: int, missing: Sequence[Unit], num_towers: int) -> Shared:
+    def _choose(self, jobs: int, missing: Sequence[Unit], num_towers: int) -> None:
         """How many runs train at a time; says so, and how long all will take."""
         first = next((unit for unit in missing if unit.method == "3t" and unit.part == "tuning"), missing[0])
         trial = replace(first, seed=self.protocol.tuning_seed, num_train=self.protocol.num_train)
-        start = time.monotonic()
-        found = choose(jobs, [self._task(trial, 1e-3).config] * len(missing), self.places.out)
-        print(found.text(), flush=True)
-        print(_estimate(missing, num_towers, found, self.places.out), flush=True)
-        self._start += time.monotonic() - start
-        return Shared(found.jobs, found.threads, {}, Pixels())
+        self.runner.choose(
+            jobs,
+            self._task(trial, 1e-3).config,
+            len(missing),
+            lambda found: _estimate(missing, num_towers, found, self.places.out),
+        )
 
     def _task(self, unit: Unit, lr: float) -> RunTask:
         data = self.places.world(unit.seed, unit.num_train)
@@ -199,27 +193,8 @@ class _Study:
         missing = [task for task in tasks if not task.record.is_file()]
         beside = [task.baseline for task in missing if task.baseline is not None]
         first = {task.name: task for task in beside if not task.has_features()}
-        self._side_by_side(list(first.values()), what)
-        self._side_by_side([task for task in missing if task.name not in first], what)
-
-    def _side_by_side(self, tasks: list[T], what: str) -> None:
-        assert self._shared is not None
-        numbers = iter(range(1, len(tasks) + 1))
-
-        def begin(task: Task) -> None:
-            so_far = duration(time.monotonic() - self._start)
-            print(f"[{what} {next(numbers)}/{len(tasks)}] {task.name} ({so_far} so far)", flush=True)
-
-        if tasks:
-            for _ in side_by_side(
-                deque(tasks), self._shared, begin, num_left=len(tasks), max_minutes=self._minutes_left()
-            ):
-                pass
-
-    def _minutes_left(self) -> float:
-        if not self._max_minutes:
-            return 0.0
-        return max(self._max_minutes - (time.monotonic() - self._start) / 60, 1e-3)
+        self.runner.run(list(first.values()), what)
+        self.runner.run([task for task in missing if task.name not in first], what)
 
 
 def _estimate(missing: Sequence[Unit], num_towers: int, found: Concurrency, out: Path) -> str:
