@@ -14,8 +14,11 @@ import timm
 import torch
 from PIL import Image, ImageDraw
 
+from threetowers.config import check
 from threetowers.data.decode import decode
 from threetowers.data.open import open_source, splits
+from threetowers.objective.pairs import objective
+from threetowers.reproduce.records import Record
 from threetowers.towers.frozen.load import load_frozen
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "real"
@@ -241,3 +244,72 @@ def test_a_package_of_another_digest_is_refused_and_one_that_is_there_is_used(
         packages._run(["no-such-client", "download"])
     with pytest.raises(SystemExit, match="failed"):
         packages._run([sys.executable, "-c", "import sys; sys.exit('a reason')"])
+
+
+def test_the_study_has_units_that_can_be_built_and_controls_that_differ_in_what_they_say(
+    scripts: Any,
+) -> None:
+    plan = scripts("plan")
+    towers = {"imagenet": "timm:a", "random": "timm:b", "icons": "file:c", "sentences": "hf-text:d"}
+    tuning, main = list(plan.tuning_units()), list(plan.main_units())
+    names = [unit.name for unit, *_ in [*tuning, *main]]
+    assert len(set(names)) == len(names) and len(main) == 6 * 3 * 8 + 8 + 3 * 6 and len(tuning) == 3 * 8 * 3
+    for unit, label, changes in [(u, each, c) for u, _, each, c in tuning] + [
+        (u, each, {}) for u, _, each in main
+    ]:
+        config = plan.config(unit, label, changes, "data/x", towers, "embeddings")
+        table = objective(config)
+        check(config)
+        warm = "warm" in label or label.startswith("LiT unlocked")
+        assert (table.image == "start") == warm and (config.start.image_size == 64) == warm
+        assert config.steps == plan.CORPORA[unit.size].steps and config.steps % config.eval_every_steps == 0
+        assert (unit.seed == plan.TUNING_SEED) == (unit.part == "tuning")
+        for choice in changes:
+            assert choice in ("optim.lr", "optim.rules")
+    both = plan.config(
+        plan.unit("main", "icons-20000", "3T main warm, ImageNet and sentences", 1),
+        "3T main warm, ImageNet and sentences", {}, "data/x", towers, "embeddings",
+    )  # fmt: skip
+    assert both.third == ("imagenet=timm:a", "sentences=hf-text:d") and both.start.image == "timm:a"
+
+
+def test_the_page_is_made_of_records_alone(scripts: Any, tmp_path: Path) -> None:
+    plan, results = scripts("plan"), scripts("results")
+    records = {}
+    machine = {"cores": 2, "cpu": "a CPU", "torch": "2"}
+    for number, (unit, corpus, label) in enumerate(plan.main_units()):
+        if corpus in ("icons-20000", "clipart"):
+            score = 0.1 + 0.1 * ("warm" in label) + 0.001 * (number % 5)
+            curve = [[50, 60.0, score / 2], [100, 120.0, score]]
+            described = {"seconds": 120.0, "curve": curve, "num_main": 1_000_000, "machine": machine}
+            control = {"chosen": 0.3} if label == "LiT" else None
+            metrics = (
+                {results.SCORE: score, "zero_shot/top1": 0.5}
+                if corpus != "clipart"
+                else {results.SCORE: score}
+            )
+            settings = {
+                "part": "main",
+                "label": unit.label,
+                "seed": unit.seed,
+                "size": unit.size,
+                "third": unit.third,
+            }
+            records[unit.name] = Record(settings, metrics, None, control, described=described)
+    for unit, family, _, _ in plan.tuning_units():
+        if family == "clipart":
+            settings = {
+                "part": "tuning",
+                "label": unit.label,
+                "seed": 0,
+                "size": unit.size,
+                "third": unit.third,
+            }
+            records[unit.name] = Record(settings, {"val/mean_r@1": 0.2}, described={"machine": machine})
+    results.write_page(tmp_path / "real.md", records)
+    text = (tmp_path / "real.md").read_text()
+    assert "24 of 72 tuning and 66 of 170 runs" in text and "2 cores of a CPU" in text
+    assert "## icons-20000" in text and "## clipart" in text and "## icons-2000\n" not in text
+    assert "| LiT | " in text and "| 30.0 ± 0.0 |" in text and "3T main warm − LiT unlocked" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| 3T main warm −")}
+    assert widths == {5} and "Validation R@1 after 2.0 minutes" in text

@@ -33,13 +33,35 @@ def write_corpus(folder: Path, parts: Mapping[str, Sequence[Drawing]]) -> None:
     for name, drawings in parts.items():
         if (folder / name / "00000.tar").is_file():
             continue
-        classes = sorted({drawing.category for drawing in drawings}) if name.startswith("classes") else ()
+        kind = name.partition("/")[0]
+        shared = [part for other, part in parts.items() if "/" in name and other.startswith(f"{kind}/")]
+        classes = sorted({drawing.category for part in shared for drawing in part})
         left_out = write_part(folder / name, drawings, classes)
         said = f"{folder / name}: {len(drawings) - left_out:,} pictures"
         said += f" of {len(classes)} classes" if classes else ""
         print(said + (f"; {left_out:,} could not be drawn or are blank" if left_out else ""))
     classes_too = " --classes " + str(folder / "classes" / "test") if "classes/test" in parts else ""
     print(f"threetowers train tiny --data {folder}{classes_too}")
+
+
+def make(corpus: str, out: Path, *, num: int = 90_000, by: str = "concept") -> None:
+    """Writes one corpus, fetching what it is made of. num: training icons. by: what the parts of emoji do not share."""
+    if corpus == "icons":
+        write_corpus(out, icons.parts(list(icons.read_icons(fetch(icons.PACKAGE))), num))
+    elif corpus == "emoji":
+        vendors = {vendor: fetch(package) for vendor, package in emoji.VENDORS.items()}
+        named = fetch(emoji.NAMES) / "package" / "en" / "data.json"
+        pictures = list(emoji.read_emoji(vendors, json.loads(named.read_text(encoding="utf-8"))))
+        write_corpus(out, emoji.by_concept(pictures) if by == "concept" else emoji.by_vendor(pictures))
+    elif corpus == "clipart":
+        drawings = list(clipart.read_clipart(fetch(clipart.PICTURES), fetch(clipart.TITLES)))
+        write_corpus(out, clipart.parts(drawings, 300))
+    elif corpus == "stamps":
+        write_corpus(out, clipart.parts(list(clipart.read_stamps(fetch(clipart.STAMPS))), 80))
+    else:
+        for number in pretrained.LITES:
+            print(f"--third {pretrained.lite(number, out / f'lite{number}')}")
+        print(f"--third {pretrained.minilm()}")
 
 
 def main() -> None:
@@ -49,34 +71,15 @@ def main() -> None:
     parser.add_argument("corpus", choices=("icons", "emoji", "clipart", "stamps", "towers"))
     parser.add_argument("--num", type=int, default=90_000, help="training icons; 0 takes all")
     parser.add_argument(
-        "--by", choices=("concept", "vendor"), default="concept", help="what parts of emoji share not"
+        "--by", choices=("concept", "vendor"), default="concept", help="what the parts of emoji do not share"
     )
     parser.add_argument(
         "--out", type=Path, default=None, help="the folder to write; by default one below data/"
     )
     options = parser.parse_args()
-    name = {"icons": f"icons-{options.num or 'all'}", "emoji": f"emoji-by-{options.by}"}.get(
-        options.corpus, options.corpus
-    )
-    out = options.out or Path("data") / name
-    if options.corpus == "icons":
-        write_corpus(out, icons.parts(list(icons.read_icons(fetch(icons.PACKAGE))), options.num))
-    elif options.corpus == "emoji":
-        vendors = {vendor: fetch(package) for vendor, package in emoji.VENDORS.items()}
-        named = fetch(emoji.NAMES) / "package" / "en" / "data.json"
-        pictures = list(emoji.read_emoji(vendors, json.loads(named.read_text(encoding="utf-8"))))
-        write_corpus(
-            out, emoji.by_concept(pictures) if options.by == "concept" else emoji.by_vendor(pictures)
-        )
-    elif options.corpus == "clipart":
-        drawings = list(clipart.read_clipart(fetch(clipart.PICTURES), fetch(clipart.TITLES)))
-        write_corpus(out, clipart.parts(drawings, 300))
-    elif options.corpus == "stamps":
-        write_corpus(out, clipart.parts(list(clipart.read_stamps(fetch(clipart.STAMPS))), 80))
-    else:
-        for number in pretrained.LITES:
-            print(f"--third {pretrained.lite(number, out / f'lite{number}')}")
-        print(f"--third {pretrained.minilm()}")
+    names = {"icons": f"icons-{options.num or 'all'}", "emoji": f"emoji-by-{options.by}"}
+    out = options.out or Path("data") / names.get(options.corpus, options.corpus)
+    make(options.corpus, out, num=options.num, by=options.by)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ CLASS_SET = "mdi"
 """The set whose categories are the classes of zero-shot classification; no other part has icons of it."""
 MOST = 2_000
 """Icons with a class."""
+TOWER_SET = "material-symbols"
+"""The set whose categories a tower of icons learns; without the concepts of validation and test."""
 
 
 def concept_of(name: str) -> str:
@@ -82,6 +84,7 @@ def parts(icons: list[Drawing], num: int, held_out: int = 1_000) -> dict[str, li
     train = sorted(
         (icon for icon in icons if icon.concept not in val | test), key=lambda icon: place(icon.key)
     )
+    known = [icon for icon in train if icon.key.startswith(f"{TOWER_SET}:") and icon.category]
     return {
         "train": train[:num] if num else train,
         "val": one_each(icon for icon in icons if icon.concept in val),
@@ -89,4 +92,6 @@ def parts(icons: list[Drawing], num: int, held_out: int = 1_000) -> dict[str, li
         "classes/test": sorted(
             (icon for icon in labelled if icon.category), key=lambda icon: place(icon.key)
         )[:MOST],
+        "categories/train": known[len(known) // 10 :],
+        "categories/test": known[: len(known) // 10],
     }
