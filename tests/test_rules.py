@@ -11,7 +11,7 @@ from torch import nn
 
 from kit.runs import Config, with_vit
 from threetowers.commands.validate import validate
-from threetowers.config import OptimConfig, RunConfig, check
+from threetowers.config import OptimConfig, RunConfig, StartConfig, check
 from threetowers.errors import UsageError
 from threetowers.run.finished import load_run
 from threetowers.run.setup import assemble
@@ -100,7 +100,9 @@ def test_each_layer_of_a_started_tower_learns_slower_than_the_one_above(
     tiny_config: Config, timm_tower: str, tmp_path: Path
 ) -> None:
     config = tiny_config(
-        method="3t-warm", optim=OptimConfig(layer_decay=0.5, rules=("img.trunk.stem* lr=3",))
+        method="3t-warm",
+        optim=OptimConfig(layer_decay=0.5, rules=("img.trunk.stem* lr=3",)),
+        start=StartConfig(lr=0.2),
     )
     model = assemble(config, tmp_path / "run").model
     optimizer = adamw(model, config.optim, model.started)
@@ -110,7 +112,7 @@ def test_each_layer_of_a_started_tower_learns_slower_than_the_one_above(
     top = max(layers.values())
     assert top > 2 and layers["head.proj.weight"] == top
     for name, layer in layers.items():
-        factor = 3.0 if name.startswith("trunk.stem") else 1.0
+        factor = 3.0 if name.startswith("trunk.stem") else 0.2 if name.startswith("trunk.") else 1.0
         assert rates[f"img.{name}"] == pytest.approx(factor * 0.5 ** (top - layer)), name
     others = {rate for name, rate in rates.items() if not name.startswith("img.")}
     assert others == {1.0}, "text tower, heads and scale do not start at given weights"

@@ -83,6 +83,7 @@ def test_both_towers_can_go_on_from_an_earlier_run(tiny_config: Config, tmp_path
     setup = assemble(config, tmp_path / "second")
     model = setup.model.eval()
     assert model.embed_dim == 20, "the space is that of the pair"
+    assert model.started == dict.fromkeys(("img", "txt"), StartConfig().lr)
     pixels = images(model.image.size)
     tokens = setup.tokenizer(TEXTS)
     assert torch.equal(tokens, first.tokenizer(TEXTS))
@@ -220,6 +221,10 @@ def test_weights_of_a_pair_and_a_start_exclude_each_other(tiny_config: Config, t
     train(tiny_config(method="baseline", steps=1), tmp_path / "first")
     exported = export_open_clip(tmp_path / "first", tmp_path / "exported") / "open_clip_model.safetensors"
     pair = replace(tiny_config().pair, weights=str(exported))
+    whole = assemble(tiny_config(method="3t", pair=pair), tmp_path / "whole").model
+    assert whole.started == {"img": 1.0, "txt": 1.0}, (
+        "weights that are given for a pair learn at the whole rate"
+    )
     for start, whose in (
         (StartConfig(image="third"), r"start\.image"), (StartConfig(text=f"file:{tmp_path / 'first'}"), r"start\.text"),
     ):  # fmt: skip

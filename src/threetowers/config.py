@@ -47,6 +47,9 @@ class StartConfig:
     """open_clip:NAME@TAG or file:RUN, with its tokenizer; `none`: the text tower that `pair` describes."""
     image_size: int | None = None
     """Side of the image tower's square input in pixels; `none`: that of its source."""
+    lr: float = 0.15
+    """Learning rate of what starts at given weights, as a multiple of optim.lr; a new projection behind it has the
+    whole rate. Rules in optim.rules come before this."""
     batchnorm: Literal["frozen", "train"] = "frozen"
     """Whether the running statistics of a started image tower's BatchNorm stay as they are and are used in training."""
 
@@ -288,6 +291,7 @@ def check(config: RunConfig) -> None:
         "inputs.crop_scale": (0 < low <= high <= 1, "two shares above 0, the smaller first, up to 1"),
         "inputs.crop_ratio": (0 < flat <= tall, "two numbers above 0, the smaller first"),
         "start.image_size": (config.start.image_size is None or config.start.image_size >= 1, one),
+        "start.lr": (0 <= config.start.lr < float("inf"), zero),
         "optim.lr": (0 < optim.lr < float("inf"), above),
         "optim.weight_decay": (optim.weight_decay >= 0, zero),
         "optim.betas": (all(0 <= beta < 1 for beta in optim.betas), "from 0 to below 1"),

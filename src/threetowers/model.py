@@ -64,8 +64,8 @@ class ThreeTowers(nn.Module):
         text_thirds: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self.started: tuple[str, ...] = ()
-        """The towers that start at given weights."""
+        self.started: dict[str, float] = {}
+        """The towers that start at given weights, and the multiple of the learning rate that these have."""
         self.keep_statistics = False
         """Whether BatchNorm of the image tower uses its running statistics in training, and leaves them as they are."""
         self.objective, self.image, self.embed_dim = table, image, embed_dim
@@ -269,9 +269,10 @@ def build(
         table, img, txt, model_cfg["embed_dim"], widths, config.objective, image, config.seed,
         text_thirds=[view for view in widths if thirds[view].reads == "texts"],
     )  # fmt: skip
-    whole = config.pair.weights is not None
-    starts = {"img": table.image == "start" or whole, "txt": text_start is not None or whole}
-    model.started = tuple(name for name, given in starts.items() if given)
+    if config.pair.weights is not None:
+        model.started = {"img": 1.0, "txt": 1.0}
+    starts = {"img": table.image == "start", "txt": text_start is not None}
+    model.started |= {name: config.start.lr for name, given in starts.items() if given}
     model.keep_statistics = table.image == "start" and config.start.batchnorm == "frozen"
     return model, Architecture(model_cfg, image)
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,6 +16,8 @@ from threetowers.errors import UsageError
 
 LOGITS = ("log_scale", "bias")
 """Parameters of the logits, beside those of towers and heads."""
+NEW = ("img.head.",)
+"""The projection that open_clip puts behind the trunk of a timm network, which starts at random."""
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> int:
@@ -76,19 +78,25 @@ def read_rule(text: str) -> Rule:
 
 
 def parameter_groups(
-    model: nn.Module, config: OptimConfig, started: Collection[str] = ()
+    model: nn.Module, config: OptimConfig, started: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
     """AdamW's groups, each with the names of its parameters.
 
     Matrices and what has more dimensions decay; vectors, heads, what `no_decay` names and the scale do not. The scale
     and bias of the logits have the learning rate times `scale_lr_multiplier`; every group has its `lr_multiplier` and
     the step `from_step` from which it trains, which rules and `layer_decay` set for other parameters. started: the
-    towers that start at given weights. Raises UsageError for a pattern that matches nothing.
+    towers that start at given weights, and the multiple of the rate that these have where no rule gives another.
+    Raises UsageError for a pattern that matches nothing.
     """
     spared = {id(p) for pattern in config.no_decay for p in _matching(model, pattern, "optim.no_decay")}
-    lrs, starts = _layer_factors(model, config.layer_decay, started), dict[str, int]()
+    lrs, starts = _layer_factors(model, config.layer_decay, started or {}), dict[str, int]()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    by_rule: dict[str, float] = {}
+    by_rule = {
+        name: factor
+        for tower, factor in (started or {}).items()
+        for name in named
+        if name.startswith(f"{tower}.") and not name.startswith(NEW)
+    }
     for rule in map(read_rule, config.rules):
         found = [name for name in named if name not in LOGITS and fnmatchcase(name, rule.match)]
         if not found:
@@ -119,7 +127,7 @@ def parameter_groups(
     ]  # with the order of names within a kind
 
 
-def _layer_factors(model: nn.Module, decay: float, started: Collection[str]) -> dict[str, float]:
+def _layer_factors(model: nn.Module, decay: float, started: Mapping[str, float]) -> dict[str, float]:
     """The factor of the learning rate of each parameter in a layer of a started tower."""
     if decay == 1.0:
         return {}
@@ -177,7 +185,9 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     return sum(size > 1 for size in parameter.shape) >= 2
 
 
-def adamw(model: nn.Module, config: OptimConfig, started: Collection[str] = ()) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, config: OptimConfig, started: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW over everything that trains; started: as in `parameter_groups`. Raises UsageError when nothing trains."""
     freeze(model, config.freeze)
     groups = parameter_groups(model, config, started)
