@@ -42,6 +42,7 @@ SLOW = {
     "busy": "--rounds 1 --seconds 0.1 --works LiT --beside nothing",
     "e2e": "--rounds 1 --seconds 3 --batch-size 8 --samples 512",
     "kept": "--share 0.2 --sets RGBA",
+    "quality": "--data {world} --methods baseline --steps 2 --every 1 --lrs 1e-3",
     "jobs": "--rounds 1 --steps 2 --seeds 0",
     "resume": "--quick",
 }
@@ -110,11 +111,13 @@ def test_the_page_keeps_what_is_not_measured_again(page: ModuleType) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_a_benchmark_of_whole_runs_runs_at_toy_size(name: str, page: ModuleType, tmp_path: Path) -> None:
-    out = tmp_path / f"{name}.json"
+    out, world = tmp_path / f"{name}.json", tmp_path / "world"
+    if "{world}" in SLOW[name]:
+        write_world(world, num_train=300, num_val=20, num_test=20, num_labelled=0)
     command = [
         sys.executable,
         str(BENCHMARKS / f"{name}.py"),
-        *SLOW[name].format(src=BENCHMARKS.parent / "src").split(),
+        *SLOW[name].format(src=BENCHMARKS.parent / "src", world=world).split(),
         "--out",
         str(out),
     ]
