@@ -34,6 +34,7 @@ guards: $(STAMP) ## remove each guard once and check that a test fails; about th
 
 claims: $(STAMP) ## the study of the paper's claims, resumable; at most eight hours on two cores
 	$(RUN)/threetowers reproduce --records docs/claims/runs --docs docs/claims.md
+	$(RUN)/python docs/tables.py
 
 towers: $(STAMP) ## make the package's third towers from nothing, and say whether they are the same; about ten minutes
 	$(RUN)/python benchmarks/towers.py

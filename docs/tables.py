@@ -1,4 +1,4 @@
-"""The tables of the documents that are drawn from the code's lists.
+"""The tables of the documents that are drawn from the code's lists, and from the committed results of the study.
 
     python docs/tables.py            # writes every marked table of the documents again; `make docs`
     python docs/tables.py --check    # changes nothing; exits with 1 and names the files that would change
@@ -9,21 +9,24 @@ A document marks the place of a table by a pair of comments, and what stands bet
     <!-- end -->
 """
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from threetowers.config import Method, RunConfig
 from threetowers.data.open import FORMATS
 from threetowers.objective.kinds import LOSSES
 from threetowers.objective.pairs import Objective, objective
 from threetowers.recipes import PRESETS
+from threetowers.report.claims import title
 from threetowers.towers.frozen.load import KINDS
 from threetowers.train.profile import PHASES
 
 ROOT = Path(__file__).parents[1]
+STUDY = ROOT / "docs" / "claims" / "study.json"
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -51,7 +54,17 @@ def tables() -> dict[str, str]:
             ((f"`{name}`", (preset.__doc__ or "").splitlines()[0]) for name, preset in PRESETS.items()),
         ),
         "phases": markdown(("phase", "what it is"), PHASES.items()),
+        "claims": claims(json.loads(STUDY.read_bytes())),
     }
+
+
+def claims(study: dict[str, Any]) -> str:
+    """The verdict on every claim of the study, and where none is judged yet, how far the study is."""
+    judged = study.get("claims") or ()
+    if not judged:
+        done = sum(row["done"] for row in study["progress"])
+        return f"No claim is judged yet: {done:,} of {sum(row['total'] for row in study['progress']):,} runs are done."
+    return markdown(("claim", "verdict"), ((title(claim), f"**{claim['verdict']}**") for claim in judged))
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

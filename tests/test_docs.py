@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from PIL import Image
 from kit.runs import TINY_INPUTS, TINY_PAIR
 from threetowers.config import RunConfig
 from threetowers.export.open_clip import export_open_clip
+from threetowers.report.claims import title
 from threetowers.train.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +107,18 @@ def test_every_table_has_a_place_and_a_changed_one_is_noticed() -> None:
     assert "| another |" in module.filled(text, changed)
     with pytest.raises(KeyError):
         module.filled("<!-- table: unknown -->\n<!-- end -->", known)
+
+
+def test_the_table_of_claims_has_every_claim_of_the_results_and_no_other() -> None:
+    module = docs_module("tables.py")
+    study = json.loads((ROOT / "docs" / "claims" / "study.json").read_bytes())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- table: claims -->")[2]
+    rows = re.findall(r"^\| (C\d.*?) \| \*\*(.*?)\*\* \|$", readme.partition("<!-- end -->")[0], re.MULTILINE)
+    assert rows == [(title(claim), claim["verdict"]) for claim in study["claims"]]
+    claim = {"id": "C3", "third": "mismatched", "text": "3T is not worse.", "verdict": "not shown"}
+    made = study | {"claims": [claim], "progress": [{"part": "main", "done": 3, "total": 9}]}
+    assert "| C3 mismatched: 3T is not worse. | **not shown** |" in module.claims(made)
+    assert module.claims(made | {"claims": []}) == "No claim is judged yet: 3 of 9 runs are done."
 
 
 def test_figures_are_those_of_the_code() -> None:
