@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from threetowers.compare.claims import MISMATCHED, TWICE
-from threetowers.config import Method, RunConfig
+from threetowers.config import Method, RunConfig, StartConfig
 from threetowers.errors import UsageError
 from threetowers.objective.pairs import METHODS
 from threetowers.recipes import PRESETS
@@ -116,7 +116,7 @@ class Unit:
         """The configuration of its run. data: folder of its world. third: its third tower as --third takes it."""
         base = replace(
             PRESETS["shapes"](), method=self.method, data=data, classes=f"{data}/objects/test", seed=self.seed,
-            third=(third,) if self.third else (), embeddings=embeddings, eval_every_steps=0,
+            third=(third,) if self.third else (), embeddings=embeddings, eval_every_steps=0, start=StartConfig(lr=1.0),
         )  # fmt: skip
         return replace_nested(
             base, nested({"steps": self.steps, "optim.lr": lr, **dict(self.changes), **smoke})
