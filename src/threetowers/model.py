@@ -65,7 +65,7 @@ class ThreeTowers(nn.Module):
     ) -> None:
         super().__init__()
         self.started: dict[str, float] = {}
-        """The towers that start at given weights, and the multiple of the learning rate that these have."""
+        """The modules that start at given weights, and the multiple of the learning rate that these have."""
         self.keep_statistics = False
         """Whether BatchNorm of the image tower uses its running statistics in training, and leaves them as they are."""
         self.objective, self.image, self.embed_dim = table, image, embed_dim
@@ -222,7 +222,13 @@ def build(
     """
     table = objective(config)
     model_cfg = model_config(config.pair)
+    projects = False  # onto the pair's space, by a new layer behind a started image tower
     if text_start is not None:
+        if model_cfg.get("quick_gelu"):
+            raise UsageError(
+                f"pair.model: {config.pair.model!r} would change the activation of {text_start.spec!r}; take a pair "
+                "without quickgelu"
+            )
         model_cfg |= {"embed_dim": text_start.width, "text_cfg": text_start.config}
     model_cfg["text_cfg"] = {**model_cfg["text_cfg"], **text_cfg}
     image = image_spec(model_cfg, config.pair)
@@ -271,7 +277,8 @@ def build(
     )  # fmt: skip
     if config.pair.weights is not None:
         model.started = {"img": 1.0, "txt": 1.0}
-    starts = {"img": table.image == "start", "txt": text_start is not None}
+    image_part = "img.trunk" if projects and hasattr(img, "trunk") else "img"
+    starts = {image_part: table.image == "start", "txt": text_start is not None}
     model.started |= {name: config.start.lr for name, given in starts.items() if given}
     model.keep_statistics = table.image == "start" and config.start.batchnorm == "frozen"
     return model, Architecture(model_cfg, image)

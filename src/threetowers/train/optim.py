@@ -16,8 +16,6 @@ from threetowers.errors import UsageError
 
 LOGITS = ("log_scale", "bias")
 """Parameters of the logits, beside those of towers and heads."""
-NEW = ("img.head.",)
-"""The projection that open_clip puts behind the trunk of a timm network, which starts at random."""
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> int:
@@ -85,7 +83,7 @@ def parameter_groups(
     Matrices and what has more dimensions decay; vectors, heads, what `no_decay` names and the scale do not. The scale
     and bias of the logits have the learning rate times `scale_lr_multiplier`; every group has its `lr_multiplier` and
     the step `from_step` from which it trains, which rules and `layer_decay` set for other parameters. started: the
-    towers that start at given weights, and the multiple of the rate that these have where no rule gives another.
+    modules that start at given weights, and the multiple of the rate that these have where no rule gives another.
     Raises UsageError for a pattern that matches nothing.
     """
     spared = {id(p) for pattern in config.no_decay for p in _matching(model, pattern, "optim.no_decay")}
@@ -93,9 +91,9 @@ def parameter_groups(
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     by_rule = {
         name: factor
-        for tower, factor in (started or {}).items()
+        for module, factor in (started or {}).items()
         for name in named
-        if name.startswith(f"{tower}.") and not name.startswith(NEW)
+        if name.startswith(f"{module}.")
     }
     for rule in map(read_rule, config.rules):
         found = [name for name in named if name not in LOGITS and fnmatchcase(name, rule.match)]
@@ -137,7 +135,7 @@ def _layer_factors(model: nn.Module, decay: float, started: Mapping[str, float])
             "start.text or pair.weights, or leave it out"
         )
     factors: dict[str, float] = {}
-    for tower in started:
+    for tower in dict.fromkeys(module.partition(".")[0] for module in started):
         layers = layers_of(model.get_submodule(tower))
         top = max(layers.values())
         factors |= {f"{tower}.{name}": decay ** (top - layer) for name, layer in layers.items()}
