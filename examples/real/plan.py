@@ -134,7 +134,8 @@ def tuning_units() -> Iterator[tuple[Unit, str, str, Changes]]:
     for family in dict.fromkeys(corpus.family for corpus in CORPORA.values()):
         for label, variant in VARIANTS.items():
             for choice, changes in variant.grid:
-                yield unit("tuning", family, label, TUNING_SEED, choice), family, label, changes
+                trial = unit("tuning", family, label, TUNING_SEED, choice)
+                yield replace(trial, lr=changes.get("optim.lr", trial.lr)), family, label, changes
 
 
 def main_units() -> Iterator[tuple[Unit, str, str]]:
