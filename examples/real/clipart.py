@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
-from drawings import Drawing, one_each, split_concepts
+from drawings import Drawing
 from packages import Package
 
 PICTURES = Package(
@@ -62,13 +62,3 @@ def read_stamps(package: Path) -> Iterator[Drawing]:
                 yield Drawing(
                     str(path.relative_to(root)), sentence.lower(), (sentence,), png=path.read_bytes()
                 )
-
-
-def parts(drawings: list[Drawing], held_out: int) -> dict[str, list[Drawing]]:
-    """Training drawings, and one of each title held out for validation and for the test."""
-    val, test = split_concepts((drawing.concept for drawing in drawings), held_out, held_out)
-    return {
-        "train": [drawing for drawing in drawings if drawing.concept not in val | test],
-        "val": one_each(drawing for drawing in drawings if drawing.concept in val),
-        "test": one_each(drawing for drawing in drawings if drawing.concept in test),
-    }

@@ -22,7 +22,7 @@ import clipart
 import emoji
 import icons
 import pretrained
-from drawings import Drawing, write_part
+from drawings import Drawing, parts_by_concept, write_part
 from packages import fetch
 
 from threetowers.errors import ThreeTowersError
@@ -55,9 +55,9 @@ def make(corpus: str, out: Path, *, num: int = 90_000, by: str = "concept") -> N
         write_corpus(out, emoji.by_concept(pictures) if by == "concept" else emoji.by_vendor(pictures))
     elif corpus == "clipart":
         drawings = list(clipart.read_clipart(fetch(clipart.PICTURES), fetch(clipart.TITLES)))
-        write_corpus(out, clipart.parts(drawings, 300))
+        write_corpus(out, parts_by_concept(drawings, 300))
     elif corpus == "stamps":
-        write_corpus(out, clipart.parts(list(clipart.read_stamps(fetch(clipart.STAMPS))), 80))
+        write_corpus(out, parts_by_concept(list(clipart.read_stamps(fetch(clipart.STAMPS))), 80))
     else:
         for number in pretrained.LITES:
             print(f"--third {pretrained.lite(number, out / f'lite{number}')}")

@@ -51,6 +51,16 @@ def one_each(drawings: Iterable[Drawing]) -> list[Drawing]:
     return list(first.values())
 
 
+def parts_by_concept(drawings: Sequence[Drawing], held_out: int) -> dict[str, list[Drawing]]:
+    """Training drawings in their order, and one of each concept held out for validation and for the test."""
+    val, test = split_concepts((drawing.concept for drawing in drawings), held_out, held_out)
+    return {
+        "train": [drawing for drawing in drawings if drawing.concept not in val | test],
+        "val": one_each(drawing for drawing in drawings if drawing.concept in val),
+        "test": one_each(drawing for drawing in drawings if drawing.concept in test),
+    }
+
+
 def draw(drawing: Drawing) -> bytes | None:
     """The picture as PNG of SIZE × SIZE pixels on white; None for one that cannot be drawn, or is blank."""
     try:

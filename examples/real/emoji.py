@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from drawings import Drawing, one_each, split_concepts
+from drawings import Drawing, parts_by_concept
 from packages import Package
 
 LICENCE = "MIT for the data; the pictures belong to their vendors, see the package's README"
@@ -54,13 +54,9 @@ def read_emoji(vendors: Mapping[str, Path], names: list[dict[str, Any]]) -> Iter
 def by_concept(pictures: list[tuple[str, Drawing]], held_out: int = 250) -> dict[str, list[Drawing]]:
     """All vendors in every part, and no emoji in two of them; one picture of each that is held out."""
     drawings = [drawing for _, drawing in pictures]
-    val, test = split_concepts((drawing.concept for drawing in drawings), held_out, held_out)
-    return {
-        "train": [drawing for drawing in drawings if drawing.concept not in val | test],
-        "val": one_each(drawing for drawing in drawings if drawing.concept in val),
-        "test": one_each(drawing for drawing in drawings if drawing.concept in test),
-        "classes/test": [drawing for drawing in drawings if drawing.concept in val | test],
-    }
+    parts = parts_by_concept(drawings, held_out)
+    held = {drawing.concept for name in ("val", "test") for drawing in parts[name]}
+    return {**parts, "classes/test": [drawing for drawing in drawings if drawing.concept in held]}
 
 
 def by_vendor(pictures: list[tuple[str, Drawing]]) -> dict[str, list[Drawing]]:

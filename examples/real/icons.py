@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drawings import Drawing, one_each, place, split_concepts
+from drawings import Drawing, parts_by_concept, place
 from packages import Package
 
 PACKAGE = Package(
@@ -80,15 +80,12 @@ def parts(icons: list[Drawing], num: int, held_out: int = 1_000) -> dict[str, li
     """
     labelled = [icon for icon in icons if icon.key.startswith(f"{CLASS_SET}:")]
     icons = [icon for icon in icons if not icon.key.startswith(f"{CLASS_SET}:")]
-    val, test = split_concepts((icon.concept for icon in icons), held_out, held_out)
-    train = sorted(
-        (icon for icon in icons if icon.concept not in val | test), key=lambda icon: place(icon.key)
-    )
+    by_concept = parts_by_concept(icons, held_out)
+    train = sorted(by_concept["train"], key=lambda icon: place(icon.key))
     known = [icon for icon in train if icon.key.startswith(f"{TOWER_SET}:") and icon.category]
     return {
+        **by_concept,
         "train": train[:num] if num else train,
-        "val": one_each(icon for icon in icons if icon.concept in val),
-        "test": one_each(icon for icon in icons if icon.concept in test),
         "classes/test": sorted(
             (icon for icon in labelled if icon.category), key=lambda icon: place(icon.key)
         )[:MOST],

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from threetowers.config import InputConfig, Method, OptimConfig, PairConfig, RunConfig
+from threetowers.objective.pairs import METHODS
 from threetowers.reproduce.plan import Part, Unit, nested
 from threetowers.settings import replace_nested
 
@@ -160,7 +161,7 @@ def config(
     changes = dict(variant.changes) | dict(chosen)
     if changes.get("start.image") in towers:
         changes["start.image"] = towers[changes["start.image"]]
-    if variant.method in ("lit-unlocked", "3t-warm", "3t-main-warm") or "start.image" in changes:
+    if METHODS[variant.method].image == "start" or "start.image" in changes:
         changes["start.image_size"] = 64
     whole = replace(
         base(), method=variant.method, data=data, classes=f"{data}/classes/test" if about.classes else None,

@@ -69,12 +69,11 @@ def mean_text(values: Sequence[float]) -> str:
 
 
 def _progress(records: Mapping[str, Record]) -> str:
-    done = {name for name, record in records.items()}
     parts = {
         "tuning": [unit.name for unit, *_ in plan.tuning_units()],
         "runs": [unit.name for unit, *_ in plan.main_units()],
     }
-    counts = [f"{len(done & set(names))} of {len(names)} {part}" for part, names in parts.items()]
+    counts = [f"{len(records.keys() & set(names))} of {len(names)} {part}" for part, names in parts.items()]
     machines = {
         f"{record.described['machine']['cores']} cores of {record.described['machine']['cpu']}, torch "
         f"{record.described['machine']['torch']}"
