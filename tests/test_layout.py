@@ -167,6 +167,9 @@ def test_no_pickle_and_no_network_client_in_the_source() -> None:
             assert not re.search(r"pickle\.(loads?|Unpickler)\b", text)
         else:
             assert "torch.load(" not in text, path
+        if path.name == "sets.py":  # DataComp's list of tasks is YAML
+            barred -= {"yaml"}
+            assert set(re.findall(r"yaml\.(\w*load\w*)", text)) == {"safe_load"}
         assert not names & barred, path
         assert not re.search(r"(?<![.\w])(eval|exec)\(|os\.system|shell=True|trust_remote_code=True", text), (
             path

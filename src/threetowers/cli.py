@@ -215,21 +215,37 @@ def _page(words: list[str]) -> int:
 
 
 def _evaluate(words: list[str]) -> int:
-    """evaluate a finished run on its own test data or another: threetowers evaluate RUN [--data PATH]"""
+    """measure any model: threetowers evaluate RUN|open_clip:…|hf:…|features:DIR [--suite FILE] [--data PATH] …"""
 
     def evaluate(
-        run: tyro.conf.Positional[Path], *, data: str | None = None, classes: str | None = None
+        target: tyro.conf.Positional[str],
+        *,
+        data: str | None = None,
+        classes: str | None = None,
+        suite: str | None = None,
+        out: Path = Path("runs/evaluate"),
+        part: str = "0/1",
+        device: str = "auto",
+        workers: int = 0,
     ) -> None:
-        """Retrieval, the convex combination and, with classes, zero-shot classification.
+        """A run on its own test data, with the convex combination; or any model on other data, or on a whole suite.
 
         Args:
-            run: A finished run folder.
+            target: A run folder; open_clip:NAME@TAG; hf:DIR_OR_ID; a directory of open_clip's or transformers';
+                features:FOLDER.
             data: Other images and captions to test on; none is the run's own test data.
             classes: Labelled images for zero-shot classification; none is the run's own.
+            suite: Many data sets and tasks: a TOML file, DataComp's tasklist.yml, a folder of wds_* folders, or shapes.
+            out: Folder of a suite's results and features; what is there already is not computed again.
+            part: I/N, this process takes every N-th data set of the suite from the I-th.
+            device: auto, cpu, cuda or cuda:1.
+            workers: Processes that read images.
         """
-        from threetowers.evaluate.evaluation import evaluate_run
+        from threetowers.commands.evaluate import evaluate
 
-        print(evaluate_run(run, data=data, classes=classes).text())
+        evaluate(
+            target, data=data, classes=classes, suite=suite, out=out, part=part, device=device, workers=workers
+        )
 
     parse(evaluate, words, "evaluate")
     return 0

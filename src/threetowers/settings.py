@@ -75,7 +75,7 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         if any(type(value) is kind for kind in arguments):
             return value
         kinds = [kind for kind in arguments if kind is not type(None)]
-        if len(kinds) == 1 and get_origin(kinds[0]) is tuple:
+        if len(kinds) == 1:
             return _coerce(value, kinds[0], path)
         names = " or ".join(kind.__name__ for kind in kinds)
         raise UsageError(f"{path}: expected {names}, got {value!r}")

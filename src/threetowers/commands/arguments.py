@@ -224,3 +224,11 @@ def _own_towers(config: RunConfig, start: RunConfig) -> RunConfig:
 def run_folder(name: str, arguments: TrainArguments) -> Path:
     """The folder of a run: as given, or named after the preset or file and the configuration."""
     return arguments.out or Path("runs") / f"{name}-{config_hash(arguments.run)}"
+
+
+def part_of_work(text: str) -> tuple[int, int]:
+    """(i, n) of `I/N`, the part of a work that several processes share; raises UsageError."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UsageError(f"--part: {text!r} is no part; write I/N with I from 0 to N-1, for example 0/4")
+    return int(index), int(count)

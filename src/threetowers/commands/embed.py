@@ -1,6 +1,6 @@
 """Embeddings of a source by a frozen tower, stored ahead of training; in one process or in several."""
 
-from threetowers.commands.arguments import EmbedArguments
+from threetowers.commands.arguments import EmbedArguments, part_of_work
 from threetowers.data.open import open_source
 from threetowers.errors import UsageError
 from threetowers.run.setup import pick_device
@@ -14,11 +14,7 @@ def embed(arguments: EmbedArguments) -> str:
 
     Raises UsageError for arguments that cannot be meant, and what loading, opening and embedding raise.
     """
-    index, slash, count = arguments.part.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UsageError(
-            f"--part: {arguments.part!r} is no part; write I/N with I from 0 to N-1, for example 0/4"
-        )
+    part = part_of_work(arguments.part)
     if arguments.batch_size < 1 or arguments.workers < 0 or arguments.views < 0:
         raise UsageError("embed: --batch-size is at least 1, --workers and --views at least 0")
 
@@ -30,7 +26,7 @@ def embed(arguments: EmbedArguments) -> str:
     tower = load_frozen(arguments.tower, features=arguments.features, precision=arguments.precision)
     store = write_store(
         tower.to(device), source, arguments.out, device, views=views, dtype=arguments.dtype,
-        part=(int(index), int(count)), batch_size=arguments.batch_size, workers=arguments.workers,
+        part=part, batch_size=arguments.batch_size, workers=arguments.workers,
     )  # fmt: skip
     if store is None:
         return f"part {arguments.part} is done; the store is made when the other parts are"

@@ -99,6 +99,15 @@ def splits(
     return parts
 
 
+def given_parts(path: str) -> dict[str, Source]:
+    """The parts that the data at a path comes with, by `train`, `val` and `test`; empty where it is one whole.
+
+    Raises DataError and UsageError.
+    """
+    columns = ColumnNames()
+    return dict(_format_of(path, columns).parts(path, columns, _Opener()))
+
+
 @dataclass(frozen=True)
 class _Opener:
     """What formats that consist of other sources open these with; implements Opener."""

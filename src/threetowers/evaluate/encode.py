@@ -139,12 +139,12 @@ def encode(
     """
     training = model.training
     model.eval()
-    samples = _samples_of_images(source, merge)
+    samples = samples_of_images(source, merge)
     index, image_feats, bad = _encode_images(
         model, source, list(samples), stores, device,
         batch_size=batch_size, workers=workers, autocast=autocast, kept=kept,
     )  # fmt: skip
-    texts = _texts_of(source, index.tolist(), samples)
+    texts = texts_of(source, index.tolist(), samples)
     captions = texts.captions
     text_feats = _encode_texts(model, captions, tokenizer, device, batch_size=batch_size, autocast=autocast)
     text_stores = {name: store for name, store in stores.items() if store.side == "text"}
@@ -163,7 +163,7 @@ def encode(
     return Encoded(views, text_image, index, captions, bad, frozenset(text_stores))
 
 
-class _Texts(NamedTuple):
+class Texts(NamedTuple):
     """Captions, the row of each one's image, and where each is from: the sample and the number of its caption."""
 
     captions: list[str]
@@ -172,8 +172,9 @@ class _Texts(NamedTuple):
     places: list[int]
 
 
-def _texts_of(source: Source, index: Sequence[int], samples: Mapping[int, Sequence[int]]) -> _Texts:
-    texts = _Texts([], [], [], [])
+def texts_of(source: Source, index: Sequence[int], samples: Mapping[int, Sequence[int]]) -> Texts:
+    """The captions of the images `index`, in this order; samples: as `samples_of_images` returns them."""
+    texts = Texts([], [], [], [])
     for row, i in enumerate(index):
         for sample in samples[i]:
             own = source.record(sample).captions
@@ -186,10 +187,10 @@ def _texts_of(source: Source, index: Sequence[int], samples: Mapping[int, Sequen
 
 def captions_of(source: Source, index: Sequence[int]) -> list[str]:
     """The captions that `encode` encodes with these images of a source, in its order."""
-    return _texts_of(source, index, _samples_of_images(source, merge=True)).captions
+    return texts_of(source, index, samples_of_images(source, merge=True)).captions
 
 
-def _samples_of_images(source: Source, merge: bool) -> dict[int, list[int]]:
+def samples_of_images(source: Source, merge: bool) -> dict[int, list[int]]:
     """The samples that show each image, by the first of them, in the source's order."""
     samples: dict[int, list[int]] = {}
     firsts: dict[str, int] = {}

@@ -59,13 +59,14 @@ def find_or_make_store(
     device: torch.device,
     *,
     views: Views = FIXED,
+    dtype: Kind = "fp16",
     fingerprints: Mapping[str, str] | None = None,
     batch_size: int = 256,
     workers: int = 0,
 ) -> Store:
     """The store of a tower's views of a source: one in the folder that fits, else computed into it.
 
-    fingerprints: the tower's, when they are at hand. Raises DataError when no sample of the source can be
+    dtype: of a store that is made. fingerprints: the tower's, when they are at hand. Raises DataError when no sample of the source can be
     embedded and CheckpointError for a damaged store.
     """
     fingerprints = fingerprints or tower.fingerprints()
@@ -80,7 +81,7 @@ def find_or_make_store(
                 return store
     store = write_store(
         tower, source, own, device,
-        views=views, fingerprints=fingerprints, batch_size=batch_size, workers=workers,
+        views=views, dtype=dtype, fingerprints=fingerprints, batch_size=batch_size, workers=workers,
     )  # fmt: skip
     assert store is not None  # all chunks were this call's
     return store

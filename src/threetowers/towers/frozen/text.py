@@ -235,7 +235,11 @@ def load_open_clip_text(name: str, features: str) -> Loaded:
     """The text tower of an open_clip model with its own tokenizer; raises as open_clip: does."""
     source = f"open_clip-text:{name}"
     pooled_only(source, features)
-    model, config = load_pair(name, source, force_custom_text=True)
+    return text_side(*load_pair(name, source, force_custom_text=True), name, source)
+
+
+def text_side(model: Any, config: dict[str, Any], name: str, source: str) -> Loaded:
+    """The text tower of what `load_pair` returned for a name, with its tokenizer; raises CheckpointError."""
     with foreign(source, "the tokenizer"):
         tokenizer = open_clip.get_tokenizer(name if name.startswith("local-dir:") else name.partition("@")[0])
     tokens = OpenClipTokens(tokenizer, model.text, config["text_cfg"])

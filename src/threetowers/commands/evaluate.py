@@ -1,0 +1,34 @@
+"""A run on its own test data, or a model of any kind on other data or on a suite."""
+
+from pathlib import Path
+
+from threetowers.commands.arguments import part_of_work
+from threetowers.errors import UsageError
+from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.evaluate.suite.features import is_foreign
+from threetowers.evaluate.suite.rows import TABLE
+from threetowers.evaluate.suite.run import evaluate_suite
+from threetowers.evaluate.suite.sets import DataSet, read_suite
+from threetowers.run.setup import pick_device
+
+
+def evaluate(
+    target: str, *, data: str | None, classes: str | None, suite: str | None, out: Path, part: str, device: str,
+    workers: int,
+) -> None:  # fmt: skip
+    """Evaluates a model and prints its figures.
+
+    A run without a suite is evaluated as `evaluate_run` does; every other case is a suite, whose tables are in `out`.
+    Raises UsageError where nothing says on which data, and what these functions raise.
+    """
+    if suite is None and not is_foreign(target):
+        print(evaluate_run(Path(target), data=data, classes=classes).text())
+        return
+    given = [DataSet(name, path) for name, path in (("data", data), ("classes", classes)) if path is not None]
+    if (suite is None) == (not given):
+        raise UsageError(
+            f"evaluate {target}: say on what, with --suite FILE or --suite shapes, or with --data and --classes"
+        )
+    sets = given if suite is None else read_suite(suite)
+    evaluate_suite(target, sets, out, part=part_of_work(part), device=pick_device(device), workers=workers)
+    print(f"table: {out / TABLE}")

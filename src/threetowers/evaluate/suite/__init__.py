@@ -1,0 +1,1 @@
+"""Many data sets and tasks in one go, on a model of any kind."""

@@ -1,0 +1,136 @@
+"""Runs a suite: every task of every data set that is not done, and the tables of all that are.
+
+    evaluate_suite("runs/mine", read_suite("suite.toml"), Path("results"))
+
+What is finished is in `rows.jsonl` of the folder, and is not computed again for the same weights, data and prompts.
+Several processes share the work, each with its own part (i, n), and may write into one folder.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from threetowers.errors import DataError, ThreeTowersError, UsageError
+from threetowers.evaluate.suite.features import Features, open_features
+from threetowers.evaluate.suite.rows import Row, append_row, read_rows, write_tables
+from threetowers.evaluate.suite.sets import DataSet, OpenSet, open_set
+from threetowers.evaluate.suite.tasks import TASKS, Task
+from threetowers.progress import duration, warn
+from threetowers.settings import did_you_mean
+from threetowers.towers.frozen.base import digest_of
+
+
+def evaluate_suite(
+    target: str,
+    sets: Sequence[DataSet],
+    out: Path,
+    *,
+    part: tuple[int, int] = (0, 1),
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+) -> list[Row]:
+    """Evaluates a model on data sets; returns the rows of the folder `out`, of other models too.
+
+    part: (i, n), this process takes every n-th data set from the i-th. Features are kept in `out`/features. A data set
+    that cannot be used does not end the others. Raises DataError, after the rest is done, that names each of these;
+    UsageError for a task or a target that means nothing.
+    """
+    for each in sets:
+        _check_tasks(each)
+    index, count = part
+    features = open_features(target, out / "features", device, workers)
+    path = out / ("rows.jsonl" if count == 1 else f"rows-{index}-of-{count}.jsonl")
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for described in sets[index::count]:
+        try:
+            _evaluate_set(features, open_set(described), path)
+        except ThreeTowersError as error:
+            warn(str(error))
+            failed.append(f"{described.name}: {error}" if described.name not in str(error) else str(error))
+    rows = read_rows(out)
+    write_tables(out, rows)
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(sets[index::count])} data sets could not be evaluated; the others are in {out}. "
+            f"The first: {failed[0]}"
+        )
+    return rows
+
+
+def _check_tasks(described: DataSet) -> None:
+    for task in described.tasks:
+        if task not in TASKS:
+            raise UsageError(f"{described.name}: no task {task!r}{did_you_mean(task, TASKS)}")
+    if described.metric is not None and len(described.tasks) != 1:
+        raise UsageError(
+            f"{described.name}: metric = {described.metric!r} is that of one task; name it alone in tasks"
+        )
+
+
+def _evaluate_set(features: Features, opened: OpenSet, path: Path) -> None:
+    described = opened.described
+    done = {row.key() for row in read_rows(path.parent)}
+    prompts = digest_of([list(opened.classes), list(opened.templates)]) if opened.classes else None
+    parts = (opened.test, opened.train, opened.val, opened.outside)
+    data = digest_of([None if each is None else each.source.fingerprint for each in parts])
+    for name, task in _tasks_of(opened, features).items():
+        metric = described.metric or task.metric
+        key = (features.digest, described.name, data, name, prompts or "", metric)
+        if key in done:
+            continue
+        start = time.monotonic()
+        found = task.measure(features, opened)
+        if metric not in found.metrics:
+            raise UsageError(
+                f"{described.name}: {name} has no metric {metric!r}{did_you_mean(metric, found.metrics)}"
+            )
+        own = metric == task.metric
+        interval = found.interval(metric)
+        row = Row(
+            model=features.name,
+            model_digest=features.digest,
+            data=described.name,
+            data_digest=data,
+            task=name,
+            metric=metric,
+            value=found.metrics[metric],
+            n=found.num,
+            low=None if interval is None else interval.low,
+            high=None if interval is None else interval.high,
+            chance=described.chance if described.chance is not None else found.chance if own else None,
+            templates=prompts,
+            preprocessing=features.preprocessing,
+            seconds=round(time.monotonic() - start, 2),
+            metrics=dict(found.metrics),
+            group=described.group,
+            details=dict(found.details),
+        )
+        append_row(path, row)
+        print(f"{_line(row)}", flush=True)
+
+
+def _tasks_of(opened: OpenSet, features: Features) -> dict[str, Task]:
+    """The tasks to measure; raises UsageError for one that was asked for and does not fit."""
+    asked = opened.described.tasks
+    fitting = {}
+    for name, task in TASKS.items():
+        if asked and name not in asked:
+            continue
+        reason = task.unfit(opened, features)
+        if not reason:
+            fitting[name] = task
+        elif asked:
+            raise UsageError(f"{opened.described.name}: {name} cannot be measured: {reason}")
+    if not fitting:
+        raise DataError(f"{opened.described.name}: no task fits: it has neither captions nor classes")
+    return fitting
+
+
+def _line(row: Row) -> str:
+    between = "" if row.low is None or row.high is None else f" ({row.low:.1%} to {row.high:.1%})"
+    chance = "" if row.chance is None else f", chance {row.chance:.1%}"
+    value = f"{row.data}: {row.task} {row.metric} {row.value:.1%}{between}{chance}"
+    return f"{value}, {row.n:,} items, {duration(row.seconds)}"
