@@ -37,7 +37,7 @@ class KnownFeatures:
         records = [part.source.record(index) for index in range(len(part.source))]
         if records[0].label is not None:
             return [10_000 + (record.label or 0) for record in records]
-        return list(text_groups([record.captions[0] for record in records]))
+        return [int(group) for group in text_groups([record.captions[0] for record in records])]
 
     def images(self, part: Part, view: str = "img") -> ImageRows:
         return ImageRows(self._noisy(self._vectors(self._numbers(part)), 1), torch.arange(len(part.source)))
