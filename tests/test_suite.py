@@ -187,7 +187,7 @@ def test_sets_that_do_not_fit_together_are_refused(classes: Path, photos: Path) 
 @pytest.mark.parametrize("task", TASKS)
 def test_oracles_score_one_and_guesses_score_chance(task: str, classes: Path, photos: Path) -> None:
     data = opened(photos if task == "retrieval" else classes)
-    assert not TASKS[task].unfit(data, known(1.0))
+    assert not TASKS[task].unfit(data, known(1.0).views)
     oracle, guess = (TASKS[task].measure(known(knowledge), data) for knowledge in (1.0, 0.0))
     metric = TASKS[task].metric
     assert oracle.metrics[metric] == 1.0 and oracle.chance is not None

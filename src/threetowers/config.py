@@ -171,8 +171,14 @@ class RunConfig:
     log_every_steps: int = 20
     eval_every_steps: int = 0
     """Validate each time this many steps are done; 0 only at the end."""
+    suite: str | None = None
+    """Further data and tasks to measure at each validation: a suite's file or folder, or `shapes`. `compare` measures
+    the finished runs on all of it."""
+    suite_images: int = 1000
+    """Images of each of its data sets that are measured while training, at equal distances; 0 takes all."""
     keep_best: str | None = None
-    """A validation metric such as val/mean_r@1: the finished run holds the weights of the step where it was highest."""
+    """A validation metric such as val/mean_r@1 or zero_shot/SET/top1: the finished run holds the weights of the step
+    where it was highest."""
     patience: int = 0
     """End the run after this many validations in a row without a better keep_best; 0 never does."""
     checkpoint_every_steps: int = 500
@@ -283,6 +289,7 @@ def check(config: RunConfig) -> None:
         "log_every_steps": (config.log_every_steps >= 1, one),
         "eval_every_steps": (config.eval_every_steps >= 0, zero),
         "checkpoint_every_steps": (config.checkpoint_every_steps >= 1, one),
+        "suite_images": (config.suite_images >= 0, zero),
         "keep_checkpoints": (config.keep_checkpoints >= 1, one),
         "patience": (config.patience >= 0, zero),
         "inputs.workers": (inputs.workers >= 0, zero),

@@ -86,7 +86,8 @@ def _with_paths(
         return do(value) if isinstance(value, str) and value not in NO_PATHS else value
 
     own: dict[str, Callable[[str], str]] = {
-        "data": places, "classes": places, "embeddings": lambda text: _relative(text, path), "third": tower,
+        "data": places, "classes": places, "suite": places, "third": tower,
+        "embeddings": lambda text: _relative(text, path),
     }  # fmt: skip
     changed = {key: each(value, own[key]) if key in own else value for key, value in values.items()}
     if isinstance(values.get("start"), dict):

@@ -21,6 +21,7 @@ from threetowers.evaluate.combine import combination
 from threetowers.evaluate.encode import Encoded, EvaluationData, Labelled, encode, encode_texts
 from threetowers.evaluate.result import Result
 from threetowers.evaluate.retrieval import ranks_from_features, recalls, retrieval
+from threetowers.evaluate.suite.live import describe_watched, open_watched
 from threetowers.evaluate.zero_shot import check_prompts, class_embeddings, zero_shot
 from threetowers.files import write_whole
 from threetowers.progress import warn
@@ -143,7 +144,7 @@ def _check_thirds(setup: Setup, described: dict[str, Any], folder: Path) -> None
 
 
 def check_evaluation(config: RunConfig) -> list[str]:
-    """Looks at whether a run can train and be evaluated, before it begins; returns lines about the labelled images.
+    """Looks at whether a run can train and be evaluated, before it begins; returns lines about further data.
 
     Raises DataError or UsageError for what would be raised only after training.
     """
@@ -152,12 +153,12 @@ def check_evaluation(config: RunConfig) -> list[str]:
     for part in (*open_data(config)[1:], labelled):
         if part is not None and len(part):
             _check_readable(part)
+    lines = describe_watched(open_watched(config.suite, config.suite_images))
     if labelled is None:
-        return []
+        return lines
     left_out = f" ({count_reasons(labelled.problems)})" if labelled.problems else ""
-    return [
-        f"{len(labelled):,} images of {len(labelled.class_names):,} classes for zero-shot classification{left_out}"
-    ]
+    classes = f"{len(labelled):,} images of {len(labelled.class_names):,} classes"
+    return [f"{classes} for zero-shot classification{left_out}", *lines]
 
 
 def open_labelled(config: RunConfig) -> Source | None:

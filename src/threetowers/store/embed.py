@@ -66,8 +66,8 @@ def find_or_make_store(
 ) -> Store:
     """The store of a tower's views of a source: one in the folder that fits, else computed into it.
 
-    dtype: of a store that is made. fingerprints: the tower's, when they are at hand. Raises DataError when no sample of the source can be
-    embedded and CheckpointError for a damaged store.
+    dtype: of a store that is made. fingerprints: the tower's, when they are at hand. Raises DataError when no sample
+    of the source can be embedded and CheckpointError for a damaged store.
     """
     fingerprints = fingerprints or tower.fingerprints()
     key = digest_of(

@@ -30,8 +30,9 @@ MAY_DIFFER = {
     "log_every_steps", "keep_checkpoints", "inputs.workers", "checkpoint_every_steps", "background_saves", "classes",
     "inputs.max_bad_share", "inputs.keep_pixels",
 }  # fmt: skip
-"""Keys that change neither what is seen nor what is computed, so a run may continue with others. So may
-`eval_every_steps`, where no `keep_best` chooses among the validations."""
+"""Keys that change neither what is seen nor what is computed, so a run may continue with others."""
+_OF_VALIDATION = {"eval_every_steps", "suite", "suite_images"}
+"""Keys that may differ too where no `keep_best` chooses among the validations."""
 
 
 class StopRequest:
@@ -215,7 +216,7 @@ def differing_keys(path: Path, config: RunConfig, *, all_keys: bool = False) -> 
     before, config = resolved(read_config(path)), resolved(config)
     there, here = (_flat(under(as_plain(each), Path.cwd())) for each in (before, config))
     chooses = before.keep_best is not None or config.keep_best is not None
-    may_differ = MAY_DIFFER if chooses else MAY_DIFFER | {"eval_every_steps"}
+    may_differ = MAY_DIFFER if chooses else MAY_DIFFER | _OF_VALIDATION
     return [
         f"{key}: {there.get(key)!r} → {here.get(key)!r}"
         for key in sorted(there.keys() | here.keys())

@@ -12,6 +12,7 @@ from threetowers.config import RunConfig
 from threetowers.data.loader import batches
 from threetowers.evaluate.encode import encode
 from threetowers.evaluate.retrieval import ranks_of, recalls
+from threetowers.evaluate.suite.live import suite_metrics
 from threetowers.objective.pairs import resolved
 from threetowers.progress import Progress, duration
 from threetowers.run.finished import save_run
@@ -139,7 +140,7 @@ def _steps(session: Session) -> bool:
         improved = False
         if end or (config.eval_every_steps and state.step % config.eval_every_steps == 0):
             with phase("validation"):
-                improved = log_validation(session, validate(setup))
+                improved = log_validation(session, validate(setup) | suite_metrics(setup, session.watched))
         stop = session.stop.requested
         # while steps are being skipped the weights may be bad already, and a run must not return to them
         due = state.step % config.checkpoint_every_steps == 0 and not session.guard.in_row

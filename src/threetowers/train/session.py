@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from threetowers.data.loader import BatchReader
 from threetowers.errors import CheckpointError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import check_evaluation
 from threetowers.evaluate.retrieval import METRICS
+from threetowers.evaluate.suite.live import open_watched, suite_metrics
+from threetowers.evaluate.suite.sets import OpenSet
 from threetowers.files import write_whole
 from threetowers.run.finished import changed_parts
 from threetowers.run.setup import Setup, prepare
@@ -86,6 +89,8 @@ class Session:
     guard: FiniteGuard = field(default_factory=FiniteGuard)
     load: OtherLoad = field(default_factory=OtherLoad)
     profile: Profile | None = None
+    watched: list[OpenSet] = field(default_factory=list)
+    """The data sets of a suite that are measured at each validation."""
 
     @property
     def checkpoints(self) -> Path:
@@ -148,7 +153,8 @@ def open_session(
     log = RunLog(folder)
     check_evaluation(config)  # before hours of training
     setup = prepare(config, folder, saved_tokenizer=folder)
-    _check_keep_best(setup)
+    watched = open_watched(config.suite, config.suite_images)
+    _check_keep_best(setup, watched)
     own = Profile(setup.device, found.step if found else 0, config.steps) if profile else None
     take_step = TrainingStep(
         config, setup.model, setup.device, setup.thirds.features, own.phase if own else no_phase
@@ -160,7 +166,9 @@ def open_session(
     saver = Saver(
         folder / "checkpoints", config.keep_checkpoints, log, environment, background=config.background_saves
     )
-    session = Session(setup, setup.reader(), take_step, folder, log, bad, stop, saver, profile=own)
+    session = Session(
+        setup, setup.reader(), take_step, folder, log, bad, stop, saver, profile=own, watched=watched
+    )
     if found is None:
         torch.manual_seed(config.seed)
         log.rewind(0)
@@ -241,14 +249,16 @@ def log_validation(session: Session, values: dict[str, float]) -> bool:
     return name is not None and session.state.is_best(values[name])
 
 
-def _check_keep_best(setup: Setup) -> None:
+def _check_keep_best(setup: Setup, watched: Sequence[OpenSet]) -> None:
     """Raises UsageError for a metric that no validation of this run gives."""
     name = setup.config.keep_best
     if name is None:
         return
-    if not len(setup.val):
+    if name.startswith("val/") and not len(setup.val):
         raise UsageError(f"keep_best: {name!r}: there is no validation data; give --inputs.val-fraction")
     known = [f"val/{metric}" for metric in METRICS]
+    if name not in known and watched:
+        known += suite_metrics(setup, watched)  # which metrics a suite gives is known when it is measured
     if name not in known:
         raise UsageError(f"keep_best: {name!r} is no metric of the validation{did_you_mean(name, known)}")
 

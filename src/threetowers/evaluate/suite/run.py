@@ -38,7 +38,7 @@ def evaluate_suite(
     UsageError for a task or a target that means nothing.
     """
     for each in sets:
-        _check_tasks(each)
+        check_tasks(each)
     index, count = part
     features = open_features(target, out / "features", device, workers)
     path = out / ("rows.jsonl" if count == 1 else f"rows-{index}-of-{count}.jsonl")
@@ -60,7 +60,8 @@ def evaluate_suite(
     return rows
 
 
-def _check_tasks(described: DataSet) -> None:
+def check_tasks(described: DataSet) -> None:
+    """Raises UsageError for a task that does not exist, and for a metric without the task that it belongs to."""
     for task in described.tasks:
         if task not in TASKS:
             raise UsageError(f"{described.name}: no task {task!r}{did_you_mean(task, TASKS)}")
@@ -76,7 +77,7 @@ def _evaluate_set(features: Features, opened: OpenSet, path: Path) -> None:
     prompts = digest_of([list(opened.classes), list(opened.templates)]) if opened.classes else None
     parts = (opened.test, opened.train, opened.val, opened.outside)
     data = digest_of([None if each is None else each.source.fingerprint for each in parts])
-    for name, task in _tasks_of(opened, features).items():
+    for name, task in fitting_tasks(opened, features.views).items():
         metric = described.metric or task.metric
         key = (features.digest, described.name, data, name, prompts or "", metric)
         if key in done:
@@ -112,14 +113,17 @@ def _evaluate_set(features: Features, opened: OpenSet, path: Path) -> None:
         print(f"{_line(row)}", flush=True)
 
 
-def _tasks_of(opened: OpenSet, features: Features) -> dict[str, Task]:
-    """The tasks to measure; raises UsageError for one that was asked for and does not fit."""
+def fitting_tasks(opened: OpenSet, views: Sequence[str]) -> dict[str, Task]:
+    """The tasks to measure on a data set. views: of images, as `Features` names them.
+
+    Raises UsageError for a task that was asked for and does not fit.
+    """
     asked = opened.described.tasks
     fitting = {}
     for name, task in TASKS.items():
         if asked and name not in asked:
             continue
-        reason = task.unfit(opened, features)
+        reason = task.unfit(opened, views)
         if not reason:
             fitting[name] = task
         elif asked:

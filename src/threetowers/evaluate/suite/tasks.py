@@ -3,7 +3,7 @@
 A new task is one function and one line in TASKS.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,12 +46,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Task:
-    """One task. help: a line for people. metric: the main one. unfit: why a data set cannot be used, or ""."""
+    """One task. help: a line for people. metric: the main one. unfit: from a data set and the views of its images,
+    why it cannot be measured, or ""."""
 
     help: str
     metric: str
     measure: Callable[[Features, OpenSet], Measured]
-    unfit: Callable[[OpenSet, Features], str]
+    unfit: Callable[[OpenSet, Sequence[str]], str]
 
 
 def retrieval(features: Features, opened: OpenSet) -> Measured:
@@ -133,17 +134,17 @@ def classified(
     )  # fmt: skip
 
 
-def _needs_captions(opened: OpenSet, features: Features) -> str:
+def _needs_captions(opened: OpenSet, views: Sequence[str]) -> str:
     source = opened.test.source
     some = any(source.record(index).captions for index in range(min(len(source), 1000)))
     return "" if some and not opened.classes else "its images have no captions"
 
 
-def _needs_classes(opened: OpenSet, features: Features) -> str:
+def _needs_classes(opened: OpenSet, views: Sequence[str]) -> str:
     return "" if opened.classes else "its images have no classes"
 
 
-def _needs_training(opened: OpenSet, features: Features) -> str:
+def _needs_training(opened: OpenSet, views: Sequence[str]) -> str:
     if not opened.classes:
         return "its images have no classes"
     return "" if opened.train is not None else "it has no training part; name one by train = PATH"
