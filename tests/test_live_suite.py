@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from kit.runs import assert_same_weights, interrupt_at, logged, with_vit
-from threetowers.config import RunConfig
+from threetowers.compare.comparison import compare
+from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import DataError, UsageError
-from threetowers.evaluate.evaluation import check_evaluation
+from threetowers.evaluate.evaluation import check_evaluation, evaluate_run
 from threetowers.evaluate.suite.live import LiveFeatures, open_watched, suite_metrics
 from threetowers.evaluate.suite.run import evaluate_suite
 from threetowers.evaluate.suite.sets import read_suite
+from threetowers.report.page import write_report
 from threetowers.run.finished import restore_trained
 from threetowers.run.setup import prepare
 from threetowers.train.loop import train
@@ -100,3 +102,28 @@ def test_a_suite_is_looked_at_before_training(suite: str, tiny_config: Config, t
         check_evaluation(tiny_config(suite=suite))
     with pytest.raises(UsageError, match="no such file"):
         check_evaluation(tiny_config(suite=str(tmp_path / "nowhere.toml")))
+
+
+def test_a_comparison_measures_its_finished_runs_on_all_of_a_suite(
+    suite: str, photos: Path, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = tiny_config(suite=suite, suite_images=5, steps=2)
+    options = CompareConfig(methods=("baseline", "3t"), seeds=(0, 1), lrs=(1e-3,))
+    out = tmp_path / "compare"
+    result = compare(config, options, out)
+    assert result is not None
+    cells = {(row["method"], row["data"], row["task"]): row for row in result["suite"]}
+    assert cells.keys() == {(method, "photos", "retrieval") for method in options.methods}
+    for row in cells.values():
+        runs = [run for run in result["runs"] if run["method"] == row["method"]]
+        values = [
+            evaluate_run(out / run["path"], data=str(photos)).sections["test"]["mean_r@1"] for run in runs
+        ]
+        assert row["mean"] == pytest.approx(sum(values) / 2) and row["num_seeds"] == 2 and row["n"] == 96
+    page = write_report(out).read_text(encoding="utf-8")
+    assert (
+        "Further data and tasks" in page and f"{100 * cells['3t', 'photos', 'retrieval']['mean']:.1f}" in page
+    )
+    alone = compare(replace(config, suite=None), options, out)
+    assert alone is not None and not alone["suite"], "a comparison may go on without its suite"
+    assert "Further data and tasks" not in write_report(out).read_text(encoding="utf-8")

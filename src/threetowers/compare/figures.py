@@ -16,6 +16,7 @@ from threetowers.compare.concurrency import Concurrency
 from threetowers.compare.machine import machine
 from threetowers.compare.runs import PRIMARY, Job, Trials, named_thirds
 from threetowers.compare.showcase import inference_rate, showcase, third_checks
+from threetowers.compare.suites import suite_figures
 from threetowers.config import CompareConfig, RunConfig
 from threetowers.data.overlap import shared_captions
 from threetowers.evaluate.combine import Pair, Sweep, combine, sweep
@@ -119,6 +120,7 @@ def collect(
         "combination": [_combination_row(each) for each in evaluated if each.combination],
         "per_class": _per_class(evaluated),
         "attributes": _attributes(first) if config.data == "shapes" else [],
+        "suite": suite_figures(jobs, config.suite, out),
         "runs": [
             {"method": j.method, "third": j.third, "seed": j.seed, "lr": j.lr, "path": str(j.folder.relative_to(out))}
             for j in jobs

@@ -17,6 +17,7 @@ from threetowers.report.panels import PALETTE, Plot
 from threetowers.report.plots import average, draw_plots
 from threetowers.report.settings import reading, settings, thirds
 from threetowers.report.story import story
+from threetowers.report.suite import suite
 from threetowers.report.tables import (
     Compare,
     Curves,
@@ -95,6 +96,7 @@ def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], prob
         ("examples", "Retrieval examples", examples(compare, image)),
         ("classes", "Zero-shot accuracy by class", _classes(compare, plots["classes"])),
         ("attributes", "What each method knows of the world", _attributes(compare)),
+        ("suite", "Further data and tasks", suite(compare)),
         ("cost", "Cost and quality", _cost(compare, plots["cost"])),
         ("data", "Examples from the training data", world(compare, image)),
         ("thirds", "The third towers", thirds(compare)),
