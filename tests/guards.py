@@ -131,7 +131,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
               never(raises="UsageError"), "test_further_runs.py::test_an_at_without_a_file_never_means_random_weights"),
         Guard("changed-data-said", "an evaluation on other data than before says nothing", "evaluate_run",
               never("changed"), "test_awkward_changes.py::test_an_evaluation_says_which_part_has_changed"),
-        Guard("compared-on-the-same-data", "runs are compared that saw different data", "compare.runs._is_done",
+        Guard("compared-on-the-same-data", "runs are compared that saw different data", "compare.runs.is_done",
               never(raises="CheckpointError"),
               "test_awkward_changes.py::test_a_comparison_on_changed_data_is_refused"),
         Guard("first-save", "a disk that refuses is met after hours of training", "open_session", drop("save"), FULL),

@@ -14,8 +14,10 @@ from typing import Annotated, Any
 import tyro
 
 from threetowers.commands.arguments import (
+    AdviseArguments,
     CompareArguments,
     EmbedArguments,
+    EvaluateArguments,
     PretrainArguments,
     TrainArguments,
     ValidateArguments,
@@ -125,6 +127,24 @@ def _compared(arguments: CompareArguments) -> int:
     return _report(result, arguments.out)
 
 
+def _advise(words: list[str]) -> int:
+    """which method for my data, from short pilots: threetowers advise PRESET|FILE --data PATH --third NAME=SPEC …"""
+    _, arguments = run_arguments(AdviseArguments, words, "advise")
+
+    from threetowers.compare.advise import advise
+
+    advice = advise(arguments.run, arguments.options, arguments.out, max_minutes=arguments.max_minutes)
+    if advice is None:
+        print(f"stopped; the same command continues. Folder: {arguments.out}")
+        return STOPPED
+
+    from threetowers.report.advice import advice_text, write_advice
+
+    page = write_advice(arguments.out)
+    print(f"\n{advice_text(advice)}\n\nreport: {page}")
+    return 0
+
+
 def _demo(words: list[str]) -> int:
     """see the method at work on the built-in world: threetowers demo [--out runs/demo]"""
     options = CompareConfig(
@@ -216,38 +236,11 @@ def _page(words: list[str]) -> int:
 
 def _evaluate(words: list[str]) -> int:
     """measure any model: threetowers evaluate RUN|open_clip:…|hf:…|features:DIR [--suite FILE] [--data PATH] …"""
+    arguments = parse(EvaluateArguments, words, "evaluate")
 
-    def evaluate(
-        target: tyro.conf.Positional[str],
-        *,
-        data: str | None = None,
-        classes: str | None = None,
-        suite: str | None = None,
-        out: Path = Path("runs/evaluate"),
-        part: str = "0/1",
-        device: str = "auto",
-        workers: int = 0,
-    ) -> None:
-        """A run on its own test data, with the convex combination; or any model on other data, or on a whole suite.
+    from threetowers.commands.evaluate import evaluate
 
-        Args:
-            target: A run folder; open_clip:NAME@TAG; hf:DIR_OR_ID; a directory of open_clip's or transformers';
-                features:FOLDER.
-            data: Other images and captions to test on; none is the run's own test data.
-            classes: Labelled images for zero-shot classification; none is the run's own.
-            suite: Many data sets and tasks: a TOML file, DataComp's tasklist.yml, a folder of wds_* folders, or shapes.
-            out: Folder of a suite's results and features; what is there already is not computed again.
-            part: I/N, this process takes every N-th data set of the suite from the I-th.
-            device: auto, cpu, cuda or cuda:1.
-            workers: Processes that read images.
-        """
-        from threetowers.commands.evaluate import evaluate
-
-        evaluate(
-            target, data=data, classes=classes, suite=suite, out=out, part=part, device=device, workers=workers
-        )
-
-    parse(evaluate, words, "evaluate")
+    evaluate(arguments)
     return 0
 
 
@@ -369,6 +362,7 @@ def _towers(words: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "compare": _compare,
+    "advise": _advise,
     "demo": _demo,
     "reproduce": _reproduce,
     "evaluate": _evaluate,

@@ -68,6 +68,9 @@ class InputConfig:
     """Share of images kept for validation when the data brings no val folder."""
     test_fraction: float = 0.05
     """Share of images kept for the test when the data brings no test folder."""
+    train_images: int = 0
+    """Train on so many of the training images, drawn by their ids; 0 takes all. Those of a smaller number are among
+    those of a larger one."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Range of the area of the random crop, as a share of the image."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333333)
@@ -293,6 +296,7 @@ def check(config: RunConfig) -> None:
         "keep_checkpoints": (config.keep_checkpoints >= 1, one),
         "patience": (config.patience >= 0, zero),
         "inputs.workers": (inputs.workers >= 0, zero),
+        "inputs.train_images": (inputs.train_images >= 0, zero),
         "inputs.stored_views": (inputs.stored_views >= 0, zero),
         "inputs.max_bad_share": (0 <= inputs.max_bad_share <= 1, "from 0 to 1"),
         "inputs.crop_scale": (0 < low <= high <= 1, "two shares above 0, the smaller first, up to 1"),

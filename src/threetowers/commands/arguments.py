@@ -132,11 +132,62 @@ class CompareArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdviseArguments:
+    """Forecast from short pilots which method wins at the full training. Run again, it continues.
+
+    Every flag is that of the full training; the pilots take an eighth, a quarter and a half of its images.
+    """
+
+    out: Annotated[Path, tyro.conf.arg(help="Folder of the pilots.")] = Path("runs/advise")
+    max_minutes: Annotated[
+        float, tyro.conf.arg(help="Save and stop after this long, to continue later; 0 never.")
+    ] = 0.0
+    options: Annotated[CompareConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: CompareConfig(seeds=(0, 1), title="Which method for this data")
+    )
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainArguments:
     """Train a timm classifier and save it as a tower: --third file:DIR."""
 
     out: Annotated[Path, tyro.conf.arg(help="Folder to write.")]
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Evaluate a run on its own test data, with the convex combination; or any model on other data or a suite."""
+
+    target: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(
+            help="A run folder; open_clip:NAME@TAG; hf:DIR_OR_ID; a directory of open_clip's or transformers'; "
+            "features:FOLDER."
+        ),
+    ]
+    data: Annotated[
+        str | None, tyro.conf.arg(help="Other images and captions; none is the run's own test data.")
+    ] = None
+    classes: Annotated[
+        str | None, tyro.conf.arg(help="Labelled images for zero-shot classification; none is the run's own.")
+    ] = None
+    suite: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Many data sets and tasks: a TOML file, DataComp's tasklist.yml, a folder of wds_* folders, or shapes."
+        ),
+    ] = None
+    out: Annotated[
+        Path,
+        tyro.conf.arg(help="Folder of a suite's results and features; what is there is not computed again."),
+    ] = Path("runs/evaluate")
+    part: Annotated[
+        str, tyro.conf.arg(help="I/N: this process takes every N-th data set of the suite from the I-th.")
+    ] = "0/1"
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or cuda:1.")] = "auto"
+    workers: Annotated[int, tyro.conf.arg(help="Processes that read images.")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +225,7 @@ class EmbedArguments:
     device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or cuda:1.")] = "auto"
 
 
-A = TypeVar("A", TrainArguments, ValidateArguments, CompareArguments)
+A = TypeVar("A", TrainArguments, ValidateArguments, CompareArguments, AdviseArguments)
 
 
 def run_arguments(kind: type[A], words: list[str], verb: str) -> tuple[str, A]:

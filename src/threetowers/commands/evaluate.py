@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from threetowers.commands.arguments import part_of_work
+from threetowers.commands.arguments import EvaluateArguments, part_of_work
 from threetowers.errors import UsageError
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.evaluate.suite.features import is_foreign
@@ -12,15 +12,13 @@ from threetowers.evaluate.suite.sets import DataSet, read_suite
 from threetowers.run.setup import pick_device
 
 
-def evaluate(
-    target: str, *, data: str | None, classes: str | None, suite: str | None, out: Path, part: str, device: str,
-    workers: int,
-) -> None:  # fmt: skip
+def evaluate(arguments: EvaluateArguments) -> None:
     """Evaluates a model and prints its figures.
 
     A run without a suite is evaluated as `evaluate_run` does; every other case is a suite, whose tables are in `out`.
     Raises UsageError where nothing says on which data, and what these functions raise.
     """
+    target, data, classes, suite = arguments.target, arguments.data, arguments.classes, arguments.suite
     if suite is None and not is_foreign(target):
         print(evaluate_run(Path(target), data=data, classes=classes).text())
         return
@@ -30,5 +28,8 @@ def evaluate(
             f"evaluate {target}: say on what, with --suite FILE or --suite shapes, or with --data and --classes"
         )
     sets = given if suite is None else read_suite(suite)
-    evaluate_suite(target, sets, out, part=part_of_work(part), device=pick_device(device), workers=workers)
-    print(f"table: {out / TABLE}")
+    evaluate_suite(
+        target, sets, arguments.out, part=part_of_work(arguments.part), device=pick_device(arguments.device),
+        workers=arguments.workers,
+    )  # fmt: skip
+    print(f"table: {arguments.out / TABLE}")

@@ -111,16 +111,12 @@ def train_all(
 
     Returns None when it was stopped on request. Arguments and errors as in `comparison.compare`.
     """
-    check_settings(config)
     thirds = named_thirds(config)
-    keys = _keys(options, thirds)
-    print(describe_data(config), *check_evaluation(config), sep="\n", flush=True)
-    _check_usable(config, options, thirds)
+    keys = check_comparison(config, options, out)
     (out / "images").mkdir(parents=True, exist_ok=True)
-    _check_different(config, options, thirds, keys, out)
 
     def job(key: Key, seed: int, lr: float) -> Job:
-        return _job(config, thirds, key, seed, lr, out)
+        return make_job(config, thirds, key, seed, lr, out)
 
     for key in keys:
         for seed in options.seeds:
@@ -141,7 +137,7 @@ def train_all(
 
     try:
         if concurrency.jobs > 1 and schedule.waiting:
-            _make_shared(schedule.waiting)
+            make_shared(schedule.waiting)
             shared = Shared(concurrency.jobs, concurrency.threads, dict(learned_tokenizers), pixels())
             num_left = schedule.num_trainings - schedule.num_begun
             finished = side_by_side(
@@ -154,6 +150,20 @@ def train_all(
     except Stopped:
         return None
     return *schedule.results(), concurrency
+
+
+def check_comparison(config: RunConfig, options: CompareConfig, out: Path) -> list[Key]:
+    """The methods to compare, each with its third tower; says what the data is.
+
+    Raises UsageError or DataError, before an hour of training, for a comparison that cannot be run.
+    """
+    check_settings(config)
+    thirds = named_thirds(config)
+    keys = _keys(options, thirds)
+    print(describe_data(config), *check_evaluation(config), sep="\n", flush=True)
+    _check_usable(config, options, thirds)
+    _check_different(config, options, thirds, keys, out)
+    return keys
 
 
 class _Schedule:
@@ -192,7 +202,7 @@ class _Schedule:
 
     def _add(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
-            if _is_done(job):
+            if is_done(job):
                 self.num_begun += 1
                 self._read(job)
             else:
@@ -247,7 +257,7 @@ def _keys(options: CompareConfig, thirds: dict[str, str]) -> list[Key]:
 
 
 def _check_usable(config: RunConfig, options: CompareConfig, thirds: dict[str, str]) -> None:
-    """Raises, before an hour of training, for data without a choice of learning rates and towers that do not fit."""
+    """Raises UsageError for data without a choice of learning rates and towers that do not fit."""
     if len(options.lrs) > 1 and not captioned(open_data(config)[1]):
         raise UsageError(
             "compare: there is no validation data to choose a learning rate on. Give --inputs.val-fraction above 0, "
@@ -269,7 +279,9 @@ def _check_different(
     """Raises UsageError for two methods that are one, as 3t and 3t-main are where the settings give the weights."""
     seen: dict[tuple[str, Objective], str] = {}
     for method, third in keys:
-        table = objective(_job(config, thirds, (method, third), options.seeds[0], options.lrs[0], out).config)
+        table = objective(
+            make_job(config, thirds, (method, third), options.seeds[0], options.lrs[0], out).config
+        )
         same = seen.setdefault((third, table), method)
         if same != method:
             raise UsageError(
@@ -279,7 +291,8 @@ def _check_different(
             )
 
 
-def _job(config: RunConfig, thirds: dict[str, str], key: Key, seed: int, lr: float, out: Path) -> Job:
+def make_job(config: RunConfig, thirds: dict[str, str], key: Key, seed: int, lr: float, out: Path) -> Job:
+    """The run of a method with a third tower, in a folder of `out` that is named after it."""
     method, third = key
     name = "-".join([method, *([third] if third else []), f"seed{seed}", f"lr{lr:g}"])
     own = replace(
@@ -308,7 +321,7 @@ class _Pace:
         return max(self._limit - self.so_far(), 1e-3) / 60 if self._limit else 0.0
 
 
-def _is_done(job: Job) -> bool:
+def is_done(job: Job) -> bool:
     """Whether a job is trained, and evaluated as figures are counted now.
 
     Raises CheckpointError when that was on other data.
@@ -345,7 +358,7 @@ def _one_after_the_other(waiting: deque[Job], begin: Callable[[Job], None], pace
             raise Stopped
 
 
-def _make_shared(jobs: Iterable[Job]) -> None:
+def make_shared(jobs: Iterable[Job]) -> None:
     """Stores the frozen features that the jobs read, and makes room for their images, once for all processes."""
     for job in {job.key: job for job in jobs}.values():
         setup = prepare(job.config, job.folder)

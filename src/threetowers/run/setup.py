@@ -1,5 +1,6 @@
 """A configuration made real: its data opened, its towers built and loaded, its frozen features stored."""
 
+from array import array
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from threetowers.config import RunConfig, check
@@ -14,8 +16,8 @@ from threetowers.data.decode import check_decoder
 from threetowers.data.kept import KeptImages
 from threetowers.data.loader import BatchReader
 from threetowers.data.open import splits
-from threetowers.data.order import Order
-from threetowers.data.source import Source, check_problems, describe
+from threetowers.data.order import Order, hash64
+from threetowers.data.source import Source, Subset, check_problems, describe
 from threetowers.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
 from threetowers.errors import DataError, UsageError
 from threetowers.model import Architecture, ThreeTowers, build
@@ -150,16 +152,17 @@ def open_data(config: RunConfig) -> tuple[Source, Source, Source]:
         )
     path = str(world()) if config.data == "shapes" else config.data
     inputs = config.inputs
-    parts = _open_splits(
+    parts, train = _open_splits(
         path,
         inputs.image_column,
         inputs.caption_columns,
         inputs.split_column,
         inputs.val_fraction,
         inputs.test_fraction,
+        inputs.train_images,
     )
     check_problems(parts, limit=inputs.max_bad_share)
-    return parts
+    return train, *parts[1:]
 
 
 def check_enough(config: RunConfig) -> None:
@@ -181,8 +184,10 @@ def _open_splits(
     split_column: str | None,
     val_fraction: float,
     test_fraction: float,
-) -> tuple[Source, Source, Source]:
-    return splits(
+    train_images: int,
+) -> tuple[tuple[Source, Source, Source], Source]:
+    """The three parts, and what is trained on of the first."""
+    parts = splits(
         path,
         image_column=image_column,
         caption_columns=caption_columns,
@@ -190,6 +195,22 @@ def _open_splits(
         val_fraction=val_fraction,
         test_fraction=test_fraction,
     )
+    return parts, _drawn(parts[0], train_images) if train_images else parts[0]
+
+
+def _drawn(source: Source, number: int) -> Source:
+    """So many samples of a source, in its order, drawn by a hash of the id of each one's image.
+
+    Raises UsageError where the source has fewer.
+    """
+    if number > len(source):
+        raise UsageError(
+            f"inputs.train_images: {number:,} images, and there are {len(source):,} to train on; 0 takes all"
+        )
+    records = (source.record(index) for index in range(len(source)))
+    draws = np.array([hash64("drawn", each.image_id or each.id) for each in records], dtype=np.uint64)
+    chosen = np.sort(np.argsort(draws, kind="stable")[:number])
+    return Subset(source, array("q", chosen.tolist()), source.name)
 
 
 def describe_data(config: RunConfig) -> str:
