@@ -236,6 +236,28 @@ def test_a_source_keeps_its_contract(format: Format, example: Example, tmp_path:
 
 
 @every_example
+def test_the_fingerprint_tells_images_of_equal_names_and_sizes_apart(
+    format: Format, example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of uncompressed files are: otherwise features of one set would be taken for those of another."""
+
+    def flat(seed: int) -> bytes:
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng([seed, first]).integers(0, 255, (9, 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
+        return buffer.getvalue()
+
+    monkeypatch.setitem(globals(), "png", flat)
+    prints = []
+    for first in (0, 1, 0):
+        folder = tmp_path / str(len(prints)) / "data"
+        folder.mkdir(parents=True)
+        prints.append([source.fingerprint for source in opened(example(folder, False), example)])
+    assert prints[0] == prints[2]
+    assert not set(prints[0]) & set(prints[1])
+
+
+@every_example
 def test_equal_images_are_one_image(
     format: Format, example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

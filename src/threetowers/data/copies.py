@@ -17,6 +17,9 @@ from threetowers.progress import Progress
 
 MIDDLE_BYTES = 512
 """Of an image, by which most images of equal size differ: at the ends there are headers and padding."""
+FINGERPRINTED = 64
+"""Images of a folder or a shard whose middles are part of its fingerprint. Names and sizes do not tell data apart whose
+files are all of one size, as uncompressed images are."""
 QUIET_SECONDS = 2.0
 """Work that takes less time shows no progress."""
 Place = tuple[int, int]
@@ -42,6 +45,11 @@ def middle_key_at(file: int, offset: int, size: int) -> int:
 def _middle(size: int) -> tuple[int, int]:
     """Offset and number of the bytes in the middle of an image of `size` bytes."""
     return max(size - MIDDLE_BYTES, 0) // 2, min(size, MIDDLE_BYTES)
+
+
+def some_of(count: int) -> list[int]:
+    """The numbers of up to FINGERPRINTED of so many images, at equal distances."""
+    return sorted(set(np.linspace(0, count - 1, min(count, FINGERPRINTED)).astype(int).tolist()))
 
 
 def of_equal_size(sizes: np.ndarray) -> np.ndarray:

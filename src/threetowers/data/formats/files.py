@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from threetowers.data.copies import describe_copies, find_copies, middle_key_at, of_equal_size
+from threetowers.data.copies import describe_copies, find_copies, middle_key_at, of_equal_size, some_of
 from threetowers.data.shards.columns import Column, Columns, write_columns
 from threetowers.data.shards.index import index_folder, index_key
 from threetowers.data.source import Record, Texts
@@ -91,6 +91,7 @@ class FileSource:
             self._captions.append(captions)
             self._labels.append(label)
             self._sizes.append(size)
+        digest.update(self.image_middles(np.array(some_of(len(self)), np.int64)).tobytes())
         self.fingerprint = digest.hexdigest()
         copies, firsts = self._find_copies()
         self._firsts = dict(zip(copies.tolist(), firsts.tolist(), strict=True))

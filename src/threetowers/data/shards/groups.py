@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from threetowers.data.cells import CAPTION_KEYS, cell_texts, file_texts
-from threetowers.data.copies import middle_key_at
+from threetowers.data.copies import middle_key_at, some_of
 from threetowers.data.shards.tar import MAX_TEXT_BYTES, Member, walk
 from threetowers.data.source import IMAGE_ENDINGS, REMARKS, clean_captions, decode_text
 from threetowers.errors import BadSample
@@ -107,6 +107,9 @@ def read_groups(name: str, file: int, stem: str) -> "TarGroups":
             dotted.append((key, member))
     if dotted:
         _separate(groups, dotted, file, digest.update)
+    images = [image for group in groups.values() if (image := group.image()) is not None]
+    for place in some_of(len(images)):
+        digest.update(str(middle_key_at(file, images[place].offset, images[place].size)).encode())
     return TarGroups(groups, file, digest.digest())
 
 
@@ -169,7 +172,10 @@ def _separate(
 
 @dataclass(frozen=True)
 class TarGroups:
-    """The members of one shard by key, and a digest of its stem, size, headers and texts; file: its open descriptor."""
+    """The members of one shard by key, and a digest of its stem, size, headers, texts and some images.
+
+    file: its open descriptor.
+    """
 
     groups: dict[str, _Group]
     file: int

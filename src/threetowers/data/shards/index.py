@@ -27,7 +27,7 @@ from threetowers.errors import BadSample, DataError
 from threetowers.files import cache_folder, replacing
 from threetowers.progress import warn_once
 
-VERSION = 3
+VERSION = 4
 FRESH_SECONDS = 2.0
 """A shard written less long ago may be written again with the same time of change, so its index is not stored."""
 
