@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -241,15 +242,15 @@ def test_the_fingerprint_tells_images_of_equal_names_and_sizes_apart(
 ) -> None:
     """As those of uncompressed files are: otherwise features of one set would be taken for those of another."""
 
-    def flat(seed: int) -> bytes:
+    def flat(seed: int, world: int) -> bytes:
         buffer = io.BytesIO()
-        pixels = np.random.default_rng([seed, first]).integers(0, 255, (9, 7, 3), dtype=np.uint8)
+        pixels = np.random.default_rng([seed, world]).integers(0, 255, (9, 7, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
         return buffer.getvalue()
 
-    monkeypatch.setitem(globals(), "png", flat)
     prints: list[set[str]] = []
-    for first in (0, 1, 0):
+    for world in (0, 1, 0):
+        monkeypatch.setitem(globals(), "png", partial(flat, world=world))
         folder = tmp_path / str(len(prints)) / "data"
         folder.mkdir(parents=True)
         sources = opened(example(folder, False), example)
