@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from threetowers.config import Method, RunConfig
 from threetowers.data.open import FORMATS
+from threetowers.evaluate.suite.tasks import TASKS
 from threetowers.objective.kinds import LOSSES
 from threetowers.objective.pairs import Objective, objective
 from threetowers.recipes import PRESETS
@@ -52,6 +53,10 @@ def tables() -> dict[str, str]:
         "presets": markdown(
             ("preset", "what it is"),
             ((f"`{name}`", (preset.__doc__ or "").splitlines()[0]) for name, preset in PRESETS.items()),
+        ),
+        "tasks": markdown(
+            ("task", "what is measured", "main metric"),
+            ((f"`{name}`", task.help, f"`{task.metric}`") for name, task in TASKS.items()),
         ),
         "phases": markdown(("phase", "what it is"), PHASES.items()),
         "claims": claims(json.loads(STUDY.read_bytes())),

@@ -32,8 +32,10 @@ TOY = {
     "ranks": "--sizes 200 --width 8 --rounds 1",
     "pieces": "--images 6 --rounds 1 --models test_vit",
     "precision": "--seeds 0 --steps 6 --device cpu",
+    "probes": "--train 120 --test 60 --width 8 --classes 4 --rounds 1",
     "scale": "--sizes 200 --shard-size 100",
     "step": "--batch-size 2 --rounds 1",
+    "suite": "--steps 1",
     "store": "--rows 500 --width 8 --batch-size 50 --rounds 1",
 }
 SLOW = {

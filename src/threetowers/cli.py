@@ -15,6 +15,7 @@ import tyro
 
 from threetowers.commands.arguments import (
     AdviseArguments,
+    AnalyseArguments,
     CompareArguments,
     EmbedArguments,
     EvaluateArguments,
@@ -244,6 +245,17 @@ def _evaluate(words: list[str]) -> int:
     return 0
 
 
+def _analyse(words: list[str]) -> int:
+    """what the towers of finished runs know, and where they differ: threetowers analyse RUN [RUN …] [--out DIR]"""
+    arguments = parse(AnalyseArguments, words, "analyse")
+
+    from threetowers.compare.analysis import analyse
+    from threetowers.report.analysis import write_analysis
+
+    print(f"report: {write_analysis(analyse(arguments.runs, arguments.out))}")
+    return 0
+
+
 def _pretrain(words: list[str]) -> int:
     """train a small classifier as third tower: threetowers pretrain --out DIR [--data IMAGES|objects|scenes] …"""
     arguments = parse(PretrainArguments, words, "pretrain")
@@ -366,6 +378,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "reproduce": _reproduce,
     "evaluate": _evaluate,
+    "analyse": _analyse,
     "report": _page,
     "pretrain": _pretrain,
     "export": _export,

@@ -1,6 +1,7 @@
 """Models whose answers are known: oracles, and those that guess."""
 
 from collections.abc import Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -40,7 +41,10 @@ class KnownFeatures:
         return [int(group) for group in text_groups([record.captions[0] for record in records])]
 
     def images(self, part: Part, view: str = "img") -> ImageRows:
-        return ImageRows(self._noisy(self._vectors(self._numbers(part)), 1), torch.arange(len(part.source)))
+        return ImageRows(
+            self._noisy(self._vectors(self._numbers(part)), crc32(part.name.encode())),
+            torch.arange(len(part.source)),
+        )
 
     def captions(self, part: Part, samples: Sequence[int]) -> Tensor:
         numbers = self._numbers(part)

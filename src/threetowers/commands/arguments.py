@@ -157,6 +157,17 @@ class PretrainArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnalyseArguments:
+    """Similarity of towers, agreement of their errors, and how both came about; writes analysis.html."""
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(help="Finished runs with the same test data, such as those of a comparison."),
+    ]
+    out: Annotated[Path, tyro.conf.arg(help="Folder to write.")] = Path("runs/analysis")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateArguments:
     """Evaluate a run on its own test data, with the convex combination; or any model on other data or a suite."""
 

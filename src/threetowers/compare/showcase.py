@@ -50,7 +50,7 @@ def showcase(
 def _world(train: Source, out: Path) -> list[dict[str, Any]]:
     rows = []
     for index in (hash64("world", place) % len(train) for place in range(NUM_WORLD)):
-        image = _thumbnail(train, index, f"train-{index}", out)
+        image = thumbnail(train, index, f"train-{index}", out)
         if image:
             rows.append({"image": image, "captions": list(train.record(index).captions)})
     return rows
@@ -68,7 +68,7 @@ def _examples(
     queries = sorted(range(len(captions)), key=lambda i: hash64("example", i))[: 2 * NUM_QUERIES]
 
     def picture(row: int) -> str | None:
-        return _thumbnail(test, int(index[row]), f"test-{int(index[row])}", out)
+        return thumbnail(test, int(index[row]), f"test-{int(index[row])}", out)
 
     rows: list[dict[str, Any]] = []
     for place, query in enumerate(queries):
@@ -103,7 +103,7 @@ def _examples(
     return rows
 
 
-def _thumbnail(source: Source, index: int, name: str, out: Path) -> str | None:
+def thumbnail(source: Source, index: int, name: str, out: Path) -> str | None:
     """Writes a small PNG of an image and returns its path relative to `out`; None for an image that cannot be read."""
     path = out / "images" / f"{name}.png"
     try:

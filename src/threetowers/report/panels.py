@@ -164,7 +164,8 @@ def inline_svg(svg: str, prefix: str, description: str) -> str:
     # the colour of text is in `fill` too
     body = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", lambda m: f"{m[1]}: {names.get(m[2], m[2])}", body)
     body = re.sub(r"font: (?:(\w+) )?([\d.]+)px [^;\"]+", _font, body)
-    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)
+    # two decimals are enough in attributes; text keeps its own
+    body = re.sub(r"<[^>]*>", lambda m: re.sub(r"(\d\.\d\d)\d+", r"\1", m[0]), body)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
     body = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", body)
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", body)

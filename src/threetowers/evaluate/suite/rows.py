@@ -100,9 +100,7 @@ def write_tables(folder: Path, rows: Sequence[Row]) -> None:
     tasks: dict[str, Task] = {"retrieval": "zeroshot_retrieval", "zero_shot": "zeroshot_classification"}
     for row in rows:
         if row.task in tasks:
-            known = {
-                name: value for name, value in row.metrics.items() if row.task == "zero_shot" or "_r@" in name
-            }
+            known = row.details.get(CLIP_BENCHMARK, row.metrics)
             result = clip_benchmark_result(row.data, row.model, "", tasks[row.task], known)
             name = "_".join((row.data.replace("/", "-"), row.task, row.model_digest[:8]))
             write_whole(folder / CLIP_BENCHMARK / f"{name}.json", json.dumps(result, indent=2))

@@ -14,9 +14,10 @@ import torch
 
 from threetowers.errors import DataError, ThreeTowersError, UsageError
 from threetowers.evaluate.suite.features import Features, open_features
+from threetowers.evaluate.suite.measured import Task
 from threetowers.evaluate.suite.rows import Row, append_row, read_rows, write_tables
 from threetowers.evaluate.suite.sets import DataSet, OpenSet, open_set
-from threetowers.evaluate.suite.tasks import TASKS, Task
+from threetowers.evaluate.suite.tasks import TASKS
 from threetowers.progress import duration, warn
 from threetowers.settings import did_you_mean
 from threetowers.towers.frozen.base import digest_of
@@ -76,7 +77,8 @@ def _evaluate_set(features: Features, opened: OpenSet, path: Path) -> None:
     done = {row.key() for row in read_rows(path.parent)}
     prompts = digest_of([list(opened.classes), list(opened.templates)]) if opened.classes else None
     parts = (opened.test, opened.train, opened.val, opened.outside)
-    data = digest_of([None if each is None else each.source.fingerprint for each in parts])
+    fingerprints = [None if each is None else each.source.fingerprint for each in parts]
+    data = digest_of([*fingerprints, None if opened.choices is None else opened.choices.fingerprint])
     for name, task in fitting_tasks(opened, features.views).items():
         metric = described.metric or task.metric
         key = (features.digest, described.name, data, name, prompts or "", metric)
@@ -121,7 +123,7 @@ def fitting_tasks(opened: OpenSet, views: Sequence[str]) -> dict[str, Task]:
     asked = opened.described.tasks
     fitting = {}
     for name, task in TASKS.items():
-        if asked and name not in asked:
+        if name not in asked and (asked or task.asked):
             continue
         reason = task.unfit(opened, views)
         if not reason:

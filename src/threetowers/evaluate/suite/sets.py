@@ -20,13 +20,16 @@ from typing import Any
 
 import yaml
 
+from threetowers.data.choices import ChoiceSet, open_choices
 from threetowers.data.open import given_parts, open_source, split
+from threetowers.data.parts import part_of
 from threetowers.data.source import Source
 from threetowers.errors import DataError, UsageError
 from threetowers.evaluate.suite.features import Part
 from threetowers.evaluate.zero_shot import check_prompts
 from threetowers.run.setup import world
 from threetowers.settings import read_toml, replace_nested
+from threetowers.world.negatives import open_negatives
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 VAL_SHARE = 0.1
@@ -44,7 +47,8 @@ class DataSet:
     somewhere else. outside: images that belong to none of the classes. tasks: those to measure; empty means all that
     fit. metric: the main one, where it is not the task's own. templates, classes: prompts and class names in the order
     of the labels, where those of the data are not meant. chance: the main metric's level, where it is not the task's
-    own. group: what it is averaged with. choices: the layout of a set of hard negatives.
+    own. group: what it is averaged with. choices: whether the path is that of choices, as `data/choices.py` reads
+    them. images: of choices, the folder of their images, where it is not beside them.
     """
 
     name: str
@@ -58,12 +62,16 @@ class DataSet:
     classes: tuple[str, ...] = ()
     chance: float | None = None
     group: str = ""
-    choices: str | None = None
+    choices: bool = False
+    images: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class OpenSet:
-    """A data set with its sources opened. classes, templates: for prompts; no classes where it has no labels."""
+    """A data set with its sources opened. classes, templates: for prompts; no classes where it has no labels.
+
+    choices: of a set of choices, whose test part is their images.
+    """
 
     described: DataSet
     test: Part
@@ -72,6 +80,13 @@ class OpenSet:
     outside: Part | None
     classes: Sequence[str]
     templates: Sequence[str]
+    choices: ChoiceSet | None = None
+
+    def held_out(self) -> Part:
+        """Labelled images beside the test part: those of validation, else of training."""
+        part = self.val or self.train
+        assert part is not None
+        return part
 
     def fitted_on(self) -> tuple[Part, Part]:
         """The parts that a probe is fitted on and chosen on; without a validation part a tenth of the training part."""
@@ -126,9 +141,12 @@ def _tables(path: Path) -> list[DataSet]:
         for key in ("name", "path"):
             if not getattr(described, key):
                 raise UsageError(f"{path}: data[{number}].{key} is missing")
-        moved = {key: _beside(path, getattr(described, key)) for key in ("path", "train", "val", "outside")}
+        moved = {key: _beside(path, getattr(described, key)) for key in _PATHS}
         found.append(replace(described, **moved))
     return found
+
+
+_PATHS = ("path", "train", "val", "outside", "images")
 
 
 def _beside(file: Path, text: str | None) -> Any:
@@ -192,9 +210,12 @@ def _folders(folder: Path) -> list[DataSet]:
 
 def open_set(described: DataSet) -> OpenSet:
     """Opens a data set's sources; no image is read. Raises DataError and UsageError that name it."""
+    if described.choices:
+        return _open_choices(described)
     try:
-        parts = given_parts(_path(described.path))
-        test = parts.get("test") or parts.get("val") or open_source(_path(described.path))
+        path = _only_test(_path(described.path))
+        parts = given_parts(path)
+        test = parts.get("test") or parts.get("val") or open_source(path)
         train, val = parts.get("train"), parts.get("val") if "test" in parts else None
         train, val, outside = (
             other if given is None else open_source(_path(given))
@@ -225,6 +246,27 @@ def open_set(described: DataSet) -> OpenSet:
     )  # fmt: skip
 
 
+def _only_test(path: str) -> str:
+    """The part `test` of a folder that has no training part, as some of CLIP_benchmark's folders have none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    parts = {part_of(each.name): str(each) for each in sorted(folder.iterdir()) if each.is_dir()}
+    return parts["test"] if "test" in parts and "train" not in parts else path
+
+
+def _open_choices(described: DataSet) -> OpenSet:
+    try:
+        if described.path == BUILT_IN:
+            choices = open_negatives(world())
+        else:
+            choices = open_choices(described.path, described.images)
+    except (DataError, UsageError) as error:
+        raise type(error)(f"{described.name}: {error}") from None
+    test = Part(described.name, "test", choices.images)
+    return OpenSet(described, test, None, None, None, (), (), choices)
+
+
 def _path(text: str) -> str:
     if text == BUILT_IN or text.startswith(f"{BUILT_IN}/"):
         return str(world() / text.removeprefix(BUILT_IN).lstrip("/"))
@@ -232,7 +274,8 @@ def _path(text: str) -> str:
 
 
 _SHAPES: tuple[DataSet, ...] = (
-    DataSet("shapes", "shapes/test", group="retrieval"),
+    DataSet("shapes", "shapes/test", group="pairs"),
+    DataSet("shapes/words", "shapes", choices=True, group="pairs"),
     DataSet(
         "shapes/objects", "shapes/objects/test", train="shapes/objects/val", outside="shapes/scenes/test",
         group="classes",
