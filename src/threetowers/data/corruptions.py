@@ -92,7 +92,7 @@ def _image(pixels: np.ndarray) -> Image.Image:
 CORRUPTIONS = (
     Corruption("noise", (.04, .08, .12, .18, .26), "standard deviation, as a share of the grey levels", _noise),
     Corruption("blur", (.012, .018, .025, .035, .05), "standard deviation, as a share of the shorter side", _blur),
-    Corruption("contrast", (.6, .45, .3, .2, .1), "share of the contrast that is left", _contrast),
+    Corruption("contrast", (.85, .7, .55, .4, .2), "share of the contrast that is left", _contrast),
     Corruption("jpeg", (70, 45, 25, 12, 6), "quality, as Pillow counts it; blocks have 8 px at any size", _jpeg),
     Corruption("pixelate", (26, 22, 18, 14, 10), "cells on the shorter side", _pixelate),
     Corruption("occlusion", (.25, .35, .45, .55, .65), "side of a grey square, as a share of the shorter side",

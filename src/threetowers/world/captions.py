@@ -41,7 +41,8 @@ _REL = (
 )
 _AT = (("to its right", "to its left"), ("below it", "above it"))
 
-_LANES = 12  # uniform numbers per caption: template, order, words of relation, spare, then four per object
+LANES = 12
+"""Uniform numbers for each caption: template, order, words of relation, spare, then four for each object."""
 
 
 def captions(seed: int, indices: Ints, *, split: Split = "train") -> list[tuple[str, ...]]:
@@ -52,7 +53,7 @@ def captions(seed: int, indices: Ints, *, split: Split = "train") -> list[tuple[
     """
     content = scenes(seed, indices, split=split)
     roots = scene_roots(seed, indices, "pairs", split)
-    draws = uniform(roots, "caption", 5 * _LANES).reshape(-1, 5, _LANES).tolist()
+    draws = uniform(roots, "caption", 5 * LANES).reshape(-1, 5, LANES).tolist()
     columns = (
         content.background,
         content.layout,
@@ -65,13 +66,14 @@ def captions(seed: int, indices: Ints, *, split: Split = "train") -> list[tuple[
     result = []
     for (background, layout, *of_objects), draw in zip(rows, draws, strict=True):
         objects = list(zip(*of_objects, strict=True))[: 1 if layout == 0 else 2]
-        result.append(_five(BACKGROUNDS[background], layout, objects, draw))
+        result.append(five_texts(BACKGROUNDS[background], layout, objects, draw))
     return result
 
 
-def _five(
+def five_texts(
     background: str, layout: int, objects: list[tuple[int, ...]], draws: list[list[float]]
 ) -> tuple[str, ...]:
+    """The five captions of one scene; objects: left or upper one first. draws: [5][LANES] in [0, 1)."""
     forms = _ONE if layout == 0 else _TWO
     first = int(draws[0][0] * 4)  # the first four forms can name everything
     texts = []

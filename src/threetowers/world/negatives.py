@@ -19,7 +19,7 @@ from threetowers.data.choices import ChoiceRow, ChoiceSet, choice_set
 from threetowers.data.open import open_source
 from threetowers.data.order import hash64, uniforms
 from threetowers.errors import DataError
-from threetowers.world.captions import _LANES, _five
+from threetowers.world.captions import LANES, five_texts
 from threetowers.world.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -65,7 +65,7 @@ class _Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class _Scene:
-    """A scene and what its wording depends on. things: left or upper one first. draws: [5][_LANES] in [0, 1)."""
+    """A scene and what its wording depends on. things: left or upper one first. draws: [5][LANES] in [0, 1)."""
 
     background: int
     layout: int
@@ -73,7 +73,7 @@ class _Scene:
     draws: list[list[float]]
 
     def captions(self) -> tuple[str, ...]:
-        return _five(BACKGROUNDS[self.background], self.layout, list(self.things), self.draws)
+        return five_texts(BACKGROUNDS[self.background], self.layout, list(self.things), self.draws)
 
 
 _Change = Callable[[_Scene, Split, list[float]], _Scene | None]
@@ -188,7 +188,7 @@ def hard_negatives(seed: int, indices: Ints, *, split: Split = "test") -> list[N
 
 def _scenes(seed: int, indices: Ints, split: Split) -> list[_Scene]:
     content = scenes(seed, indices, split=split)
-    draws = uniform(scene_roots(seed, indices, "pairs", split), "caption", 5 * _LANES).reshape(-1, 5, _LANES)
+    draws = uniform(scene_roots(seed, indices, "pairs", split), "caption", 5 * LANES).reshape(-1, 5, LANES)
     columns = np.stack([content.shape, content.colour, content.texture, content.size], axis=2)  # [B, S, 4]
     return [
         _Scene(background, layout, tuple(_Thing(*of) for of in things[: 1 if layout == 0 else 2]), draw)
