@@ -300,3 +300,19 @@ def test_short_runs_name_no_winner_and_say_how_long_they_should_be() -> None:
     assert short_budget(budget(188, 32, 2000)) == ""
     assert "2.9 times" in short_budget(budget(2999, 1, 1000)), "never rounded up to the limit"
     assert short_budget({}) == short_budget(budget(0, 0, 0)) == ""
+
+
+def test_a_warm_start_is_compared_with_the_other_uses_of_the_same_weights() -> None:
+    runs = figures(0.3, 0.35, 0.6)
+    warm = figures(0.3, 0.35, 0.7, method="3t-main-warm")["3t-main-warm", "t"]
+    unlocked = figures(0.3, 0.69, 0.5)["lit", "t"]
+    both = {**runs, ("3t-main-warm", "t"): warm, ("lit-unlocked", "t"): unlocked}
+    rows = [row for row in judge(both) if row["id"] == "W"]
+    assert [(row["text"], row["verdict"]) for row in rows] == [
+        ("3T main warm is above LiT unlocked in mean R@1", "held"),
+        ("3T main warm is above LiT in mean R@1", "held"),
+    ]
+    worse = {**both, ("lit-unlocked", "t"): figures(0.3, 0.75, 0.5)["lit", "t"]}
+    assert verdicts(judge(worse), "W", "unlocked") == ["not held"]
+    assert not verdicts(judge(runs), "W"), "it is asked where both are compared"
+    assert not verdicts(judge({**runs, ("lit-unlocked", "t"): unlocked}), "W")

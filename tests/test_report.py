@@ -22,7 +22,7 @@ from threetowers.report.claims import glance, terminal_claims
 from threetowers.report.page import write_report
 from threetowers.report.panels import PALETTE, inline_svg, spread
 from threetowers.report.plots import average
-from threetowers.report.story import story
+from threetowers.report.story import next_step, story
 from threetowers.report.tables import Html, headline, join, percent, read_curves, tag
 from threetowers.report.terminal import text_table
 
@@ -610,3 +610,36 @@ def test_palette_can_be_recognised_by_value() -> None:
 if __name__ == "__main__":  # python tests/test_report.py FOLDER: pages to look at
     for kind, make in (("full", make_compare), ("bare", make_bare)):
         print(write_report(Path(sys.argv[1]) / kind) if make(Path(sys.argv[1]) / kind) else "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "seeds", "said"),
+    [
+        ({}, (0, 1, 2), ""),
+        ({}, (0,), "To try next: more seeds (--seeds 0 1 2), so that differences can be told from chance."),
+        (
+            {"claims": "undecided"},
+            (0, 1, 2),
+            "To try next: more seeds: some differences are still undecided.",
+        ),
+        (
+            {"settings": {"steps": 10, "batch_size": 8, "num_train": 1000}},
+            (0, 1, 2),
+            "To try next: longer runs, as said",
+        ),
+        ({"few": True}, (0, 1, 2), "starts at the pretrained weights (3t-main-warm)"),
+    ],
+)
+def test_the_last_line_says_what_to_try_next(
+    changes: dict[str, Any], seeds: tuple[int, ...], said: str, tmp_path: Path
+) -> None:
+    compare = make_compare(tmp_path, seeds=seeds) | {"claims": [], "thirds": []}
+    compare["settings"] = {**compare["settings"], **changes.get("settings", {})}
+    if "claims" in changes:
+        compare["claims"] = [{"verdict": "not shown", "p": 0.3, "tests": []}]
+    if "few" in changes:
+        compare["thirds"] = [{"name": "x", "image": {"size": 32}}]
+    found = next_step(compare)
+    assert said in found if said else not found
+    if said and "claims" not in changes:
+        assert text_table(compare).split()[-1] == found.split()[-1]

@@ -25,7 +25,7 @@ from threetowers.evaluate.statistics import (
     paired_difference,
     t_interval,
 )
-from threetowers.objective.pairs import method_label
+from threetowers.objective.pairs import METHODS, method_label
 
 Key = tuple[str, str]
 """Method and third tower; the latter is empty for the baseline."""
@@ -33,6 +33,9 @@ Verdict = Literal["held", "not held", "not shown", "not tested"]
 MISMATCHED = "mismatched"
 LEVEL = 0.95
 """Of the intervals; a corrected p below 1 − LEVEL is significant."""
+_WARM: frozenset[str] = frozenset(
+    name for name, entry in METHODS.items() if entry.third_beside and entry.image == "start"
+)
 TWICE = "-twice"
 """Ends the method name of runs that were trained at twice the cost of the others, for example `3t-twice`."""
 
@@ -189,6 +192,7 @@ def claims(
     for third in thirds:
         if MISMATCHED in third:
             found.append(_mismatched_lit(runs, third, margin))
+        found += _warm(runs, third)
         for form in forms or ("3t",):
             if MISMATCHED in third:
                 found.append(_mismatched(runs, form, third, margin))
@@ -330,6 +334,22 @@ def _matched(runs: Runs, form: str, third: str) -> list[Claim]:
     return [
         *found,
         _claim(runs, Claim("C2", text, third), Compared("zero-shot top-1", key, base, "zero_shot/top1")),
+    ]
+
+
+def _warm(runs: Runs, third: str) -> list[Claim]:
+    """W: 3T with a warm start against the two other uses of the same weights. It is a question of ours, not the
+    paper's, and is asked where both are compared."""
+    warm = [key for key in runs if key[1] == third and key[0] in _WARM]
+    others = [(other, third) for other in ("lit-unlocked", "lit") if (other, third) in runs]
+    return [
+        _claim(
+            runs,
+            Claim("W", f"{method_label(key[0])} is above {method_label(other[0])} in mean R@1", third),
+            Compared("mean R@1", key, other),
+        )
+        for key in warm
+        for other in others
     ]
 
 

@@ -16,7 +16,7 @@ from threetowers.report.examples import examples, more, pictures, world
 from threetowers.report.panels import PALETTE, Plot
 from threetowers.report.plots import average, draw_plots
 from threetowers.report.settings import reading, settings, thirds
-from threetowers.report.story import story
+from threetowers.report.story import next_step, story
 from threetowers.report.suite import suite
 from threetowers.report.tables import (
     Compare,
@@ -152,6 +152,7 @@ def _opening(compare: Compare, plots: list[Plot]) -> Html:
         tag("p", how_certain, class_="certainty"),
         *(tag("p", text) for text in story(compare)),
         tag("div", *figures, claims, class_="panels beside"),
+        tag("p", step, class_="certainty") if (step := next_step(compare)) else None,
     )
 
 

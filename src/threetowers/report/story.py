@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from threetowers.report.claims import short_budget
 from threetowers.report.tables import (
     Compare,
     Key,
@@ -9,6 +10,7 @@ from threetowers.report.tables import (
     finite,
     label,
     metric_name,
+    num_seeds,
     percent,
     primary,
     ranking,
@@ -16,6 +18,10 @@ from threetowers.report.tables import (
 )
 
 CLASSES = "zero_shot/top1"
+MIN_SEEDS = 3
+WARM = ("lit-unlocked", "3t-main-warm")
+FEW_PAIRS = 100_000
+"""Training images below which a start from pretrained weights is proposed."""
 COMBINED = "combination/mean_r@1"
 
 
@@ -40,6 +46,33 @@ def _edges(compare: Compare) -> str:
         if names
     ]
     return f"Of the learning rates tried, {' and '.join(said)}: --lrs can try more." if said else ""
+
+
+def next_step(compare: Compare) -> str:
+    """What to try next on this data, by what the comparison lacks; empty when nothing stands out.
+
+    It names at most two things, the one that most limits what can be said first.
+    """
+    steps = []
+    num, methods = num_seeds(compare), {method["method"] for method in compare["methods"]}
+    claims = compare.get("claims", [])
+    if short_budget(compare):
+        steps.append("longer runs, as said above")
+    if num < MIN_SEEDS:
+        steps.append(
+            f"more seeds (--seeds {' '.join(map(str, range(MIN_SEEDS)))}), so that differences can be told from chance"
+        )
+    elif any(claim["verdict"] == "not shown" and claim["p"] is not None for claim in claims):
+        steps.append("more seeds: some differences are still undecided")
+    pairs = (compare.get("settings") or {}).get("num_train") or 0
+    reads_images = any(third.get("image") for third in compare.get("thirds", []))
+    missing = [method for method in WARM if method not in methods]
+    if reads_images and missing and 0 < pairs < FEW_PAIRS:
+        steps.append(
+            f"methods whose image tower starts at the pretrained weights ({' '.join(missing)}): an image tower from "
+            f"scratch has {pairs:,} images to learn from here"
+        )
+    return f"To try next: {'; '.join(steps[:2])}." if steps else ""
 
 
 def _best(compare: Compare, path: str) -> Key | None:

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable
 
 from threetowers.report.claims import terminal_claims
-from threetowers.report.story import story
+from threetowers.report.story import next_step, story
 from threetowers.report.tables import Cell, Compare, cells, headline, interval_note, label, percent, ranking
 
 COLUMNS = {
@@ -41,6 +41,7 @@ def text_table(compare: Compare) -> str:
     claims = terminal_claims(compare.get("claims", []))
     lines = [*opening, "", head, "─" * len(head), *rows, "", *wrap(notes)]
     lines += ["", "Claims:", *wrap(claims, "    ")] if claims else []
+    lines += ["", *wrap([step])] if (step := next_step(compare)) else []
     return "".join(_printable(line).rstrip() + "\n" for line in lines)
 
 
