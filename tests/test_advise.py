@@ -128,13 +128,15 @@ def test_a_clear_lead_is_recommended_and_an_unclear_one_is_not() -> None:
     hours = {A: 0.5, B: 1.0}
     text = recommendation(found, rows, hours, FULL, several=False)
     assert text.startswith(
-        "Train 3T. On all 800 images it is forecast to reach 60% mean R@1 (95 % 50% to 70%)"
+        "Train 3T. On all 800 images it is forecast to reach 60 % mean R@1 (95 % interval 50 % to 70 %)"
     )
-    assert "a chance of 97%" in text and "about 1 h 00 min" in text
+    assert "a chance of 97 %" in text and "about 1 h 00 min" in text
     assert "12 pilots on 100 to 400 of the images, with 2 seeds each" in text
+    sure = {**found, B: found[B]._replace(leads=1.0)}
+    assert "a chance of more than 99 %" in recommendation(sure, rows, hours, FULL, several=False)
     even = {A: found[A]._replace(leads=0.4), B: found[B]._replace(leads=0.6)}
     text = recommendation(even, rows, hours, FULL, several=False)
-    assert text.startswith("The pilots do not settle it. 3T leads with a chance of 60%")
+    assert text.startswith("The pilots do not settle it. 3T leads with a chance of 60 %")
     assert "Compare 3T and baseline in full, which takes about 1 h 30 min" in text
 
 
@@ -169,7 +171,11 @@ def test_pilots_are_trained_once_kept_and_reported(
     again = advise(config, options, tmp_path)
     assert again == advice and len(begun) == 22
     page = write_advice(tmp_path).read_text(encoding="utf-8")
-    assert advice["advice"] in page and "<svg" in page and "chance of leading" in page
+    assert (
+        all(part in page for part in advice["advice"].split(". ", 1))
+        and "<svg" in page
+        and "chance of leading" in page
+    )
     text = advice_text(advice)
     assert advice["advice"] in text and all(each["label"] in text for each in advice["methods"])
     assert "[21/21]" in capsys.readouterr().out

@@ -215,7 +215,7 @@ def recommendation(
     ranked = sorted(found, key=lambda key: found[key].leads, reverse=True)
     first, second = ranked[0], ranked[1] if len(ranked) > 1 else None
     best = found[first]
-    span = f"{best.value:.0%} mean R@1 (95 % {best.low:.0%} to {best.high:.0%})"
+    span = f"{_whole(best.value)} mean R@1 (95 % interval {_whole(best.low)} to {_whole(best.high)})"
     sizes = sorted({row.images for row in pilots[first]})
     seeds = len({row.seed for row in pilots[first]})
     num = sum(map(len, pilots.values()))
@@ -227,15 +227,24 @@ def recommendation(
     if second is None or best.leads >= SURE:
         return (
             f"Train {name(first)}. On all {num_train:,} images it is forecast to reach {span}, and to lead with a "
-            f"chance of {best.leads:.0%}. Training takes about {duration(3600 * hours[first])}. {basis}"
+            f"chance of {_chance(best.leads)}. Training takes about {duration(3600 * hours[first])}. {basis}"
         )
     close = [key for key in ranked if found[key].leads >= 1 - SURE]
     together = duration(3600 * sum(hours[key] for key in close))
     return (
-        f"The pilots do not settle it. {name(first)} leads with a chance of {best.leads:.0%} and is forecast to reach "
-        f"{span}; {name(second)} leads with a chance of {found[second].leads:.0%}. Compare "
+        f"The pilots do not settle it. {name(first)} leads with a chance of {_chance(best.leads)} and is forecast to "
+        f"reach {span}; {name(second)} leads with a chance of {_chance(found[second].leads)}. Compare "
         f"{' and '.join(map(name, close))} in full, which takes about {together} for one seed of each. {basis}"
     )
+
+
+def _whole(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _chance(share: float) -> str:
+    """A share of draws, of which there are too few to tell the last percent from certainty."""
+    return "more than 99 %" if share > 0.99 else _whole(share)
 
 
 def _described(

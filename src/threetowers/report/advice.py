@@ -51,7 +51,10 @@ def _ranked(advice: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _page(advice: dict[str, Any]) -> str:
     title = f"Which method for {advice['data']}"
-    opening = join(tag("h1", title), tag("p", advice["advice"], class_="headline"))
+    first, _, rest = advice["advice"].partition(". ")
+    opening = join(
+        tag("h1", title), tag("p", f"{first}.", class_="headline"), tag("p", rest, class_="certainty")
+    )
     plots = [_plot(advice, third) for third in dict.fromkeys(each["third"] for each in _shown(advice))]
     how = (
         "Each point is a pilot: a short training on a part of the images, for as many passes as the full training "
