@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from typing import Any
 import open_clip
 import pytest
 
+from threetowers.errors import UsageError
 from threetowers.recipes import PRESETS
+from threetowers.reproduce.records import Record, write_record
+from threetowers.towers.frozen.built_in import FOLDER
 from threetowers.world.write import write_world
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -74,7 +78,35 @@ def check(path: Path, page: ModuleType) -> None:
 
 
 def test_every_benchmark_is_run_here() -> None:
-    assert {path.stem for path in BENCHMARKS.glob("*.py")} == {*TOY, *SLOW, *NO_BENCHMARKS}
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} == {*TOY, *SLOW, *NO_BENCHMARKS, "forecasts"}
+
+
+@pytest.mark.slow
+def test_forecasts_are_judged_by_the_records_of_a_study(
+    page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("forecasts")
+    study, records = tmp_path / "study", tmp_path / "records"
+    write_world(
+        study / "worlds" / "seed7-10000", seed=7, num_train=1_100, num_val=40, num_test=40, num_labelled=0
+    )
+    shutil.copytree(FOLDER / "matched", study / "towers" / "matched-seed7")
+    for place, method in enumerate(module.METHODS):
+        third = "" if method == "baseline" else "matched"
+        settings = {"part": "main", "label": method, "method": method, "third": third, "seed": 7}
+        write_record(records / f"main-{method}.json", Record(settings, {"val/mean_r@1": 0.1 * place}))
+    arguments = "--seeds 7 --thirds matched --steps 24 --study {} --records {} --out {}"
+    words = arguments.format(study, records, tmp_path / "forecasts.json").split()
+    monkeypatch.setattr(sys, "argv", ["forecasts.py", *words])
+    module.main()
+    found = json.loads((tmp_path / "forecasts.json").read_text(encoding="utf-8"))
+    assert [row["full"] for row in found["rows"]] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert found["comparisons"] == 1 and found["intervals"] == 4
+    assert found["winner_named"] == (max(found["rows"], key=lambda row: row["leads"])["method"] == "3t-main")
+    check(tmp_path / "forecasts.json", page)
+    (records / "main-3t.json").unlink()
+    with pytest.raises(UsageError, match="no record of 3t for matched, seed 7"):
+        module.main()
 
 
 @pytest.mark.parametrize("name", TOY)
