@@ -178,7 +178,7 @@ def test_a_vocabulary_whose_order_is_its_ids_is_refused(tmp_path: Path) -> None:
     assert export._move_end(3, path) is None
 
 
-def test_an_export_is_a_target_with_the_digest_of_its_own(run: Path, exported: Path) -> None:
+def test_an_export_is_a_target_of_the_suite(run: Path, exported: Path) -> None:
     target = open_target(str(exported))
     text = unit(target.text.module(target.text.inputs(TEXTS)))  # type: ignore[operator]
     close(text.detach(), load_run(run).encode_text(TEXTS))

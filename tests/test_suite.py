@@ -306,10 +306,7 @@ def test_what_is_done_is_not_computed_again_and_parts_share_the_rest(
     sets = [DataSet("photos", str(photos)), DataSet("classes", str(classes), tasks=("zero_shot",))]
     out = tmp_path / "out"
     assert {row.data for row in evaluate_suite(str(finished), sets, out, part=(1, 2))} == {"classes"}
-    assert {row.data for row in evaluate_suite(str(finished), sets, out, part=(0, 2))} == {
-        "photos",
-        "classes",
-    }
+    assert {row.data for row in evaluate_suite(str(finished), sets, out, part=(0, 2))} == {"photos"}
     before = {row.key(): row for row in read_rows(out)}
 
     def never(*arguments: Any) -> Any:
@@ -331,7 +328,7 @@ def test_a_set_that_fails_does_not_end_the_others(
         DataSet("unfit", str(photos), tasks=("zero_shot",)),
         DataSet("photos", str(photos)),
     ]
-    with pytest.raises(DataError, match=r"2 of 3 data sets could not be evaluated.*gone"):
+    with pytest.raises(DataError, match=r"2 data sets or tasks could not be measured.*gone"):
         evaluate_suite(str(finished), sets, tmp_path / "out")
     assert [row.data for row in read_rows(tmp_path / "out")] == ["photos"]
     assert "zero_shot cannot be measured: its images have no classes" in capsys.readouterr().err
@@ -406,6 +403,10 @@ def test_stored_features_give_the_figures_of_the_model_that_made_them(
     data = OpenSet(DataSet("photos", ""), pictures, None, None, None, (), ())
     assert retrieval(stored, data).metrics == retrieval(live, data).metrics
     assert zero_shot(stored, labels).metrics == zero_shot(live, labels).metrics
+    described = [DataSet("set", str(classes), tasks=("zero_shot", "calibration"))]
+    with pytest.raises(DataError, match=r"1 data sets or tasks.*set, calibration: .*the model's scale"):
+        evaluate_suite(f"features:{folder}", described, tmp_path / "out")
+    assert [row.task for row in read_rows(tmp_path / "out")] == ["zero_shot"], "the other task is measured"
     save_file({"test/image": tensors["test/image"][:9]}, folder / "photos.safetensors")
     with pytest.raises(DataError, match=r"photos\.safetensors: test/image is \[9, 24\], and the data has 96"):
         retrieval(stored, data)

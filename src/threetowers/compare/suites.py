@@ -25,11 +25,8 @@ def suite_figures(jobs: Sequence[Job], suite: str | None, out: Path) -> list[dic
     by_cell: dict[tuple[str, str, str, str, str], list[Row]] = {}
     for job in jobs:
         print(f"suite: {job.name}", flush=True)
-        named = {each.name for each in sets}
         for row in evaluate_suite(str(job.folder), sets, out / "suite", device=device):
-            if row.model == str(job.folder) and row.data in named:
-                cell = (job.method, job.third, row.data, row.task, row.metric)
-                by_cell.setdefault(cell, []).append(row)
+            by_cell.setdefault((job.method, job.third, row.data, row.task, row.metric), []).append(row)
     return [
         {
             "method": method, "third": third, "data": data, "group": rows[0].group, "task": task, "metric": metric,

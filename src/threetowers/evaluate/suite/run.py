@@ -32,11 +32,11 @@ def evaluate_suite(
     device: torch.device | str = "cpu",
     workers: int = 0,
 ) -> list[Row]:
-    """Evaluates a model on data sets; returns the rows of the folder `out`, of other models too.
+    """Evaluates a model on data sets; returns its rows on those of this part, whether measured now or before.
 
     part: (i, n), this process takes every n-th data set from the i-th. Features are kept in `out`/features. A data set
-    that cannot be used does not end the others. Raises DataError, after the rest is done, that names each of these;
-    UsageError for a task or a target that means nothing.
+    or a task that cannot be measured does not end the others. Raises DataError, after the rest is done, that counts
+    these; UsageError for a task or a target that means nothing.
     """
     for each in sets:
         check_tasks(each)
@@ -44,21 +44,28 @@ def evaluate_suite(
     features = open_features(target, out / "features", device, workers)
     path = out / ("rows.jsonl" if count == 1 else f"rows-{index}-of-{count}.jsonl")
     out.mkdir(parents=True, exist_ok=True)
-    failed = []
+    wanted: list[tuple[str, ...]] = []
+    failed: list[str] = []
     for described in sets[index::count]:
         try:
-            _evaluate_set(features, open_set(described), path)
+            keys, reasons = _evaluate_set(features, open_set(described), path)
+            wanted, failed = wanted + keys, failed + reasons
         except ThreeTowersError as error:
-            warn(str(error))
-            failed.append(f"{described.name}: {error}" if described.name not in str(error) else str(error))
+            failed.append(_failure(described.name, error))
     rows = read_rows(out)
     write_tables(out, rows)
     if failed:
         raise DataError(
-            f"{len(failed)} of {len(sets[index::count])} data sets could not be evaluated; the others are in {out}. "
-            f"The first: {failed[0]}"
+            f"{len(failed)} data sets or tasks could not be measured; the others are in {out}. The first: {failed[0]}"
         )
-    return rows
+    return [row for row in rows if row.key() in wanted]
+
+
+def _failure(name: str, error: ThreeTowersError) -> str:
+    """Says at once what failed; returns it for the end."""
+    text = str(error) if name in str(error) else f"{name}: {error}"
+    warn(text)
+    return text
 
 
 def check_tasks(described: DataSet) -> None:
@@ -72,8 +79,14 @@ def check_tasks(described: DataSet) -> None:
         )
 
 
-def _evaluate_set(features: Features, opened: OpenSet, path: Path) -> None:
+def _evaluate_set(features: Features, opened: OpenSet, path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Measures the tasks that are not done and adds their rows to the file.
+
+    Returns the keys of the rows of all its tasks, and what failed.
+    """
     described = opened.described
+    keys: list[tuple[str, ...]] = []
+    failed: list[str] = []
     done = {row.key() for row in read_rows(path.parent)}
     prompts = digest_of([list(opened.classes), list(opened.templates)]) if opened.classes else None
     parts = (opened.test, opened.train, opened.val, opened.outside)
@@ -82,14 +95,17 @@ def _evaluate_set(features: Features, opened: OpenSet, path: Path) -> None:
     for name, task in fitting_tasks(opened, features.views).items():
         metric = described.metric or task.metric
         key = (features.digest, described.name, data, name, prompts or "", metric)
+        keys.append(key)
         if key in done:
             continue
         start = time.monotonic()
-        found = task.measure(features, opened)
-        if metric not in found.metrics:
-            raise UsageError(
-                f"{described.name}: {name} has no metric {metric!r}{did_you_mean(metric, found.metrics)}"
-            )
+        try:
+            found = task.measure(features, opened)
+            if metric not in found.metrics:
+                raise UsageError(f"{name} has no metric {metric!r}{did_you_mean(metric, found.metrics)}")
+        except ThreeTowersError as error:
+            failed.append(_failure(f"{described.name}, {name}", error))
+            continue
         own = metric == task.metric
         interval = found.interval(metric)
         row = Row(
@@ -112,7 +128,8 @@ def _evaluate_set(features: Features, opened: OpenSet, path: Path) -> None:
             details=dict(found.details),
         )
         append_row(path, row)
-        print(f"{_line(row)}", flush=True)
+        print(_line(row), flush=True)
+    return keys, failed
 
 
 def fitting_tasks(opened: OpenSet, views: Sequence[str]) -> dict[str, Task]:

@@ -57,8 +57,9 @@ class Target:
     thirds: Mapping[str, FrozenTower] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """Sixteen hex digits of the weights, the preprocessing and the tokenizer of the two towers."""
-        return digest_of({"image": self.image.fingerprint(), "text": self.text.fingerprint()})
+        """Sixteen hex digits of the weights, the preprocessing and the tokenizer of all towers."""
+        towers = {"image": self.image, "text": self.text, **self.thirds}
+        return digest_of({name: tower.fingerprint() for name, tower in towers.items()})
 
     def to(self, device: torch.device) -> "Target":
         """The target itself, its networks moved to the device."""
