@@ -64,9 +64,13 @@ def tables() -> dict[str, str]:
 
 
 def claims(study: dict[str, Any]) -> str:
-    """The verdict on every claim of the study, and where none is judged yet, how far the study is."""
+    """The verdict on every claim of the study; until its main part is finished, how far the study is.
+
+    A verdict that is read while seeds are still missing would be one of many looks at the same test.
+    """
     judged = study.get("claims") or ()
-    if not judged:
+    main_part = [row for row in study["progress"] if row["part"] == "main"]
+    if not judged or any(row["done"] < row["total"] for row in main_part):
         done = sum(row["done"] for row in study["progress"])
         return f"No claim is judged yet: {done:,} of {sum(row['total'] for row in study['progress']):,} runs are done."
     return markdown(("claim", "verdict"), ((title(claim), f"**{claim['verdict']}**") for claim in judged))
