@@ -11,7 +11,6 @@ forecast from a line: a method whose curve bends beyond the pilots is not where 
 
 import json
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +24,16 @@ from threetowers.compare.machine import machine
 from threetowers.compare.runs import (
     PRIMARY,
     Job,
+    Pace,
     check_comparison,
     is_done,
     make_job,
     make_shared,
     named_thirds,
+    none_finite,
 )
 from threetowers.config import CompareConfig, RunConfig
-from threetowers.errors import NonFiniteError, UsageError
+from threetowers.errors import UsageError
 from threetowers.files import write_whole
 from threetowers.objective.pairs import method_label
 from threetowers.progress import duration
@@ -83,7 +84,7 @@ def advise(
     keys = check_comparison(config, options, out)
     train, val, _ = open_data(config)
     sizes = pilot_sizes(len(train), config.batch_size)
-    start = time.monotonic()
+    pace = Pace(max_minutes)
     whole = (make_job(config, thirds, key, options.seeds[0], options.lrs[0], out) for key in keys)
     make_shared(whole)  # of which the pilots read parts
     total = len(keys) * (len(options.lrs) + len(sizes) * len(options.seeds) - 1)
@@ -96,12 +97,10 @@ def advise(
         job = replace(job, trial=images == sizes[0] and len(options.lrs) > 1)
         done.append(job)
         if not is_done(job):
-            so_far = time.monotonic() - start
-            left = 0.0 if not max_minutes else max(max_minutes - so_far / 60, 1e-3)
-            print(
-                f"[{len(done)}/{total}] {job.name}, {images:,} images ({duration(so_far)} so far)", flush=True
-            )
-            if not job.run(max_minutes=left).finished:
+            number = f"[{len(done)}/{total}]"
+            so_far = duration(pace.so_far())
+            print(f"{number} {job.name}, {images:,} images ({so_far} so far)", flush=True)
+            if not job.run(max_minutes=pace.minutes_left()).finished:
                 return None
         return job
 
@@ -113,10 +112,7 @@ def advise(
                 return None
             trials[lr] = job
         if all(job.diverged for job in trials.values()):
-            raise NonFiniteError(
-                f"{method_label(*key)}: the training did not stay finite with any of the learning rates "
-                f"{', '.join(f'{lr:g}' for lr in options.lrs)}; give lower ones with --lrs"
-            )
+            raise none_finite(trials[options.lrs[0]], options)
         chosen[key] = max(trials, key=lambda lr: trials[lr].score())
         results[key] = [_pilot(trials[chosen[key]], sizes[0])]
     for images in sizes:

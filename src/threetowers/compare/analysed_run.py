@@ -25,8 +25,8 @@ from threetowers.errors import CheckpointError, DataError
 from threetowers.evaluate.agreement import agreement, by_class, telling
 from threetowers.evaluate.combine import combine, pair_of
 from threetowers.evaluate.encode import Encoded, encode, encode_texts, samples_of_images, texts_of
-from threetowers.evaluate.evaluation import DEFAULT_TEMPLATES, evaluate_run, open_labelled
 from threetowers.evaluate.evaluation import SCHEMA as EVALUATION_SCHEMA
+from threetowers.evaluate.evaluation import evaluate_run, open_labelled
 from threetowers.evaluate.retrieval import Ranks, ranks_of, recalls
 from threetowers.evaluate.similarity import (
     NEIGHBOURS,
@@ -38,7 +38,7 @@ from threetowers.evaluate.similarity import (
     separability,
 )
 from threetowers.evaluate.statistics import bootstrap_difference
-from threetowers.evaluate.zero_shot import class_embeddings, label_ranks
+from threetowers.evaluate.zero_shot import DEFAULT_TEMPLATES, class_embeddings, label_ranks
 from threetowers.objective.losses import unit
 from threetowers.objective.pairs import method_label, tower_of
 from threetowers.progress import Progress, warn

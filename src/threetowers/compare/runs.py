@@ -125,7 +125,7 @@ def train_all(
                 check_settings(each.config)
                 objective(each.config)
                 holds_run(each.folder, each.config)  # raises for one with other settings
-    schedule, pace = _Schedule(keys, options, job), _Pace(max_minutes)
+    schedule, pace = _Schedule(keys, options, job), Pace(max_minutes)
     concurrency = choose(jobs, [each.config for each in schedule.waiting], out)
     if schedule.waiting and jobs != 1:
         print(concurrency.text(), flush=True)
@@ -215,10 +215,7 @@ class _Schedule:
         if job.seed == self._options.seeds[0]:
             self._trials[job.key][job.lr] = job.score()
         if self._tried(job.key) and self._diverged(job.key):
-            raise NonFiniteError(
-                f"{job.label}: the training did not stay finite with any of the learning rates "
-                f"{', '.join(f'{lr:g}' for lr in self._options.lrs)}; give lower ones with --lrs"
-            )
+            raise none_finite(job, self._options)
 
     def _tried(self, key: Key) -> bool:
         return len(self._trials[key]) == len(self._options.lrs)
@@ -231,6 +228,14 @@ class _Schedule:
     def _chosen(self, key: Key) -> float:
         lrs = self._options.lrs
         return lrs[0] if len(lrs) == 1 else max(lrs, key=lambda lr: self._trials[key][lr])
+
+
+def none_finite(job: Job, options: CompareConfig) -> NonFiniteError:
+    """For a method of which no learning rate can be chosen. job: any of its trials."""
+    return NonFiniteError(
+        f"{job.label}: the training did not stay finite with any of the learning rates "
+        f"{', '.join(f'{lr:g}' for lr in options.lrs)}; give lower ones with --lrs"
+    )
 
 
 def named_thirds(config: RunConfig) -> dict[str, str]:
@@ -306,7 +311,7 @@ def make_job(config: RunConfig, thirds: dict[str, str], key: Key, seed: int, lr:
     return Job(method, third, seed, lr, own, out / "runs" / name)
 
 
-class _Pace:
+class Pace:
     """How much time has passed and is left; a limit of 0 minutes is no limit."""
 
     def __init__(self, max_minutes: float) -> None:
@@ -342,7 +347,7 @@ def is_done(job: Job) -> bool:
     return current and not any(key.startswith("classes:") for key in differing)
 
 
-def _one_after_the_other(waiting: deque[Job], begin: Callable[[Job], None], pace: _Pace) -> Iterator[Job]:
+def _one_after_the_other(waiting: deque[Job], begin: Callable[[Job], None], pace: Pace) -> Iterator[Job]:
     """Runs the jobs that wait in this process, and yields each that has finished; more may be appended then.
 
     Raises Stopped when a run was stopped on request.

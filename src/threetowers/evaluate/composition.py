@@ -18,15 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from threetowers.data.choices import UNREADABLE, Choice, ChoiceSet, Task
 from threetowers.data.source import Source, count_reasons
 from threetowers.errors import BadSample, DataError
 from threetowers.evaluate.result import Result, percentages
-from threetowers.evaluate.retrieval import check_features
+from threetowers.evaluate.retrieval import check_features, exact, first_linked
 
 CHANCE: Mapping[Task, Mapping[str, float]] = {
     "one_caption": {"accuracy": 1 / 2},
@@ -178,8 +176,7 @@ def _hits(task: Task, image: Tensor, text: Tensor, images: Tensor, texts: Tensor
 
 def _scores(a: Tensor, b: Tensor) -> Tensor:
     """Dot products of the rows of two matrices, summed in fp64 and rounded once to fp32, as in retrieval."""
-    a, b = (each.to("cpu" if each.device.type == "mps" else each.device).double() for each in (a, b))
-    return (a * b).sum(dim=1).float()
+    return (exact(a) * exact(b)).sum(dim=1).float()
 
 
 def _rows_of_images(choices: ChoiceSet, image: Tensor, text: Tensor, index: Tensor | None) -> dict[int, int]:
@@ -221,10 +218,5 @@ def _groups(choices: Sequence[Choice], source: Source) -> NDArray[np.int64]:
         (place, _image_id(source, image)) for place, choice in enumerate(choices) for image in choice.images
     ]
     edges = [(place, numbers.setdefault(id, len(numbers))) for place, id in uses]
-    size = len(choices) + len(numbers)  # choices and images are the nodes
     place, image = np.array(edges).T
-    graph = coo_array((np.ones(len(edges), dtype=bool), (place, len(choices) + image)), shape=(size, size))
-    parts = connected_components(graph, directed=False)[1][: len(choices)]
-    first, inverse = np.unique(parts, return_index=True, return_inverse=True)[1:]
-    groups: NDArray[np.int64] = first[inverse].astype(np.int64)
-    return groups
+    return first_linked(place, image, len(choices))

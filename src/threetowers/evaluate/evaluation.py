@@ -22,7 +22,7 @@ from threetowers.evaluate.encode import Encoded, EvaluationData, Labelled, encod
 from threetowers.evaluate.result import Result
 from threetowers.evaluate.retrieval import ranks_from_features, recalls, retrieval
 from threetowers.evaluate.suite.live import describe_watched, open_watched
-from threetowers.evaluate.zero_shot import check_prompts, class_embeddings, zero_shot
+from threetowers.evaluate.zero_shot import DEFAULT_TEMPLATES, check_prompts, class_embeddings, zero_shot
 from threetowers.files import write_whole
 from threetowers.progress import warn
 from threetowers.run.finished import changed_parts, read_description, restore_trained
@@ -32,7 +32,6 @@ from threetowers.towers.weights import write_safetensors
 
 SCHEMA = 2
 """Of evaluation.json, and of the figures in it: 1 took equal captions of different images for wrong answers."""
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
 TRIED = 100  # images of which one at least must be readable
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -150,16 +151,26 @@ def combined_ranks(
 
 def _first_linked(text_image: Tensor, text_group: Tensor | None, num_images: int) -> Tensor:
     """The first of the images that each image is linked with by equal captions, int64 [N]."""
-    images = np.arange(num_images)
     if text_group is None:
-        return torch.from_numpy(images)
-    group = text_group.cpu().unique(return_inverse=True)[1].numpy()
-    size = num_images + len(group)  # images and groups are the nodes, texts the edges
-    edges = text_image.numpy(), num_images + group
-    graph = coo_array((np.ones(len(group), dtype=bool), edges), shape=(size, size))
-    parts = connected_components(graph, directed=False)[1][:num_images]
+        return torch.arange(num_images)
+    groups = text_group.cpu().unique(return_inverse=True)[1].numpy()
+    return torch.from_numpy(first_linked(text_image.numpy(), groups, num_images))
+
+
+def first_linked(items: NDArray[Any], shared: NDArray[Any], num_items: int) -> NDArray[np.int64]:
+    """For each item the first of those that it is linked with, directly or through others, int64 [num_items].
+
+    items, shared: of each link the item, and the number of what it has; items that have the same are linked.
+    """
+    size = num_items + len(
+        shared
+    )  # items and what they have are the nodes; there is no more of it than links
+    edges = items, num_items + shared
+    graph = coo_array((np.ones(len(items), dtype=bool), edges), shape=(size, size))
+    parts = connected_components(graph, directed=False)[1][:num_items]
     first, place = np.unique(parts, return_index=True, return_inverse=True)[1:]
-    return torch.from_numpy(first[place])
+    linked: NDArray[np.int64] = first[place].astype(np.int64)
+    return linked
 
 
 @torch.no_grad()
@@ -175,7 +186,7 @@ def weighted_ranks(
     systems: pairs of queries [Q, D] and candidates [C, D]. weightings: each holds one weight per system. A candidate
     is right when its id equals the query's (query_id [Q], candidate_id [C]); every query needs a right one.
     """
-    systems = [(_exact(queries), _exact(candidates)) for queries, candidates in systems]
+    systems = [(exact(queries), exact(candidates)) for queries, candidates in systems]
     device = systems[0][0].device
     query_id, candidate_id = query_id.to(device), candidate_id.to(device)
     parts = []
@@ -227,7 +238,7 @@ def _check_system(system: System, first: System, text_image: Tensor, where: str)
         )
 
 
-def _exact(features: Tensor) -> Tensor:
+def exact(features: Tensor) -> Tensor:
     """An fp64 copy, on the CPU where the device has no fp64."""
     return features.to("cpu" if features.device.type == "mps" else features.device).double()
 

@@ -16,6 +16,8 @@ from threetowers.evaluate.result import Result, percentages
 from threetowers.evaluate.retrieval import check_features, weighted_ranks
 from threetowers.objective.losses import unit
 
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+"""The prompts of data that brings none."""
 _PLACE = re.compile(r"\{c?\}")
 _TEXTS_PER_CALL = 1024
 

@@ -26,12 +26,11 @@ from threetowers.data.parts import part_of
 from threetowers.data.source import Source
 from threetowers.errors import DataError, UsageError
 from threetowers.evaluate.suite.features import Part
-from threetowers.evaluate.zero_shot import check_prompts
+from threetowers.evaluate.zero_shot import DEFAULT_TEMPLATES, check_prompts
 from threetowers.run.setup import world
 from threetowers.settings import read_toml, replace_nested
 from threetowers.world.negatives import open_negatives
 
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
 VAL_SHARE = 0.1
 """Of the training images, where a data set has no validation part to choose a probe's settings on."""
 BUILT_IN = "shapes"
