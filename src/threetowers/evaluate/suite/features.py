@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from threetowers.data.source import Source
@@ -87,6 +88,8 @@ class TowerFeatures:
     ) -> None:
         self.target, self.folder, self.device, self.workers = target, folder, torch.device(device), workers
         self.name, self.digest = target.name, target.digest()
+        self._stores: dict[tuple[str, str], Store] = {}
+        self._classes: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
         self.scale: float | None = target.scale
         self.views: Sequence[str] = ("img", *target.thirds)
         spec = target.image.image
@@ -94,9 +97,6 @@ class TowerFeatures:
             f"{spec.resize} {spec.resize_size or spec.size}, crop {spec.size}, {spec.interpolation}; mean "
             f"{list(spec.mean)}, std {list(spec.std)}"
         )
-        self._fingerprints = {
-            tower.view: tower.fingerprints() for tower in (target.image, target.text, *target.thirds.values())
-        }
 
     def images(self, part: Part, view: str = "img") -> ImageRows:
         tower = self.target.image if view == "img" else self.target.thirds[view]
@@ -121,13 +121,19 @@ class TowerFeatures:
         return torch.cat(parts) if parts else torch.empty(0, tower.width)
 
     def classes(self, part: Part, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        return class_embeddings(self.texts, names, templates)
+        prompts = tuple(names), tuple(templates)
+        if prompts not in self._classes:  # several tasks ask for those of a data set
+            self._classes[prompts] = class_embeddings(self.texts, names, templates)
+        return self._classes[prompts]
 
     def _store(self, tower: FrozenTower, source: Source) -> Store:
-        return find_or_make_store(
-            tower, source, self.folder, self.device,
-            dtype="fp32", fingerprints=self._fingerprints[tower.view], workers=self.workers,
-        )  # fmt: skip
+        key = tower.view, source.fingerprint
+        if key not in self._stores:  # a store is checked byte by byte when it is opened
+            self._stores[key] = find_or_make_store(
+                tower, source, self.folder, self.device,
+                dtype="fp32", fingerprints=self.target.fingerprints[tower.view], workers=self.workers,
+            )  # fmt: skip
+        return self._stores[key]
 
 
 FEATURES = "features:"
@@ -162,9 +168,7 @@ class StoredFeatures:
     def captions(self, part: Part, samples: Sequence[int]) -> Tensor:
         counts = np.array([len(part.source.record(index).captions) for index in range(len(part.source))])
         rows = self._tensor(part, f"{part.label}/text", int(counts.sum()))
-        first = np.cumsum(counts) - counts
-        places = [np.arange(first[sample], first[sample] + counts[sample]) for sample in samples]
-        return unit(rows[torch.from_numpy(np.concatenate(places))])
+        return unit(rows[rows_of(counts, samples)])
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         raise DataError(f"{self.name}: stored features have no text encoder, which this task needs")
@@ -191,6 +195,12 @@ def open_features(name: str, folder: Path, device: torch.device | str = "cpu", w
     if name.startswith(FEATURES):
         return StoredFeatures(name)
     return TowerFeatures(open_target(name, device), folder, device, workers)
+
+
+def rows_of(counts: NDArray[np.int64], samples: Sequence[int]) -> Tensor:
+    """The rows of some samples, of which each has `counts` rows and which follow one another, int64."""
+    first = np.cumsum(counts) - counts
+    return torch.from_numpy(np.concatenate([np.arange(first[i], first[i] + counts[i]) for i in samples]))
 
 
 def is_foreign(name: str) -> bool:

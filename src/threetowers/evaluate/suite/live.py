@@ -10,7 +10,7 @@ from torch import Tensor
 
 from threetowers.data.source import Subset
 from threetowers.evaluate.encode import Encoded, encode, encode_texts
-from threetowers.evaluate.suite.features import ImageRows, Part
+from threetowers.evaluate.suite.features import ImageRows, Part, rows_of
 from threetowers.evaluate.suite.run import check_tasks, fitting_tasks
 from threetowers.evaluate.suite.sets import OpenSet, open_set, read_suite
 from threetowers.evaluate.zero_shot import class_embeddings
@@ -50,9 +50,9 @@ class LiveFeatures:
 
     def captions(self, part: Part, samples: Sequence[int]) -> Tensor:
         encoded = self._of(part)
-        sample_of_text = encoded.index[encoded.text_image]
-        rows = [(sample_of_text == sample).nonzero().flatten() for sample in samples]
-        return encoded.views["txt"][torch.cat(rows)]
+        counts = torch.bincount(encoded.text_image, minlength=len(encoded.index)).numpy()
+        place = {sample: row for row, sample in enumerate(encoded.index.tolist())}
+        return encoded.views["txt"][rows_of(counts, [place[sample] for sample in samples])]
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         setup = self.setup

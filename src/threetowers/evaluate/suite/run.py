@@ -7,7 +7,7 @@ Several processes share the work, each with its own part (i, n), and may write i
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import torch
@@ -44,11 +44,12 @@ def evaluate_suite(
     features = open_features(target, out / "features", device, workers)
     path = out / ("rows.jsonl" if count == 1 else f"rows-{index}-of-{count}.jsonl")
     out.mkdir(parents=True, exist_ok=True)
+    done = {row.key() for row in read_rows(out)}
     wanted: list[tuple[str, ...]] = []
     failed: list[str] = []
     for described in sets[index::count]:
         try:
-            keys, reasons = _evaluate_set(features, open_set(described), path)
+            keys, reasons = _evaluate_set(features, open_set(described), path, done)
             wanted, failed = wanted + keys, failed + reasons
         except ThreeTowersError as error:
             failed.append(_failure(described.name, error))
@@ -79,15 +80,16 @@ def check_tasks(described: DataSet) -> None:
         )
 
 
-def _evaluate_set(features: Features, opened: OpenSet, path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Measures the tasks that are not done and adds their rows to the file.
+def _evaluate_set(
+    features: Features, opened: OpenSet, path: Path, done: Set[tuple[str, ...]]
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Measures the tasks whose rows are not among those done, and adds theirs to the file.
 
     Returns the keys of the rows of all its tasks, and what failed.
     """
     described = opened.described
     keys: list[tuple[str, ...]] = []
     failed: list[str] = []
-    done = {row.key() for row in read_rows(path.parent)}
     prompts = digest_of([list(opened.classes), list(opened.templates)]) if opened.classes else None
     parts = (opened.test, opened.train, opened.val, opened.outside)
     fingerprints = [None if each is None else each.source.fingerprint for each in parts]

@@ -10,6 +10,7 @@ Each tower keeps its own preprocessing or tokenizer, exactly as its library appl
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +59,13 @@ class Target:
 
     def digest(self) -> str:
         """Sixteen hex digits of the weights, the preprocessing and the tokenizer of all towers."""
-        towers = {"image": self.image, "text": self.text, **self.thirds}
-        return digest_of({name: tower.fingerprint() for name, tower in towers.items()})
+        return digest_of({view: digest_of(parts) for view, parts in self.fingerprints.items()})
+
+    @cached_property
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """The fingerprints of every tower by its view."""
+        towers = (self.image, self.text, *self.thirds.values())
+        return {tower.view: tower.fingerprints() for tower in towers}
 
     def to(self, device: torch.device) -> "Target":
         """The target itself, its networks moved to the device."""
