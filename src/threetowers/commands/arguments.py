@@ -197,6 +197,12 @@ class EvaluateArguments:
     part: Annotated[
         str, tyro.conf.arg(help="I/N: this process takes every N-th data set of the suite from the I-th.")
     ] = "0/1"
+    ranked: Annotated[
+        int,
+        tyro.conf.arg(
+            help="Write the ids of the so many best texts of each image, and the reverse, to ranked/ in --out."
+        ),
+    ] = 0
     device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or cuda:1.")] = "auto"
     workers: Annotated[int, tyro.conf.arg(help="Processes that read images.")] = 0
 

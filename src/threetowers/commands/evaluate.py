@@ -5,6 +5,7 @@ from pathlib import Path
 from threetowers.commands.arguments import EvaluateArguments, part_of_work
 from threetowers.errors import UsageError
 from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.evaluate.ranked import Rankings
 from threetowers.evaluate.suite.features import is_foreign
 from threetowers.evaluate.suite.rows import TABLE
 from threetowers.evaluate.suite.run import evaluate_suite
@@ -19,8 +20,9 @@ def evaluate(arguments: EvaluateArguments) -> None:
     Raises UsageError where nothing says on which data, and what these functions raise.
     """
     target, data, classes, suite = arguments.target, arguments.data, arguments.classes, arguments.suite
+    ranked = Rankings(arguments.out / "ranked", arguments.ranked) if arguments.ranked else None
     if suite is None and not is_foreign(target):
-        print(evaluate_run(Path(target), data=data, classes=classes).text())
+        print(evaluate_run(Path(target), data=data, classes=classes, ranked=ranked).text())
         return
     given = [DataSet(name, path) for name, path in (("data", data), ("classes", classes)) if path is not None]
     if (suite is None) == (not given):
@@ -30,6 +32,6 @@ def evaluate(arguments: EvaluateArguments) -> None:
     sets = given if suite is None else read_suite(suite)
     evaluate_suite(
         target, sets, arguments.out, part=part_of_work(arguments.part), device=pick_device(arguments.device),
-        workers=arguments.workers,
+        workers=arguments.workers, ranked=ranked,
     )  # fmt: skip
     print(f"table: {arguments.out / TABLE}")

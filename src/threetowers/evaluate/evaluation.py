@@ -19,6 +19,7 @@ from threetowers.errors import BadSample, CheckpointError, DataError
 from threetowers.evaluate.clip_benchmark import clip_benchmark_result
 from threetowers.evaluate.combine import combination
 from threetowers.evaluate.encode import Encoded, EvaluationData, Labelled, encode, encode_texts
+from threetowers.evaluate.ranked import Rankings
 from threetowers.evaluate.result import Result
 from threetowers.evaluate.retrieval import ranks_from_features, recalls, retrieval
 from threetowers.evaluate.suite.live import describe_watched, open_watched
@@ -84,10 +85,13 @@ class Evaluation:
         return counts | repeated | self.sections | {"num_bad": self.num_bad}
 
 
-def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None = None) -> Evaluation:
+def evaluate_run(
+    folder: Path, *, data: str | None = None, classes: str | None = None, ranked: Rankings | None = None
+) -> Evaluation:
     """Evaluates a finished run and writes evaluation.json and features.safetensors into its folder.
 
-    data: other images and captions to test on. classes: other labelled images. With either, no file is written.
+    data: other images and captions to test on. classes: other labelled images. With either, the run's files stay as
+    they are. ranked: where to write the ranked ids of the test data, or None.
     Raises CheckpointError for an unfinished run and DataError for data that cannot be used.
     """
     own = data is None and classes is None
@@ -115,6 +119,8 @@ def evaluate_run(folder: Path, *, data: str | None = None, classes: str | None =
     test = other or setup.test
     encoded = encode_all(setup, test, labelled)
     evaluation, saved = evaluate(encoded, test.name, len(setup.val), len(test))
+    if ranked and encoded.test is not None:
+        ranked.write("test", encoded.test, test)
     if own:
         save_features(folder / "features.safetensors", encoded, saved)
         written = evaluation.as_dict() | {

@@ -164,7 +164,7 @@ class _Scorer:
 
     def tile(self, rows: slice, columns: slice) -> Iterator[Tensor]:
         """The fast scores of some images and texts under each weighting, fp32 [R, C]."""
-        with _full_precision(), torch.autocast(self.fast[0][0].device.type, enabled=False):
+        with full_precision(), torch.autocast(self.fast[0][0].device.type, enabled=False):
             scores = [image[rows] @ text[columns].T for image, text in self.fast]
         for weights in self.weightings:
             yield weighted_sum(scores, weights)
@@ -203,7 +203,7 @@ def weighted_sum(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Products of fp32 matrices in fp32 also where TF32 or bf16 were allowed for them; the setting is restored."""
     try:
         before = torch.get_float32_matmul_precision()

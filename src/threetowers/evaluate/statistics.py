@@ -84,12 +84,12 @@ def bootstrap_interval(
 
         bootstrap_interval(ranks.hits(), images=ranks.images())
     """
-    directions = _directions(hits, "hits")
+    directions = directions_of(hits, "hits")
     if images is None:
         data, statistic = directions, _mean_of_means
         num = sum(len(values) for values in directions)
     else:
-        data, statistic = _per_image(directions, _directions(images, "images")), _mean_of_ratios
+        data, statistic = _per_image(directions, directions_of(images, "images")), _mean_of_ratios
         num = len(data[0])
     if min(len(values) for values in data) < 2:
         raise DataError("a bootstrap needs at least 2 queries (or images) to draw from")
@@ -119,7 +119,7 @@ def bootstrap_difference(
 
     Arguments and errors as in `bootstrap_interval`. The hits of both systems have the same shapes.
     """
-    a, b = _directions(hits_a, "hits_a"), _directions(hits_b, "hits_b")
+    a, b = directions_of(hits_a, "hits_a"), directions_of(hits_b, "hits_b")
     if [len(values) for values in a] != [len(values) for values in b]:
         raise DataError(
             f"hits_a and hits_b must answer the same queries, got {[len(values) for values in a]} and "
@@ -185,6 +185,11 @@ def doubling_slopes(factors: Mapping[str, Sequence[float]], values: Sequence[flo
     return dict(zip(varied, solution[1:].tolist(), strict=True))
 
 
+def directions_of(hits: Hits, name: str) -> list[NDArray[np.float64]]:
+    """The values of each direction as an array; raises DataError for what is no list of finite numbers."""
+    return [_vector(values, name) for values in (hits if isinstance(hits, tuple) else (hits,))]
+
+
 def _vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
@@ -194,10 +199,6 @@ def _vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
             f"{name}: row {int(np.argmin(np.isfinite(array)))} is not finite; a run may have diverged"
         )
     return array
-
-
-def _directions(hits: Hits, name: str) -> list[NDArray[np.float64]]:
-    return [_vector(values, name) for values in (hits if isinstance(hits, tuple) else (hits,))]
 
 
 def _per_image(

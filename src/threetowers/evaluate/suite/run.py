@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from threetowers.errors import DataError, ThreeTowersError, UsageError
-from threetowers.evaluate.suite.features import Features, open_features
+from threetowers.evaluate.ranked import Rankings
+from threetowers.evaluate.suite.features import Features, captioned, open_features
 from threetowers.evaluate.suite.measured import Task
 from threetowers.evaluate.suite.rows import Row, append_row, read_rows, write_tables
 from threetowers.evaluate.suite.sets import DataSet, OpenSet, open_set
@@ -31,12 +32,14 @@ def evaluate_suite(
     part: tuple[int, int] = (0, 1),
     device: torch.device | str = "cpu",
     workers: int = 0,
+    ranked: Rankings | None = None,
 ) -> list[Row]:
     """Evaluates a model on data sets; returns its rows on those of this part, whether measured now or before.
 
-    part: (i, n), this process takes every n-th data set from the i-th. Features are kept in `out`/features. A data set
-    or a task that cannot be measured does not end the others. Raises DataError, after the rest is done, that counts
-    these; UsageError for a task or a target that means nothing.
+    part: (i, n), this process takes every n-th data set from the i-th. Features are kept in `out`/features. ranked:
+    where to write the ranked ids of each data set on which retrieval is measured, or None. A data set or a task that
+    cannot be measured does not end the others. Raises DataError, after the rest is done, that counts these; UsageError
+    for a task or a target that means nothing.
     """
     for each in sets:
         check_tasks(each)
@@ -49,8 +52,12 @@ def evaluate_suite(
     failed: list[str] = []
     for described in sets[index::count]:
         try:
-            keys, reasons = _evaluate_set(features, open_set(described), path, done)
+            opened = open_set(described)
+            keys, reasons = _evaluate_set(features, opened, path, done)
             wanted, failed = wanted + keys, failed + reasons
+            if ranked and "retrieval" in fitting_tasks(opened, features.views):
+                name = f"{described.name}_{features.digest[:8]}"
+                ranked.write(name, captioned(features, opened.test), opened.test.source)
         except ThreeTowersError as error:
             failed.append(_failure(described.name, error))
     rows = read_rows(out)
