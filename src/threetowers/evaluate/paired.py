@@ -128,7 +128,7 @@ def _by_image(
     if images is None:
         return np.concatenate(shares)
     _, place = np.unique(np.concatenate(images), return_inverse=True)
-    return np.bincount(place, weights=np.concatenate(shares))
+    return np.bincount(place, weights=np.concatenate(shares)).astype(np.float64)
 
 
 def _p(p: float) -> str:
