@@ -120,7 +120,10 @@ def test_a_comparison_measures_its_finished_runs_on_all_of_a_suite(
             evaluate_run(out / run["path"], data=str(photos)).sections["test"]["mean_r@1"] for run in runs
         ]
         assert row["mean"] == pytest.approx(sum(values) / 2) and row["num_seeds"] == 2 and row["n"] == 96
+    (sentence,) = result["suite_differences"]
+    assert sentence.startswith("photos, retrieval: ") and "seeds" in sentence
     page = write_report(out).read_text(encoding="utf-8")
+    assert sentence in page
     assert (
         "Further data and tasks" in page and f"{100 * cells['3t', 'photos', 'retrieval']['mean']:.1f}" in page
     )

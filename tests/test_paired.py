@@ -10,7 +10,7 @@ from scipy import stats
 
 from threetowers.errors import DataError
 from threetowers.evaluate import paired
-from threetowers.evaluate.paired import Paired, compare_paired, sign_test
+from threetowers.evaluate.paired import Paired, compare_paired, compare_seeds, sign_test
 
 
 def enumerated(differences: list[float]) -> float:
@@ -86,7 +86,7 @@ def test_directions_count_the_same_however_many_queries_they_have() -> None:
 def test_equal_answers_show_nothing() -> None:
     found = compare_paired(np.ones(9), np.ones(9))
     assert found.p == 1.0 and not found.shown()
-    assert found.in_words("a", "b") == "a and b give the same answer to each of 9 items"
+    assert found.in_words("a", "b") == "a and b are equal on each of 9 items"
 
 
 def test_the_comparison_in_words() -> None:
@@ -101,6 +101,16 @@ def test_the_comparison_in_words() -> None:
         "no difference between lit and baseline is shown: lit is 3.1 points ahead (95 % 1.2 to 5.0); lit wins 42 of "
         "the 53 items on which they differ (p = 0.200, corrected for 6 tests)"
     )
+
+
+def test_seeds_are_compared_by_students_t() -> None:
+    a, b = [0.5, 0.6, 0.7], [0.45, 0.5, 0.71]
+    found = compare_seeds(a, b)
+    assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue)
+    assert (found.wins, found.losses, found.num) == (2, 1, 3)
+    assert compare_seeds(b, a).p == pytest.approx(found.p)
+    assert "wins 2 of the 3 seeds on which they differ" in found.in_words("a", "b")
+    assert compare_seeds(a, a).in_words("a", "b") == "a and b are equal on each of 3 seeds"
 
 
 def test_answers_to_different_items_are_refused() -> None:

@@ -6,8 +6,9 @@ from threetowers.commands.arguments import EvaluateArguments, part_of_work
 from threetowers.errors import UsageError
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.evaluate.ranked import Rankings
+from threetowers.evaluate.suite.differences import leading, model_differences, write_differences
 from threetowers.evaluate.suite.features import is_foreign
-from threetowers.evaluate.suite.rows import TABLE
+from threetowers.evaluate.suite.rows import TABLE, read_rows
 from threetowers.evaluate.suite.run import evaluate_suite
 from threetowers.evaluate.suite.sets import DataSet, read_suite
 from threetowers.run.setup import pick_device
@@ -30,8 +31,14 @@ def evaluate(arguments: EvaluateArguments) -> None:
             f"evaluate {target}: say on what, with --suite FILE or --suite shapes, or with --data and --classes"
         )
     sets = given if suite is None else read_suite(suite)
-    evaluate_suite(
-        target, sets, arguments.out, part=part_of_work(arguments.part), device=pick_device(arguments.device),
-        workers=arguments.workers, ranked=ranked,
-    )  # fmt: skip
+    try:
+        evaluate_suite(
+            target, sets, arguments.out, part=part_of_work(arguments.part), device=pick_device(arguments.device),
+            workers=arguments.workers, ranked=ranked,
+        )  # fmt: skip
+    finally:  # what failed does not hide the rest
+        found = model_differences(arguments.out, read_rows(arguments.out))
+        if found:
+            write_differences(arguments.out, found)
+            print("\n".join(each.in_words() for each in leading(found)))
     print(f"table: {arguments.out / TABLE}")

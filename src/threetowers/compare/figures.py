@@ -120,7 +120,7 @@ def collect(
         "combination": [_combination_row(each) for each in evaluated if each.combination],
         "per_class": _per_class(evaluated),
         "attributes": _attributes(first) if config.data == "shapes" else [],
-        "suite": suite_figures(jobs, config.suite, out),
+        **suite_figures(jobs, config.suite, out),
         "runs": [
             {"method": j.method, "third": j.third, "seed": j.seed, "lr": j.lr, "path": str(j.folder.relative_to(out))}
             for j in jobs

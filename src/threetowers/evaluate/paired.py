@@ -4,6 +4,7 @@ Under the hypothesis that the models are equally good, what they answered to an 
 difference has either sign with the same probability. The queries of an image are exchanged together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from threetowers.errors import DataError
-from threetowers.evaluate.statistics import EQUAL, Hits, bootstrap_difference, directions_of
+from threetowers.evaluate.statistics import (
+    EQUAL,
+    Hits,
+    bootstrap_difference,
+    directions_of,
+    p_value,
+    paired_difference,
+)
 
 RESAMPLES = 9999
 """Random exchanges where all of them are too many; p is then at least 2 / (RESAMPLES + 1)."""
@@ -25,6 +33,7 @@ class Paired:
 
     difference, low, high: of the means, a − b, with its 95 % interval of a bootstrap over images. p: two-sided, that of
     the test, corrected where many were made. wins, losses: items on which a is better than b, and worse. num: items.
+    unit: what the items are called.
     """
 
     difference: float
@@ -34,6 +43,7 @@ class Paired:
     wins: int
     losses: int
     num: int
+    unit: str = "items"
 
     def corrected(self, p: float) -> "Paired":
         """The same with a corrected p."""
@@ -50,7 +60,7 @@ class Paired:
         (p = 0.0003)'
         """
         if not self.wins + self.losses:
-            return f"{a} and {b} give the same answer to each of {self.num:,} items"
+            return f"{a} and {b} are equal on each of {self.num:,} {self.unit}"
         ahead = self.difference > 0 or (self.difference == 0 and self.wins >= self.losses)
         first, second = (a, b) if ahead else (b, a)
         wins = self.wins if ahead else self.losses
@@ -63,9 +73,9 @@ class Paired:
             f"points ahead ({between})"
         )
         decided = self.wins + self.losses
-        items = "item" if decided == 1 else "items"
+        unit = self.unit.removesuffix("s") if decided == 1 else self.unit
         many = f", corrected for {tests} tests" if tests > 1 else ""
-        return f"{verdict}; {first} wins {wins:,} of the {decided:,} {items} on which they differ ({_p(self.p)}{many})"
+        return f"{verdict}; {first} wins {wins:,} of the {decided:,} {unit} on which they differ ({_p(self.p)}{many})"
 
 
 def compare_paired(a: Hits, b: Hits, *, images: Hits | None = None) -> Paired:
@@ -88,6 +98,19 @@ def compare_paired(a: Hits, b: Hits, *, images: Hits | None = None) -> Paired:
     groups = None if images is None else directions_of(images, "images")
     p = sign_test(_by_image(sides, groups))
     return Paired(interval.mean, interval.low, interval.high, p, wins, losses, num)
+
+
+def compare_seeds(a: Sequence[float], b: Sequence[float]) -> Paired:
+    """Compares two methods by their values over seeds, of which each has one of both.
+
+    The test and the interval are Student's t of the differences. Raises DataError for fewer than two seeds, and for
+    lists of different lengths.
+    """
+    interval = paired_difference(a, b)
+    each = (np.asarray(a) - np.asarray(b)).tolist()
+    p = min(p_value(each, side="above"), p_value(each, side="below"))
+    wins, losses = (sum(sign * value > EQUAL for value in each) for sign in (1, -1))
+    return Paired(interval.mean, interval.low, interval.high, p, wins, losses, len(each), "seeds")
 
 
 def sign_test(differences: NDArray[np.float64]) -> float:

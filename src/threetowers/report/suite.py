@@ -36,7 +36,21 @@ def suite(compare: Compare) -> Html | None:
         "Student's t over the seeds" if num_seeds(compare) > 1 else "a bootstrap over images, of one seed"
     )
     note = f"Percent, with 95 % intervals by {spread}. Bold type marks the best of each row, however small its lead is."
-    return join(html_table(head, body), tag("p", note, class_="muted"), _means(compare, rows, keys))
+    return join(
+        html_table(head, body),
+        tag("p", note, class_="muted"),
+        _differences(compare),
+        _means(compare, rows, keys),
+    )
+
+
+def _differences(compare: Compare) -> Html | None:
+    """Whether the best method of each row is better than the next; None where there is nothing to compare."""
+    sentences = compare.get("suite_differences", [])
+    if not sentences:
+        return None
+    items = join(*(tag("li", sentence) for sentence in sentences))
+    return join(tag("h3", "The best method against the next"), tag("ul", items))
 
 
 def _marked(found: list[dict[str, Any] | None]) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from threetowers.errors import DataError, ThreeTowersError, UsageError
 from threetowers.evaluate.ranked import Rankings
 from threetowers.evaluate.suite.features import Features, captioned, open_features
+from threetowers.evaluate.suite.items import write_items
 from threetowers.evaluate.suite.measured import Task
 from threetowers.evaluate.suite.rows import Row, append_row, read_rows, write_tables
 from threetowers.evaluate.suite.sets import DataSet, OpenSet, open_set
@@ -136,6 +137,7 @@ def _evaluate_set(
             group=described.group,
             details=dict(found.details),
         )
+        write_items(path.parent, row, found)
         append_row(path, row)
         print(_line(row), flush=True)
     return keys, failed
