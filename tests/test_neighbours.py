@@ -15,18 +15,15 @@ from threetowers.errors import DataError, UsageError
 from threetowers.evaluate import neighbours as module
 from threetowers.evaluate.neighbours import TEMPERATURE, Nearest, nearest, neighbours, predict
 from threetowers.evaluate.ridge import Samples
+from threetowers.objective.losses import unit
 
 
 def plain_nearest(queries: Tensor, candidates: Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
     """By a full sort of every query's cosines, rounded to float32."""
 
-    def unit(vector: list[float]) -> list[float]:
-        norm = math.sqrt(math.fsum(value * value for value in vector))
-        return [value / norm for value in vector] if norm else vector
-
     similarity, rows = [], []
-    others = [unit(other) for other in candidates.tolist()]
-    for query in map(unit, queries.tolist()):
+    others = unit(candidates).tolist()
+    for query in unit(queries).tolist():
         cosines = [
             float(np.float32(math.fsum(a * b for a, b in zip(query, other, strict=True)))) for other in others
         ]
@@ -48,23 +45,19 @@ def plain_vote(similarity: list[float], labels: list[int], temperature: float | 
     num=st.integers(1, 9),
     others=st.integers(1, 14),
     width=st.integers(1, 3),
-    blocks=st.tuples(st.integers(1, 5), st.integers(1, 8)),
     seed=st.integers(0, 2**32),
     data=st.data(),
 )
 @settings(deadline=None, max_examples=150)
-def test_the_nearest_are_those_of_a_full_sort_in_blocks_of_any_size(
-    num: int, others: int, width: int, blocks: tuple[int, int], seed: int, data: st.DataObject
+def test_the_nearest_are_those_of_a_full_sort(
+    num: int, others: int, width: int, seed: int, data: st.DataObject
 ) -> None:
     """Small whole numbers: many are equally similar, some vectors are zero, some opposite."""
     k = data.draw(st.integers(1, others))
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randint(-1, 2, (num, width), generator=generator).float()
     candidates = torch.randint(-1, 2, (others, width), generator=generator).float()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_QUERIES", blocks[0])
-        patch.setattr(module, "_CANDIDATES", blocks[1])
-        found = nearest(queries, candidates, k)
+    found = nearest(queries, candidates, k)
     similarity, rows = plain_nearest(queries, candidates, k)
     assert found.rows.tolist() == rows
     assert found.similarity.dtype == torch.float32
@@ -81,24 +74,6 @@ def test_equal_features_are_equally_similar_wherever_they_stand(dtype: torch.dty
     for similarity, rows in zip(found.similarity, found.rows, strict=True):
         steps = similarity.diff() == 0
         assert (rows.diff()[steps] > 0).all(), "the lower row first"
-
-
-def test_no_more_similarities_exist_at_a_time_than_a_block_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    keys = module._keys
-
-    def watched(similarity: Tensor, rows: Tensor) -> Tensor:
-        sizes.append(similarity.shape)
-        return keys(similarity, rows)
-
-    monkeypatch.setattr(module, "_keys", watched)
-    monkeypatch.setattr(module, "_QUERIES", 32)
-    monkeypatch.setattr(module, "_CANDIDATES", 64)
-    generator = torch.Generator().manual_seed(0)
-    found = nearest(torch.randn(100, 4, generator=generator), torch.randn(1000, 4, generator=generator), 5)
-    assert found.rows.shape == (100, 5)
-    assert max(size[0] for size in sizes) == 32
-    assert max(size[1] for size in sizes) == 64
 
 
 @given(

@@ -1,7 +1,6 @@
 """Nearest neighbours: an image has the class of the training images whose features are most similar to its own.
 
-Similarity is the cosine. The neighbours of a block of images are kept while blocks of training images pass, so that the
-matrix of all similarities never exists.
+Similarity is the cosine. The search is exact, and the matrix of all similarities never exists (`evaluate/search.py`).
 
 Legend: N images, M training images, F width of the features, C classes, K neighbours.
 """
@@ -12,18 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from threetowers.errors import UsageError
 from threetowers.evaluate.ridge import Samples, check_parts
+from threetowers.evaluate.search import top_k
 from threetowers.evaluate.zero_shot import per_class_accuracy
+from threetowers.objective.losses import unit
 
 KS = (1, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
-_QUERIES, _CANDIDATES = 256, 8192  # similarities at a time: 16 MB in float64, twice that with their keys
 _VOTES = 2**22  # entries of [images, classes] at a time
-_ROW_BITS = 32
-_ROWS = 2**_ROW_BITS - 1
 
 
 class Nearest(NamedTuple):
@@ -111,20 +108,11 @@ def neighbours(
 def nearest(queries: Tensor, candidates: Tensor, k: int) -> Nearest:
     """The k candidates [M, F] with the highest cosine to each query [N, F]; k is at most M.
 
-    A cosine is computed in float64 and rounded to float32, so that equal features are equally similar. Of equally
-    similar candidates the one with the lower row comes first. A vector of zeros has the cosine 0 with every other.
+    A cosine is the product of unit vectors of float32, summed in float64 and rounded to float32, so that equal features
+    are equally similar. Of equally similar candidates the one with the lower row comes first. A vector of zeros has the
+    cosine 0 with every other.
     """
-    queries = F.normalize(queries.double(), dim=1)
-    keys = torch.empty(len(queries), 0, dtype=torch.int64)
-    for start in range(0, len(candidates), _CANDIDATES):
-        block = F.normalize(candidates[start : start + _CANDIDATES].double(), dim=1)
-        rows = torch.arange(start, start + len(block))
-        found = []
-        for known, some in zip(keys.split(_QUERIES), queries.split(_QUERIES), strict=True):
-            both = torch.cat([known, _keys((some @ block.T).float(), rows)], dim=1)
-            found.append(both.topk(min(k, both.shape[1]), dim=1).values)
-        keys = torch.cat(found)
-    return Nearest(_similarity(keys), _ROWS - (keys & _ROWS))
+    return Nearest(*top_k(unit(queries), unit(candidates), k))
 
 
 def predict(
@@ -144,23 +132,3 @@ def predict(
         votes = torch.zeros(len(own), num_classes, dtype=torch.float64)
         parts.append(votes.scatter_add_(1, labels[rows[:, :k]], weights).argmax(1))
     return torch.cat(parts)
-
-
-def _keys(similarity: Tensor, rows: Tensor) -> Tensor:
-    """Different whole numbers, int64 [N, M], that are ordered by similarity and then by row, the lower row first.
-
-    The bits of float32 numbers of one sign are ordered as whole numbers are, those of negative ones the other way
-    round. They are the upper half of a key. Adding 0.0 makes −0.0 into 0.0.
-    """
-    bits = (similarity + 0.0).view(torch.int32)
-    keys: Tensor = (_ordered(bits).long() << _ROW_BITS) | (_ROWS - rows)
-    return keys
-
-
-def _similarity(keys: Tensor) -> Tensor:
-    return _ordered((keys >> _ROW_BITS).int()).view(torch.float32)
-
-
-def _ordered(bits: Tensor) -> Tensor:
-    """Turns the bits of negative numbers over, and back."""
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

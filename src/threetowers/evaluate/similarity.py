@@ -13,9 +13,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from threetowers.errors import DataError, UsageError
+from threetowers.evaluate.neighbours import nearest
 from threetowers.evaluate.retrieval import check_features
 from threetowers.evaluate.ridge import ridge
 
@@ -23,7 +23,6 @@ NEIGHBOURS = 10
 """Neighbours that are compared where nothing else is said, as in arXiv 2405.07987."""
 Found = TypeVar("Found")
 _BLOCK = 512  # rows compared at a time
-_DECIMALS = 12  # of cosines
 _ROUNDING = 1e-12  # share of a sum below which nothing but rounding is left of it
 _EVEN = 1e-3  # by how much the length of a unit vector may differ from 1
 
@@ -156,27 +155,19 @@ def neighbour_overlap(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
 def neighbours(x: Tensor, k: int = NEIGHBOURS) -> Tensor:
     """The k other rows that are nearest to each row by cosine, int64 [N, k], each row in rising order.
 
-    Of equally near rows the first ones are taken, so that equal representations have equal neighbours. Raises DataError
-    for features that cannot be used, UsageError for a k that is not from 1 to N − 1.
+    Cosines are those of `neighbours.nearest`. Of equally near rows the first ones are taken, so that equal
+    representations have equal neighbours. Raises DataError for features that cannot be used, UsageError for a k that is
+    not from 1 to N − 1.
     """
     check_features(x, "features")
     if not 1 <= k < len(x):
         raise UsageError(
             f"k: {k} neighbours of {len(x)} rows were asked for; it must be from 1 to {len(x) - 1}"
         )
-    rows = F.normalize(x.double(), dim=1)
-    parts = []
-    for start in range(0, len(x), _BLOCK):
-        # rounded, so that equal rows are equally near: the order of summation depends on the place in the matrix
-        scores = (rows[start : start + _BLOCK] @ rows.T).round(decimals=_DECIMALS)
-        own = torch.arange(len(scores), device=x.device)
-        scores[own, start + own] = -torch.inf
-        last = scores.topk(k, dim=1).values[:, -1:]
-        nearer, level = scores > last, scores == last
-        wanted = k - nearer.sum(dim=1, keepdim=True)
-        chosen = nearer | (level & (level.cumsum(dim=1) <= wanted))
-        parts.append(chosen.nonzero()[:, 1].view(-1, k))
-    return torch.cat(parts)
+    found = nearest(x, x, k + 1).rows
+    other = found != torch.arange(len(x), device=x.device)[:, None]
+    other[:, -1] &= ~other.all(dim=1)  # where k + 1 earlier rows are equal to the row itself
+    return found[other].view(-1, k).sort(dim=1).values
 
 
 def shared_neighbours(a: Tensor, b: Tensor) -> float:
