@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from kit.pictures import picture
 from kit.runs import Config
 from threetowers.data.choices import UNREADABLE, ChoiceRow, ChoiceSet, Task, choice_set, open_choices
 from threetowers.data.formats.files import FileSource
-from threetowers.errors import BadSample, DataError
+from threetowers.errors import DataError
 from threetowers.evaluate import composition
 from threetowers.evaluate.composition import CHANCE, Answers, answer
 from threetowers.evaluate.encode import encode, encode_texts
@@ -246,25 +245,6 @@ def test_a_choice_whose_image_has_no_features_is_left_out_and_listed() -> None:
     ]  # fmt: skip
     for name, hits in answers.hits.items():
         assert hits.tolist() == whole.hits[name][[0, 2, 4]].tolist()
-
-
-@every_task
-def test_the_result_holds_figures_chance_and_items(task: Task) -> None:
-    choices = chosen_from(task, 30, shared=3)
-    choices = replace(choices, problems=(BadSample("x.json:4", "missing file", "gone.jpg"),))
-    answers = answer(choices, random(len(choices.images), 1), random(len(choices.texts), 2))
-    result = answers.result("set")
-    figures = json.loads(json.dumps(result.sections["composition"]["set"]))
-    assert figures["num"] == 30 and figures["problems"] == {"missing file": 1}
-    assert figures["chance"] == pytest.approx(dict(CHANCE[task]))
-    assert {name: figures[name] for name in CHANCE[task]} == answers.metrics()
-    assert [row["num"] for row in figures["by_category"].values()] == [10] * 3
-    for name, value in answers.metrics().items():
-        item = result.items[f"composition/set/{name}"]
-        assert item.dtype == torch.int64 and item.double().mean().item() == pytest.approx(value)
-    assert torch.equal(result.items["composition/set/shared_image"], torch.from_numpy(answers.groups))
-    assert set(result.saved) == set(result.items)
-    assert "by chance" in result.lines[0] and "missing file: 1" in result.lines[0]
 
 
 @pytest.mark.parametrize(

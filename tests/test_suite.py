@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from kit.features import KnownFeatures
 from kit.pictures import picture
 from threetowers.config import RunConfig
+from threetowers.data.choices import UNREADABLE
 from threetowers.data.open import open_source
 from threetowers.errors import DataError, UsageError
 from threetowers.evaluate.encode import Encoded
@@ -262,11 +263,12 @@ def test_choices_are_a_data_set_of_a_suite(finished: Path, tmp_path: Path) -> No
             "caption": f"a picture {index}",
             "negative_caption": "a text",
         }
-        for index in range(4)
+        for index in range(5)
     }
     (tmp_path / "pictures").mkdir()
     for index in range(4):
         (tmp_path / "pictures" / f"{index}.png").write_bytes(picture(index))
+    (tmp_path / "pictures" / "4.png").write_bytes(b"no picture")
     (tmp_path / "swap_att.json").write_text(json.dumps(rows))
     described = DataSet(
         "words", str(tmp_path / "swap_att.json"), choices=True, images=str(tmp_path / "pictures")
@@ -274,6 +276,7 @@ def test_choices_are_a_data_set_of_a_suite(finished: Path, tmp_path: Path) -> No
     (row,) = evaluate_suite(str(finished), [described], tmp_path / "out")
     assert (row.task, row.metric, row.n, row.chance) == ("composition", "accuracy", 4, 0.5)
     assert row.details["by_category"] == {"swap_att": {"accuracy": row.value}} and row.low is not None
+    assert row.details["left_out"] == {UNREADABLE: 1}
     with pytest.raises(DataError, match=r"words: .*nowhere"):
         open_set(replace(described, path=str(tmp_path / "nowhere.json")))
 

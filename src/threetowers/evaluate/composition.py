@@ -10,10 +10,8 @@ wrong, so that a model that gives everything the same vector scores 0.
 Legend: N images, M texts, D width, K choices.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from threetowers.data.choices import UNREADABLE, Choice, ChoiceSet, Task
-from threetowers.data.source import Source, count_reasons
+from threetowers.data.source import Source
 from threetowers.errors import BadSample, DataError
-from threetowers.evaluate.result import Result, percentages
 from threetowers.evaluate.retrieval import check_features, exact, first_linked
 
 CHANCE: Mapping[Task, Mapping[str, float]] = {
@@ -75,33 +72,6 @@ class Answers:
         """The mean of each metric over categories, whatever their sizes."""
         rows = list(self.by_category().values())
         return {name: float(np.mean([row[name] for row in rows])) for name in self.hits}
-
-    def result(self, name: str) -> Result:
-        """The figures under `composition/NAME`, with chance beside them; the hits and groups are per-item results."""
-        counts = {category: self.categories.count(category) for category in sorted(set(self.categories))}
-        figures: dict[str, Any] = {
-            "num": len(self.ids),
-            **self.metrics(),
-            "chance": dict(CHANCE[self.task]),
-            "category_mean": self.category_mean(),
-            "by_category": {
-                category: {"num": counts[category], **row} for category, row in self.by_category().items()
-            },
-            "problems": dict(Counter(problem.reason for problem in self.problems)),
-        }
-        items = {f"composition/{name}/{metric}": hits.astype(np.int64) for metric, hits in self.hits.items()}
-        items[f"composition/{name}/shared_image"] = self.groups
-        said = f"; {count_reasons(self.problems)}" if self.problems else ""
-        line = (
-            f"{name}, {len(self.ids)} choices: {percentages(self.metrics())} "
-            f"(by chance {percentages(CHANCE[self.task])}){said}"
-        )
-        return Result(
-            {"composition": {name: figures}},
-            {key: torch.from_numpy(values) for key, values in items.items()},
-            (line,),
-            saved=tuple(items),
-        )
 
 
 def answer(choices: ChoiceSet, image: Tensor, text: Tensor, index: Tensor | None = None) -> Answers:

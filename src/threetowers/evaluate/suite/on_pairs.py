@@ -1,5 +1,6 @@
 """Tasks of images and texts: retrieval, zero-shot classification and what follows from its logits, choices."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -147,7 +148,12 @@ def composition(features: Features, opened: OpenSet) -> Measured:
         chance[first],
         {"accuracy": hits[first], **hits},
         found.groups if len(set(found.groups.tolist())) > 1 else None,
-        {"first": first, "by_category": found.by_category(), "category_mean": found.category_mean()},
+        {
+            "first": first,
+            "by_category": found.by_category(),
+            "category_mean": found.category_mean(),
+            "left_out": dict(Counter(problem.reason for problem in found.problems)),
+        },
     )
 
 
