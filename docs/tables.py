@@ -64,13 +64,9 @@ def tables() -> dict[str, str]:
 
 
 def claims(study: dict[str, Any]) -> str:
-    """The verdict on every claim of the study; until its main part is finished, how far the study is.
-
-    A verdict that is read while seeds are still missing would be one of many looks at the same test.
-    """
+    """The verdict on every claim of the study; how far the study is while there is none."""
     judged = study.get("claims") or ()
-    main_part = [row for row in study["progress"] if row["part"] == "main"]
-    if not judged or any(row["done"] < row["total"] for row in main_part):
+    if not judged:
         done = sum(row["done"] for row in study["progress"])
         return f"No claim is judged yet: {done:,} of {sum(row['total'] for row in study['progress']):,} runs are done."
     return markdown(("claim", "verdict"), ((title(claim), f"**{claim['verdict']}**") for claim in judged))

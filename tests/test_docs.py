@@ -115,13 +115,12 @@ def test_the_table_of_claims_has_every_claim_of_the_results_and_no_other() -> No
     readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- table: claims -->")[2]
     rows = re.findall(r"^\| (C\d.*?) \| \*\*(.*?)\*\* \|$", readme.partition("<!-- end -->")[0], re.MULTILINE)
     finished = all(row["done"] == row["total"] for row in study["progress"] if row["part"] == "main")
-    assert rows == [(title(claim), claim["verdict"]) for claim in study["claims"] if finished]
+    assert finished or not study["claims"], "verdicts while seeds are still missing"
+    assert rows == [(title(claim), claim["verdict"]) for claim in study["claims"]]
     claim = {"id": "C3", "third": "mismatched", "text": "3T is not worse.", "verdict": "not shown"}
-    made = study | {"claims": [claim], "progress": [{"part": "main", "done": 9, "total": 9}]}
+    made = study | {"claims": [claim], "progress": [{"part": "main", "done": 3, "total": 9}]}
     assert "| C3 mismatched: 3T is not worse. | **not shown** |" in module.claims(made)
-    assert module.claims(made | {"claims": []}) == "No claim is judged yet: 9 of 9 runs are done."
-    begun = made | {"progress": [{"part": "main", "done": 3, "total": 9}]}
-    assert module.claims(begun) == "No claim is judged yet: 3 of 9 runs are done.", "seeds are still missing"
+    assert module.claims(made | {"claims": []}) == "No claim is judged yet: 3 of 9 runs are done."
 
 
 def test_figures_are_those_of_the_code() -> None:

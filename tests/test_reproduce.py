@@ -170,6 +170,8 @@ def test_a_study_runs_stops_continues_and_repeats_nothing(
         assert again[name].metrics == record.metrics, "a unit that is run again has the same figures"
     _check_records(records)
     _check_summary(summary(SMALL, records))
+    del records["main-3t-matched-seed6"]
+    assert summary(SMALL, records)["claims"] == [], "none is judged while a run is missing"
 
 
 def _check_records(records: dict[str, Record]) -> None:

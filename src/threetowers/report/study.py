@@ -227,7 +227,7 @@ def _verdicts(study: Study) -> str:
     """How many claims have each verdict."""
     claims = study.get("claims") or ()
     if not claims:
-        return "No claim is judged: a verdict takes at least two seeds of every method."
+        return "No claim is judged before all runs of the main part are there, with at least two seeds of every method."
     found = Counter(claim["verdict"] for claim in claims)
     counts = (
         f"{found[name]} {'is' if found[name] == 1 else 'are'} {name}" for name in VERDICTS if found[name]

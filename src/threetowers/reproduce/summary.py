@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -37,17 +37,19 @@ def summary(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, Any]
     every = list(records.values())
     main = of_part(every, "main")
     chosen, open_edges = learning_rates(protocol, every)
+    progress = _progress(protocol, records)
+    finished = {row["part"] for row in progress if row["done"] == row["total"]}
     return {
         "schema": SCHEMA,
         "title": "The claims of Three Towers on the built-in world",
         "created": time.strftime("%Y-%m-%d"),
         "protocol": asdict(protocol) | {"batch_size": PRESETS["shapes"]().batch_size},
         "machines": _machines(every),
-        "progress": _progress(protocol, records),
+        "progress": progress,
         "learning_rates": _rates(every, chosen),
         "open_edges": open_edges,
         "diverged": sorted(name for name, record in records.items() if record.diverged),
-        "claims": _claims(protocol, every),
+        "claims": _claims(protocol, every, finished),
         "methods": _methods(main),
         "sweeps": _sweeps(main),
         "attributes": _attributes(main),
@@ -113,8 +115,14 @@ def measured_runs(main: Iterable[Record]) -> dict[tuple[str, str], dict[int, Mea
     return runs
 
 
-def _claims(protocol: Protocol, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The verdicts. A method with fewer than two seeds is left out, since one is never a test."""
+def _claims(protocol: Protocol, records: Sequence[Record], finished: Set[str]) -> list[dict[str, Any]]:
+    """The verdicts; none before all runs of the main part are there, and none on growth before all of its runs are.
+
+    A verdict that is read while seeds are missing is one of many looks at the same test. A method with fewer than two
+    seeds is left out, since one is never a test.
+    """
+    if "main" not in finished:
+        return []
     found = measured_runs(of_part(records, "main"))
     runs: Runs = {key: by_seed for key, by_seed in found.items() if len(by_seed) > 1}
     if not runs:
@@ -125,7 +133,7 @@ def _claims(protocol: Protocol, records: Sequence[Record]) -> list[dict[str, Any
     ))  # fmt: skip
     thirds = [third for third in TUNED_THIRDS if ("lit", third) in runs]
     forms = [method for method in protocol.methods if METHODS[method].is_3t]
-    cells = {third: _cells(records, third) for third in TUNED_THIRDS}
+    cells = {third: _cells(records, third) for third in TUNED_THIRDS if "growth" in finished}
     grids = {third: own for third, own in cells.items() if len({cell.seed for cell in own}) > 1}
     rows = claims(runs, thirds, forms, exact, protocol.margin, grids)
     # twice the steps are trained with the matched tower alone
