@@ -172,6 +172,8 @@ class RunConfig:
     of the whole batch all the same; the towers' forward pass is done twice."""
     seed: int = 0
     log_every_steps: int = 20
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers that get the metrics too: `tensorboard`, `wandb`, `trackio`."""
     eval_every_steps: int = 0
     """Validate each time this many steps are done; 0 only at the end."""
     suite: str | None = None

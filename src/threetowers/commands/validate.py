@@ -36,6 +36,7 @@ from threetowers.train.guards import differing_keys
 from threetowers.train.optim import describe_groups
 from threetowers.train.room import amount, check_room, num_bytes, room, trained_bytes
 from threetowers.train.step import StepResult, TrainingStep
+from threetowers.train.trackers import check_trackers
 
 IMAGES = 200  # decoded
 CAPTIONED = 20_000  # images whose captions are compared
@@ -53,6 +54,7 @@ def validate(config: RunConfig, folder: Path, *, near: bool = False) -> Iterator
     Raises what training would raise: UsageError, DataError, CheckpointError, NonFiniteError.
     """
     check_settings(config)
+    check_trackers(config.trackers)
     objective(config)
     if (folder / "config.toml").is_file() and differing_keys(folder / "config.toml", config):
         yield f"note: {folder} holds a run with other settings; train asks for another --out, or for --fresh"

@@ -14,15 +14,17 @@ from threetowers.model import ThreeTowers
 from threetowers.objective.pairs import Objective
 from threetowers.progress import warn
 from threetowers.train.step import StepResult
+from threetowers.train.trackers import Trackers
 
 TAIL = 16_384
 """Bytes that hold the last rows of metrics.jsonl."""
 
 
 class RunLog:
-    """Appends to a run folder's metrics.jsonl and events.log."""
+    """Appends to a run folder's metrics.jsonl and events.log. trackers: what gets the metrics besides."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trackers: Trackers | None = None) -> None:
+        self._trackers = trackers
         self._metrics = folder / "metrics.jsonl"
         self._events = folder / "events.log"
 
@@ -39,6 +41,13 @@ class RunLog:
         """One row: the step and the values by metric path."""
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._trackers:
+            self._trackers.log(step, values)
+
+    def close(self) -> None:
+        """Closes the trackers."""
+        if self._trackers:
+            self._trackers.close()
 
     def event(self, text: str) -> None:
         """One line with the time; also shown on the terminal by whoever calls, never here."""

@@ -31,10 +31,11 @@ from threetowers.train.session import (
     take_best,
     too_many_skipped,
 )
+from threetowers.train.trackers import ID
 
 WRITTEN = (
     "model.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "evaluation.json",
-    "features.safetensors", "bad_samples.jsonl", TABLE, TRACE,
+    "features.safetensors", "bad_samples.jsonl", TABLE, TRACE, ID,
 )  # fmt: skip
 
 
@@ -84,6 +85,7 @@ def train(
                     return_to_checkpoint(session)
         finally:
             session.saver.wait()
+            session.log.close()
         table = session.profile.write(folder) if session.profile else ""
         setup, step = session.setup, session.state.step
         if step < config.steps and not session.patience_over:

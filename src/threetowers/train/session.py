@@ -30,6 +30,7 @@ from threetowers.train.profile import Profile, no_phase
 from threetowers.train.room import check_room, room
 from threetowers.train.saver import Saver
 from threetowers.train.step import TrainingStep
+from threetowers.train.trackers import Trackers, check_trackers
 
 MAX_SKIPPED = 5  # non-finite steps in a row after which the run returns to its last checkpoint
 MAX_RETURNS = 3  # returns after which the run ends
@@ -150,7 +151,7 @@ def open_session(
     profile: bool = False,
 ) -> Session:
     """The session of a run, at its start or at its last checkpoint. profile: measure its steps."""
-    log = RunLog(folder)
+    check_trackers(config.trackers)
     check_evaluation(config)  # before hours of training
     setup = prepare(config, folder, saved_tokenizer=folder)
     watched = open_watched(config.suite, config.suite_images)
@@ -163,6 +164,7 @@ def open_session(
     bad.add(problem for source in (setup.train, setup.val, setup.test) for problem in source.problems)
     checkpoint.sweep(folder / "checkpoints")
     environment = _environment(config)
+    log = RunLog(folder, Trackers(config.trackers, folder, config, found.step if found else 0))
     saver = Saver(
         folder / "checkpoints", config.keep_checkpoints, log, environment, background=config.background_saves
     )
