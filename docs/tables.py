@@ -19,6 +19,7 @@ from typing import Any, get_args
 from threetowers.config import Method, RunConfig
 from threetowers.data.open import FORMATS
 from threetowers.evaluate.suite.tasks import TASKS
+from threetowers.export.formats import FORMATS as EXPORTS
 from threetowers.objective.kinds import LOSSES
 from threetowers.objective.pairs import Objective, objective
 from threetowers.recipes import PRESETS
@@ -57,6 +58,9 @@ def tables() -> dict[str, str]:
         "tasks": markdown(
             ("task", "what is measured", "main metric"),
             ((f"`{name}`", task.help, f"`{task.metric}`") for name, task in TASKS.items()),
+        ),
+        "exports": markdown(
+            ("`--to`", "what is written"), ((f"`{name}`", form.help) for name, form in EXPORTS.items())
         ),
         "phases": markdown(("phase", "what it is"), PHASES.items()),
         "claims": claims(json.loads(STUDY.read_bytes())),

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from kit.runs import Config
+from kit.runs import Config, with_vit
 from threetowers import cli
-from threetowers.errors import CheckpointError
+from threetowers.errors import CheckpointError, UsageError
 from threetowers.export.formats import FORMATS, formats_help
 from threetowers.export.open_clip import export_open_clip
 from threetowers.run.finished import load_run
@@ -101,11 +101,17 @@ def test_clips_own_vocabulary_survives_the_round_trip(tiny_config: Config, tmp_p
     torch.testing.assert_close(text, ours.encode_text(TEXTS), rtol=0, atol=1e-6)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its path in it."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_loads_by_its_own_expression_and_is_the_main_pair(
     name: str, tiny_config: Config, tmp_path: Path
 ) -> None:
-    train(tiny_config(steps=2), tmp_path / "run")
+    train(with_vit(tiny_config(steps=2)), tmp_path / "run")  # towers that every format can express
     form = FORMATS[name]
     folder = form.write(tmp_path / "run", tmp_path / "out")
     assert folder == tmp_path / "out"
@@ -113,11 +119,18 @@ def test_every_format_loads_by_its_own_expression_and_is_the_main_pair(
     assert str(folder) in expression and "{" not in expression
     library = expression.partition(".")[0]
     assert eval(expression, {library: importlib.import_module(library)}) is not None
-    written = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert not any(path.startswith(".") for path in written), "nothing of the writing is left"
+    written = contents(folder)
     form.write(tmp_path / "run", tmp_path / "out")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == written, "the same bytes again"
-    for file in folder.glob("*.safetensors"):
+    assert contents(folder) == written, "the same bytes again"
+    assert [*tmp_path.glob(".*"), *folder.rglob(".*")] == [], "nothing of the writing is left"
+    for other, foreign in FORMATS.items():
+        if not name.startswith(other.partition("-")[0]):
+            with pytest.raises(UsageError, match=r"out: this folder holds another model \("):
+                foreign.write(tmp_path / "run", folder)
+    with pytest.raises(UsageError, match=r"run: this folder holds another model \(model\.json\)"):
+        form.write(tmp_path / "run", tmp_path / "run")
+    assert contents(folder) == written, "no other model is overwritten"
+    for file in folder.rglob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             assert not any("third" in key or "head" in key.split(".")[0] for key in tensors.keys())  # noqa: SIM118
 

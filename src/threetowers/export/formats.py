@@ -31,11 +31,22 @@ def _open_clip(run: Path, out: Path) -> Path:
     return export_open_clip(run, out)
 
 
+def _transformers(run: Path, out: Path) -> Path:
+    from threetowers.export.transformers import export_transformers
+
+    return export_transformers(run, out)
+
+
 FORMATS = {
     "open_clip": Format(
         "a directory for open_clip and the tools that load its models",
         _open_clip,
         'open_clip.create_model_and_transforms("local-dir:{folder}")',
+    ),
+    "transformers": Format(
+        "a folder for transformers' CLIPModel and sentence-transformers, of open_clip's own ViT and text transformer",
+        _transformers,
+        'transformers.AutoModel.from_pretrained("{folder}")',
     ),
 }
 """Every format by the name that --to takes. A new format is one file beside this one and one entry here."""

@@ -4,13 +4,13 @@ export_open_clip("runs/mine", "exported")
 # open_clip.create_model_and_transforms("local-dir:exported")
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from threetowers.data.transforms import ImageSpec
+from threetowers.export.folder import HEADING, listed, write_json, written_whole
 from threetowers.files import write_whole
 from threetowers.run.finished import load_run
 from threetowers.towers.pair import assemble
@@ -23,7 +23,7 @@ IMAGES = (
     "to_rgb(image). Otherwise it sees other pixels than training did of images with transparency, rotation, a palette, "
     "16 bits or CMYK"
 )
-CARD = """# A model trained with threetowers, for open_clip
+CARD = """{heading}, for open_clip
 
 ```python
 import numpy as np
@@ -69,27 +69,22 @@ def export_open_clip(run: str | Path, out: str | Path) -> Path:
     unfinished run.
     """
     finished = load_run(run)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     architecture = finished.architecture
-    pair = assemble(architecture.model_cfg, finished.img, finished.txt, finished.scale)
-    state = {name: tensor.contiguous().clone() for name, tensor in pair.state_dict().items()}
-    weights = folder / "open_clip_model.safetensors"
-    write_safetensors(weights, state)
     spec = architecture.image
-    config = {"model_cfg": architecture.model_cfg, "preprocess_cfg": _preprocess_cfg(spec)}
-    finished.tokenizer.save(folder)
-    write_whole(folder / "open_clip_config.json", json.dumps(config, indent=2))
+    pair = assemble(architecture.model_cfg, finished.img, finished.txt, finished.scale)
     differences = [*_differences(spec), IMAGES, *finished.tokenizer.differences()]
-    card = folder / "README.md"
-    text = CARD.format(folder=folder.name, differences="\n".join(f"- {line}" for line in differences))
-    if card.exists() and not card.read_text(encoding="utf-8", errors="replace").startswith(text[:40]):
-        card = folder / "README-threetowers.md"  # the other one is somebody else's
-    write_whole(card, text)
+    with written_whole(Path(out), ("open_clip_config.json",)) as folder:
+        state = {name: tensor.contiguous().clone() for name, tensor in pair.state_dict().items()}
+        write_safetensors(folder / "open_clip_model.safetensors", state)
+        finished.tokenizer.save(folder)
+        config = {"model_cfg": architecture.model_cfg, "preprocess_cfg": _preprocess_cfg(spec)}
+        write_json(folder / "open_clip_config.json", config)
+        card = CARD.format(heading=HEADING, folder=Path(out).name, differences=listed(differences))
+        write_whole(folder / "README.md", card)
     for line in differences:
         print(f"note: {line}", file=sys.stderr)
-    print(f"note: {card} says how to load the model and has to_rgb", file=sys.stderr)
-    return folder
+    print("note: README.md says how to load the model, and has to_rgb", file=sys.stderr)
+    return Path(out)
 
 
 def _differences(spec: ImageSpec) -> Iterator[str]:

@@ -1,0 +1,350 @@
+"""A finished run as a folder for transformers and sentence-transformers, in the layout of transformers' CLIPModel.
+
+    export_transformers("runs/mine", "exported")
+    # transformers.AutoModel.from_pretrained("exported")
+
+open_clip's own image and text transformers are the networks of CLIP with other parameter names, so the weights are
+renamed. transformers loads the folder again before it gets its name, and its features are compared with the run's.
+Legend: V tokens of the vocabulary, W width of a tower, D embedding.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer, VisionTransformer
+from torch import Tensor, nn
+
+from threetowers.data.tokenize import marks_in_text
+from threetowers.errors import UsageError
+from threetowers.export.folder import HEADING, listed, write_json, written_whole
+from threetowers.export.inputs import (
+    CLEANING,
+    end_id,
+    pad_id,
+    preprocessing_differences,
+    processor_settings,
+    write_tokenizer,
+)
+from threetowers.export.samples import CAPTIONS, check_difference, sample_pictures
+from threetowers.files import write_whole
+from threetowers.objective.losses import unit
+from threetowers.run.finished import FinishedRun, load_run
+from threetowers.towers.frozen.base import foreign
+from threetowers.towers.frozen.hf import REMEDY, import_transformers, load_model, quiet
+from threetowers.towers.frozen.text import load_hf_tokenizer
+from threetowers.towers.pair import takes_short_text
+from threetowers.towers.weights import load_strictly
+
+BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+"""The modules of a transformer block, but for queries, keys and values: open_clip's name and transformers' name."""
+ARGMAX_ID = 2
+"""With this id of the end token, transformers' CLIP pools at the highest id of a text and not at its end token."""
+CARD = """{heading}, for transformers
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("{folder}")
+processor = AutoImageProcessor.from_pretrained("{folder}", backend="pil")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+
+images = processor(images=[Image.open("photo.jpg").convert("RGB")], return_tensors="pt")
+texts = tokenizer(["a photo"], padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    image = model.get_image_features(**images).pooler_output
+    text = model.get_text_features(**texts).pooler_output
+print(torch.nn.functional.cosine_similarity(image, text))
+```
+
+sentence-transformers loads the same folder:
+
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{folder}", processor_kwargs={{"backend": "pil"}})
+image = model.encode([Image.open("photo.jpg").convert("RGB")], normalize_embeddings=True)
+text = model.encode(["a photo"], normalize_embeddings=True)
+print(model.similarity(image, text))
+```
+
+What transformers does otherwise than training:
+
+{differences}
+"""
+BACKEND = (
+    'training resized images with Pillow, as its image processor does with backend="pil". The pixels of its default '
+    "backend differ by a grey level or two"
+)
+
+
+def export_transformers(run: str | Path, out: str | Path) -> Path:
+    """Writes config.json, model.safetensors, the tokenizer, preprocessor_config.json and README.md; returns the folder.
+
+    The export holds the two main towers and the scale. Raises UsageError for towers or preprocessing that
+    transformers' CLIP does not have. Raises CheckpointError for an unfinished run, and when the features that
+    transformers computes differ from the run's by more than `TOLERANCE`. Nothing is written then.
+    """
+    finished = load_run(run)
+    transformers = import_transformers("--to transformers")
+    check_expressible(finished)
+    spec = finished.architecture.image
+    settings = processor_settings(spec, "--to transformers")
+    with written_whole(Path(out), ("config.json", "model.safetensors")) as folder:
+        write_tokenizer(finished.tokenizer, folder)
+        moved = _move_end(end_id(finished.tokenizer), folder / "tokenizer.json")
+        _write_model(transformers, finished, folder, moved)
+        write_json(folder / "preprocessor_config.json", settings)
+        image, text, marks = _compare(transformers, finished, folder)
+        differences = [BACKEND, *preprocessing_differences(spec), CLEANING]
+        if marks:
+            differences.append(f"inside a text it takes {' and '.join(marks)} for special tokens")
+        card = CARD.format(heading=HEADING, folder=Path(out).name, differences=listed(differences))
+        write_whole(folder / "README.md", card)
+    print(
+        f"note: transformers computes the run's vectors, of images to {image:.1e}, of texts to {text:.1e}",
+        file=sys.stderr,
+    )
+    for line in differences:
+        print(f"note: transformers: {line}", file=sys.stderr)
+    return Path(out)
+
+
+# The network.
+
+
+def check_expressible(finished: FinishedRun) -> None:
+    """Raises UsageError when transformers' CLIP cannot express the towers; it says why, and what to do instead."""
+    reason = next(_obstacles(finished), None)
+    if reason is not None:
+        raise UsageError(
+            f"--to transformers: {reason}, which transformers' CLIP cannot express; export --to open_clip"
+        )
+
+
+def _obstacles(finished: FinishedRun) -> Iterator[str]:
+    img, txt = finished.img, finished.txt
+    vision = finished.architecture.model_cfg["vision_cfg"]
+    if not isinstance(img, VisionTransformer):
+        yield f"the image tower is {vision.get('timm_model_name') or type(img).__name__}, not open_clip's own ViT"
+        return
+    if not isinstance(txt, TextTransformer):
+        yield f"the text tower is {type(txt).__name__}, not open_clip's own"
+        return
+    if img.attn_pool is not None or img.pool_type != "tok":
+        yield "the image tower does not end in its class token (vision.pool_type, vision.attentional_pool)"
+    if isinstance(img.ln_pre, nn.Identity):
+        yield "the image tower has no layer norm before its blocks (vision.no_ln_pre)"
+    if not takes_short_text(txt):
+        yield "the text tower is not causal with its features at the end token (pair.text)"
+    if isinstance(txt.text_projection, nn.Linear):
+        yield "the text tower's projection has a bias (text.proj_bias)"
+    end = end_id(finished.tokenizer)
+    if txt.pool_type == "argmax" and end != txt.vocab_size - 1:
+        yield "the text tower pools at the highest id, which is not that of the end token (text.pool_type)"
+    for name, tower in (("image", img), ("text", txt)):
+        for block in tower.transformer.resblocks:
+            if type(block) is not ResidualAttentionBlock or not isinstance(block.ls_1, nn.Identity):
+                yield f"the {name} tower has blocks that CLIP does not have, or a layer scale (ls_init_value)"
+            elif _activation(block) is None:
+                yield f"the {name} tower has the activation {type(block.mlp.gelu).__name__} (act_kwargs)"
+
+
+def _activation(block: Any) -> str | None:
+    """transformers' name of a block's activation; None when it has none for it."""
+    if isinstance(block.mlp.gelu, QuickGELU):
+        return "quick_gelu"
+    kinds = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
+    return kinds.get(block.mlp.gelu.approximate) if isinstance(block.mlp.gelu, nn.GELU) else None
+
+
+def _write_model(
+    transformers: Any, finished: FinishedRun, folder: Path, moved: tuple[int, int] | None
+) -> None:
+    """Writes config.json and model.safetensors; moved: the two ids of tokens that were exchanged."""
+    with torch.random.fork_rng(), quiet(transformers):  # building a network draws random numbers
+        model = transformers.CLIPModel(transformers.CLIPConfig(**clip_config(finished, moved)))
+        load_strictly(model, clip_weights(finished, moved), "--to transformers")
+        model.save_pretrained(folder)
+
+
+def clip_config(finished: FinishedRun, moved: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The keys of transformers' CLIPConfig for the two towers; call `check_expressible` first."""
+    img: Any = finished.img
+    txt: Any = finished.txt
+    other = dict(zip(moved, reversed(moved), strict=True)) if moved else {}
+    end, pad = end_id(finished.tokenizer), pad_id(finished.tokenizer)
+    text = {
+        "vocab_size": txt.vocab_size,
+        "max_position_embeddings": txt.context_length,
+        "eos_token_id": other.get(end, end),
+        "bos_token_id": None,
+        "pad_token_id": other.get(pad, pad),
+    }
+    vision = {"image_size": img.image_size[0], "patch_size": img.patch_size[0]}
+    embed_dim = finished.embed_dim
+    return {
+        "projection_dim": embed_dim,
+        "logit_scale_init_value": float(np.log(finished.scale)),
+        "text_config": {**_blocks_config(txt, txt.ln_final), **text, "projection_dim": embed_dim},
+        "vision_config": {**_blocks_config(img, img.ln_post), **vision, "projection_dim": embed_dim},
+    }
+
+
+def _blocks_config(tower: Any, norm: Any) -> dict[str, Any]:
+    block = tower.transformer.resblocks[0]
+    return {
+        "hidden_size": tower.transformer.width,
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "num_hidden_layers": len(tower.transformer.resblocks),
+        "num_attention_heads": block.attn.num_heads,
+        "hidden_act": _activation(block),
+        "layer_norm_eps": norm.eps,
+    }
+
+
+def clip_weights(finished: FinishedRun, moved: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """The towers' weights under the names of transformers' CLIPModel. Projections are [D, W] there, and [W, D] here."""
+    img, txt = finished.img.state_dict(), finished.txt.state_dict()
+    tokens = txt["token_embedding.weight"].clone()  # [V, W]
+    if moved is not None:
+        tokens[list(moved)] = tokens[list(reversed(moved))]
+    projection = txt.get("text_projection")  # without one, W is D
+    state = {
+        "logit_scale": torch.tensor(finished.scale).log(),
+        "text_projection.weight": torch.eye(tokens.shape[1]) if projection is None else projection.T,
+        "text_model.embeddings.token_embedding.weight": tokens,
+        "text_model.embeddings.position_embedding.weight": txt["positional_embedding"],
+        "visual_projection.weight": img["proj"].T,
+        "vision_model.embeddings.class_embedding": img["class_embedding"],
+        "vision_model.embeddings.patch_embedding.weight": img["conv1.weight"],
+        "vision_model.embeddings.position_embedding.weight": img["positional_embedding"],
+    }
+    for part in ("weight", "bias"):
+        state[f"text_model.final_layer_norm.{part}"] = txt[f"ln_final.{part}"]
+        state[f"vision_model.pre_layrnorm.{part}"] = img[f"ln_pre.{part}"]  # their spelling
+        state[f"vision_model.post_layernorm.{part}"] = img[f"ln_post.{part}"]
+    state |= {f"vision_model.{key}": value for key, value in _block_weights(img)}
+    state |= {f"text_model.{key}": value for key, value in _block_weights(txt)}
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def _block_weights(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a tower's transformer blocks under transformers' names."""
+    inside = "transformer.resblocks."
+    for key, value in state.items():
+        if not key.startswith(inside):
+            continue
+        index, name = key.removeprefix(inside).split(".", 1)
+        module, _, part = name.rpartition(".")
+        layer = f"encoder.layers.{index}"
+        if module == "attn":  # in_proj_weight and in_proj_bias stack queries, keys and values
+            for letter, piece in zip("qkv", value.chunk(3), strict=True):
+                yield f"{layer}.self_attn.{letter}_proj.{part.removeprefix('in_proj_')}", piece
+        else:
+            yield f"{layer}.{BLOCK[module]}.{part}", value
+
+
+# The end token.
+
+
+def _move_end(id: int, path: Path) -> tuple[int, int] | None:
+    """Gives the end token of a tokenizer.json another id where transformers' CLIP would not pool at it.
+
+    It is exchanged with the ordinary token of the highest id. Merges are lists of tokens and not of ids, so every text
+    is cut into the same tokens as before. Returns the two ids, or None when nothing was to be done. Raises UsageError
+    for a vocabulary in which the ids are the order of the tokens.
+    """
+    if id != ARGMAX_ID:
+        return None
+    rules = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = rules["model"].get("vocab")
+    if not isinstance(vocabulary, dict):
+        raise UsageError(
+            f"--to transformers: the end token has the id {id}, at which transformers' CLIP does not pool, and "
+            f"a vocabulary of type {rules['model'].get('type')} has fixed ids; export --to open_clip"
+        )
+    added = {entry["content"] for entry in rules["added_tokens"]}
+    last = max(other for token, other in vocabulary.items() if token not in added)
+    other = {id: last, last: id}
+    rules["model"]["vocab"] = {token: other.get(old, old) for token, old in vocabulary.items()}
+    for entry in rules["added_tokens"]:
+        entry["id"] = other.get(entry["id"], entry["id"])
+    rules["added_tokens"].sort(key=lambda entry: entry["id"])
+    rules["post_processor"] = _with_ids(rules["post_processor"], other)
+    if rules["padding"]:
+        rules["padding"]["pad_id"] = other.get(rules["padding"]["pad_id"], rules["padding"]["pad_id"])
+    write_json(path, rules)
+    return id, last
+
+
+def _with_ids(rules: Any, other: dict[int, int]) -> Any:
+    """The rules of a post-processor with other ids.
+
+    Templates list them under `ids`; the processors of BERT and RoBERTa have [token, id] under `sep` and `cls`.
+    """
+    if isinstance(rules, list):
+        return [_with_ids(each, other) for each in rules]
+    if not isinstance(rules, dict):
+        return rules
+    changed = {}
+    for key, value in rules.items():
+        if key == "ids":
+            changed[key] = [other.get(id, id) for id in value]
+        elif key in ("sep", "cls"):
+            changed[key] = [value[0], other.get(value[1], value[1])]
+        else:
+            changed[key] = _with_ids(value, other)
+    return changed
+
+
+# The comparison.
+
+
+@torch.no_grad()
+def _compare(transformers: Any, finished: FinishedRun, folder: Path) -> tuple[float, float, tuple[str, ...]]:
+    """The largest differences of image and of text vectors, and the special tokens that are recognised inside texts.
+
+    Raises CheckpointError for a difference above TOLERANCE.
+    """
+    model, _ = load_model(str(folder), "--to transformers")
+    tokenizer = load_hf_tokenizer(str(folder), "--to transformers")
+    with quiet(transformers), foreign("--to transformers", "the image processor", REMEDY):
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    architecture = finished.architecture
+    floor = replace(architecture, image=replace(architecture.image, centre="floor"))  # see CROP
+    pictures = sample_pictures()
+    pixels = processor(images=pictures, return_tensors="pt")
+    texts = tokenizer(list(CAPTIONS), padding=True, truncation=True, return_tensors="pt")
+    differences = [
+        _largest(
+            model.get_image_features(**pixels).pooler_output,
+            replace(finished, architecture=floor).encode_image(pictures),
+        ),
+        _largest(model.get_text_features(**texts).pooler_output, finished.encode_text(CAPTIONS)),
+        abs(float(model.logit_scale.exp()) / finished.scale - 1),
+    ]
+    for what, difference in zip(("image vectors", "text vectors", "scale"), differences, strict=True):
+        check_difference("transformers", what, difference)
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in tokenizer.all_special_tokens}
+    marks = marks_in_text(ids, lambda text: tokenizer(text)["input_ids"])
+    return differences[0], differences[1], marks
+
+
+def _largest(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, in any component, between features [N, D] at unit length and unit vectors [N, D]."""
+    return float((unit(found.float()) - expected).abs().max())
