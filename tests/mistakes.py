@@ -303,7 +303,7 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
         Mistake("classes that are not there, of a run to validate", "validate run.toml --classes pohtos", 3,
                 ("classes", "pohtos", "photos")),
         Mistake("export of a run that is not finished", "export stopped --out exported", 3, ("stopped", "train")),
-        Mistake("export to an unknown format", "export run --to onnx --out exported", 2, ("--to", "onnx", "open_clip")),
+        Mistake("export to an unknown format", "export run --to onx --out exported", 2, ("--to", "onx", "did you mean")),
         Mistake("export without a folder", "export run", 2, ("--out",)),
         Mistake("the same seed twice", "compare run.toml --seeds 0 0", 2, ("--seeds", "0, 0")),
         Mistake("several learning rates, no validation data",

@@ -268,7 +268,7 @@ def _pretrain(words: list[str]) -> int:
 
 
 def _export(words: list[str]) -> int:
-    """write the main pair for another library: threetowers export RUN --to open_clip --out DIR"""
+    """write the main pair for another library: threetowers export RUN --to open_clip|transformers|onnx --out DIR"""
 
     def export(
         run: tyro.conf.Positional[Path],
@@ -282,10 +282,9 @@ def _export(words: list[str]) -> int:
             run: A finished run folder.
             out: Folder to write.
         """
-        if to not in FORMATS:
-            raise UsageError(f"--to: {to!r} is no format{did_you_mean(to, FORMATS)}")
-        folder = FORMATS[to].write(run, out)
-        print(f"written; load it with {FORMATS[to].how_to_load(folder)}")
+        from threetowers.commands.export import export
+
+        print(export(run, out, to))
 
     parse(export, words, "export")
     return 0

@@ -11,7 +11,9 @@ from typing import Any
 from threetowers.errors import UsageError
 from threetowers.files import write_whole, writing_aside
 
-MODELS = ("model.json", "open_clip_config.json", "config.json", "model.safetensors", "onnx")
+QUANTIZED = "onnx/text_model_quantized.onnx"
+"""Of the two graphs with weights of eight bits, the one that is written last."""
+MODELS = ("model.json", "open_clip_config.json", "config.json", "model.safetensors", "onnx", QUANTIZED)
 """Files that belong to a model: of a run, and of each export format."""
 HEADING = "# A model trained with threetowers"
 """How the README.md of every export begins."""
@@ -23,7 +25,7 @@ def written_whole(out: Path, own: Collection[str]) -> Iterator[Path]:
 
     own: those of MODELS that this format writes. A README.md in `out` that does not begin with HEADING is kept, and the
     export's is called README-threetowers.md there. Raises UsageError when `out` holds another model, because formats
-    have file names in common.
+    have file names in common, and what this format does not write would remain there.
     """
     for name in MODELS:
         if name not in own and (out / name).exists():

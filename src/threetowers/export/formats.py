@@ -37,6 +37,18 @@ def _transformers(run: Path, out: Path) -> Path:
     return export_transformers(run, out)
 
 
+def _onnx(run: Path, out: Path) -> Path:
+    from threetowers.export.onnx import export_onnx
+
+    return export_onnx(run, out)
+
+
+def _onnx_int8(run: Path, out: Path) -> Path:
+    from threetowers.export.onnx import export_onnx
+
+    return export_onnx(run, out, quantize=True)
+
+
 FORMATS = {
     "open_clip": Format(
         "a directory for open_clip and the tools that load its models",
@@ -47,6 +59,16 @@ FORMATS = {
         "a folder for transformers' CLIPModel and sentence-transformers, of open_clip's own ViT and text transformer",
         _transformers,
         'transformers.AutoModel.from_pretrained("{folder}")',
+    ),
+    "onnx": Format(
+        "graphs for onnxruntime and transformers.js, one for images and one for texts",
+        _onnx,
+        'onnxruntime.InferenceSession("{folder}/onnx/text_model.onnx")',
+    ),
+    "onnx-int8": Format(
+        "the same, and beside them graphs with weights of eight bits, whose loss in retrieval is measured",
+        _onnx_int8,
+        'onnxruntime.InferenceSession("{folder}/onnx/text_model_quantized.onnx")',
     ),
 }
 """Every format by the name that --to takes. A new format is one file beside this one and one entry here."""

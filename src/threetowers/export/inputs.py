@@ -19,11 +19,11 @@ CLEANING = (
     "twice). The exported tokenizer does not"
 )
 COLOURS = (
-    "its image processor ignores EXIF rotation and drops transparency. Give it RGB images that are upright, with a "
+    "the image processor ignores EXIF rotation and drops transparency. Give it RGB images that are upright, with a "
     "white background in place of transparency"
 )
 CROP = (
-    "its image processor rounds half of the margin that it crops down, and training rounded it to the even number. "
+    "the image processor rounds half of the margin that it crops down, and training rounded it to the even number. "
     "Resized images that are 3, 7, 11 … pixels longer than the crop are therefore cropped one pixel further left or up"
 )
 

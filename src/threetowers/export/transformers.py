@@ -87,7 +87,7 @@ What transformers does otherwise than training:
 {differences}
 """
 BACKEND = (
-    'training resized images with Pillow, as its image processor does with backend="pil". The pixels of its default '
+    'training resized images with Pillow, as the image processor does with backend="pil". The pixels of its default '
     "backend differ by a grey level or two"
 )
 
