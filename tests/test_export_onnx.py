@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from kit.runs import TINY_PAIR, Config, with_vit
 from threetowers.commands import export as commands
+from threetowers.commands.arguments import ExportArguments
 from threetowers.commands.export import quantization_loss
 from threetowers.config import RunConfig
 from threetowers.data.tokenize import OpenClipTokenizer
@@ -223,7 +224,7 @@ def test_without_its_data_a_run_is_exported_and_the_loss_is_said_not_to_be_measu
     config = tmp_path / "run" / "config.toml"
     config.write_text(re.sub("^data = .*$", 'data = "/gone.csv"', config.read_text(), flags=re.MULTILINE))
     with_graphs_of(monkeypatch, exported)
-    loading = commands.export(tmp_path / "run", tmp_path / "out", "onnx-int8")
+    loading = commands.export(ExportArguments(run=tmp_path / "run", out=tmp_path / "out", to="onnx-int8"))
     assert "text_model_quantized.onnx" in loading and (tmp_path / "out" / "onnx").is_dir()
     said = capsys.readouterr().err
     assert "could not be measured: " in said and "/gone.csv" in said

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -19,16 +19,17 @@ from threetowers.commands.arguments import (
     CompareArguments,
     EmbedArguments,
     EvaluateArguments,
+    ExportArguments,
     PretrainArguments,
     TrainArguments,
     ValidateArguments,
+    VectorsArguments,
     parse,
     run_arguments,
     run_folder,
 )
 from threetowers.config import CompareConfig
 from threetowers.errors import ThreeTowersError, UsageError, of_system
-from threetowers.export.formats import FORMATS, formats_help
 from threetowers.recipes import PRESETS
 from threetowers.settings import did_you_mean
 
@@ -269,24 +270,11 @@ def _pretrain(words: list[str]) -> int:
 
 def _export(words: list[str]) -> int:
     """write the main pair for another library: threetowers export RUN --to open_clip|transformers|onnx --out DIR"""
+    arguments = parse(ExportArguments, words, "export")
 
-    def export(
-        run: tyro.conf.Positional[Path],
-        *,
-        out: Path,
-        to: Annotated[str, tyro.conf.arg(help=f"Format. {formats_help()}.")] = next(iter(FORMATS)),
-    ) -> None:
-        """The two main towers, without third tower and heads.
+    from threetowers.commands.export import export
 
-        Args:
-            run: A finished run folder.
-            out: Folder to write.
-        """
-        from threetowers.commands.export import export
-
-        print(export(run, out, to))
-
-    parse(export, words, "export")
+    print(export(arguments))
     return 0
 
 
@@ -353,6 +341,16 @@ def _embed(words: list[str]) -> int:
     return 0
 
 
+def _vectors(words: list[str]) -> int:
+    """unit vectors of a finished run for search indexes: threetowers vectors RUN --data PATH --out DIR [--of texts]"""
+    arguments = parse(VectorsArguments, words, "vectors")
+
+    from threetowers.commands.vectors import vectors
+
+    print(vectors(arguments))
+    return 0
+
+
 def _towers(words: list[str]) -> int:
     """see what can be a frozen third tower, or describe one: threetowers towers [WORD|timm:NAME|hf:ID …]"""
 
@@ -383,6 +381,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": _export,
     "convert": _convert,
     "embed": _embed,
+    "vectors": _vectors,
     "towers": _towers,
     "validate": _validate,
     "doctor": _doctor,

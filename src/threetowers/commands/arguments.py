@@ -14,6 +14,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from threetowers.config import CompareConfig, PretrainConfig, RunConfig
 from threetowers.errors import UsageError
+from threetowers.export.formats import FORMATS, formats_help
 from threetowers.objective.pairs import without_own_weights
 from threetowers.recipes import PRESETS
 from threetowers.settings import apply_values, config_hash, did_you_mean, read_toml
@@ -238,6 +239,32 @@ class EmbedArguments:
     batch_size: Annotated[int, tyro.conf.arg(help="Views or captions that go through the tower at once.")] = (
         256
     )
+    workers: Annotated[int, tyro.conf.arg(help="Processes that decode for a GPU; on a CPU threads do.")] = 2
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or cuda:1.")] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """The two main towers, without third tower and heads."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="A finished run folder.")]
+    out: Annotated[Path, tyro.conf.arg(help="Folder to write.")]
+    to: Annotated[str, tyro.conf.arg(help=f"Format. {formats_help()}.")] = next(iter(FORMATS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorsArguments:
+    """Write unit vectors of a finished run's main towers for FAISS, Qdrant, LanceDB and other search indexes.
+
+    OUT gets vectors.npy, float32 with a row for each image or text in the order of the data, and ids.jsonl.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="A finished run folder.")]
+    data: Annotated[str, tyro.conf.arg(help="What train is given as --data, or another source.")]
+    out: Annotated[Path, tyro.conf.arg(help="Folder to write, which must not be there or be empty.")]
+    of: Annotated[Literal["images", "texts"], tyro.conf.arg(help="What to embed.")] = "images"
+    image_column: Annotated[str | None, tyro.conf.arg(help="As inputs.image_column of a run.")] = None
+    caption_columns: Annotated[tuple[str, ...], tyro.conf.arg(help="As inputs.caption_columns.")] = ()
     workers: Annotated[int, tyro.conf.arg(help="Processes that decode for a GPU; on a CPU threads do.")] = 2
     device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or cuda:1.")] = "auto"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from threetowers.commands.arguments import ExportArguments
 from threetowers.data.source import Source, Subset
 from threetowers.data.tokenize import Tokenizer
 from threetowers.errors import DataError, UsageError
@@ -26,14 +27,15 @@ MOST_IMAGES = 1000
 """Test images on which the loss is measured at most."""
 
 
-def export(run: Path, out: Path, to: str) -> str:
-    """Writes a run in the format `to`; returns a line that says how to load it.
+def export(arguments: ExportArguments) -> str:
+    """Writes a run in the format that the arguments name; returns a line that says how to load it.
 
     Raises UsageError for a format that does not exist, and what the format raises.
     """
+    run, to = arguments.run, arguments.to
     if to not in FORMATS:
         raise UsageError(f"--to: {to!r} is no format{did_you_mean(to, FORMATS)}")
-    folder = FORMATS[to].write(run, out)
+    folder = FORMATS[to].write(run, arguments.out)
     if to == "onnx-int8":
         try:
             print(f"note: onnx: {quantization_loss(run, folder)}", file=sys.stderr)

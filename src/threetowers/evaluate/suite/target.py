@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from threetowers.data.tokenize import Tokenizer
 from threetowers.errors import CheckpointError, ThreeTowersError, UsageError
 from threetowers.progress import warn
-from threetowers.run.finished import load_run
+from threetowers.run.finished import FinishedRun, load_run
 from threetowers.settings import read_config
 from threetowers.towers.frozen.base import FrozenTower, Loaded, digest_of
 from threetowers.towers.frozen.hf import (
@@ -109,9 +109,8 @@ class _PairText(nn.Module):
         return encode_text(self.text, tokens)
 
 
-def _load_run(name: str) -> Target:
-    folder = Path(name)
-    run = load_run(folder)
+def main_towers(run: FinishedRun, folder: Path) -> tuple[FrozenTower, FrozenTower]:
+    """The main towers, of images and of texts, of the finished run that was loaded from a folder."""
     file = folder / "tokenizer.json"
     tokens = _PairTokens(
         run.tokenizer,
@@ -121,8 +120,14 @@ def _load_run(name: str) -> Target:
             "rules": digest_of(json.loads(file.read_bytes())) if file.is_file() else "open_clip",
         },
     )
-    image = FrozenTower("img", name, run.img, run.embed_dim, run.architecture.image)
-    text = FrozenTower("txt", name, _PairText(run.txt), run.embed_dim, tokens)
+    image = FrozenTower("img", str(folder), run.img, run.embed_dim, run.architecture.image)
+    return image, FrozenTower("txt", str(folder), _PairText(run.txt), run.embed_dim, tokens)
+
+
+def _load_run(name: str) -> Target:
+    folder = Path(name)
+    run = load_run(folder)
+    image, text = main_towers(run, folder)
     return Target(name, image, text, run.scale, _thirds_of(folder, run.described["thirds"]))
 
 
