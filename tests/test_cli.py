@@ -86,7 +86,7 @@ def test_everyday_flags() -> None:
         (["train", "tiny", "--data", "x.csv"], 2, ["--third"]),
         (["train", "tiny", "--data", "x", "--third", "timm:a", "timm:b"], 2, ["NAME=SPEC"]),
         (["evaluate", "/nowhere"], 3, ["model.json"]),
-        (["export", "/nowhere", "--to", "onnnx", "--out", "x"], 2, ["onnnx", "open_clip"]),
+        (["export", "/nowhere", "--to", "onnnx", "--out", "x"], 2, ["onnnx", "did you mean `onnx`"]),
         (["compare", "tiny", "--data", "x"], 2, ["--third"]),
     ],
 )
