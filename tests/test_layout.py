@@ -27,7 +27,7 @@ ORDER = [
     {"evaluate", "export"},
     {"train"},
     {"compare", "commands"},
-    {"reproduce"},
+    {"reproduce", "explore"},
     {"cli"},
 ]
 REPORT_READS = {"errors", "progress", "files", "objective.pairs"}

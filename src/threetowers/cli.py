@@ -30,6 +30,7 @@ from threetowers.commands.arguments import (
 )
 from threetowers.config import CompareConfig
 from threetowers.errors import ThreeTowersError, UsageError, of_system
+from threetowers.explore.start import explore
 from threetowers.recipes import PRESETS
 from threetowers.settings import did_you_mean
 
@@ -377,6 +378,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "analyse": _analyse,
     "report": _page,
+    "explore": explore,
     "pretrain": _pretrain,
     "export": _export,
     "convert": _convert,

@@ -1,0 +1,67 @@
+"""The curves of a run, finished or not, from its metrics.jsonl."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from threetowers.errors import CheckpointError
+from threetowers.objective.pairs import method_label
+from threetowers.settings import read_config
+
+POINTS = 400
+"""Of a curve at most."""
+
+
+def check_run(folder: Path) -> None:
+    """Raises CheckpointError for a folder that holds no run, finished or not."""
+    if not (folder / "config.toml").is_file():
+        raise CheckpointError(
+            f"{folder}: there is no run here, since it has no config.toml; give the --out of a train command, or the "
+            "folder of a comparison"
+        )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has left the model that `load_run` reads."""
+    return (folder / "model.json").is_file()
+
+
+def curves(folder: Path) -> dict[str, Any]:
+    """What the page draws of a run: its name, `finished`, `steps` of the whole training and `metrics`.
+
+    metrics: by metric path a list of [step, value] with at most POINTS entries, the last one always among them. Values
+    that are not finite are left out.
+    """
+    config = read_config(folder / "config.toml")
+    found: dict[str, list[list[float]]] = {}
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    except FileNotFoundError:
+        lines = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            step = float(row.pop("step"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # a line that is being written
+        for name, value in row.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                found.setdefault(name, []).append([step, float(value)])
+    return {
+        "name": folder.name,
+        "label": method_label(config.method),
+        "finished": is_finished(folder),
+        "steps": config.steps,
+        "metrics": {name: thinned(points) for name, points in sorted(found.items())},
+    }
+
+
+def thinned(points: list[list[float]]) -> list[list[float]]:
+    """Every n-th point, with the smallest n that leaves at most POINTS, and the last one.
+
+    >>> len(thinned([[float(i), 0.0] for i in range(1000)])), thinned([[1.0, 2.0]])
+    (334, [[1.0, 2.0]])
+    """
+    stride = max(1, math.ceil(len(points) / (POINTS - 1)))
+    return points[:-1][::stride] + points[-1:]
