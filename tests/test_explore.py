@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
+from kit.explored import SCRIPT, explored_runs, png
 from kit.runs import TINY_INPUTS, TINY_PAIR
 from kit.towers import byte_tower
 from threetowers import cli
@@ -38,33 +39,13 @@ from threetowers.settings import read_config
 from threetowers.towers.weights import read_safetensors
 from threetowers.train.loop import train
 
-SCRIPT = (
-    "<script>document.title = 'pwned'</script><img src=x onerror=\"document.title='pwned'\"> a red square"
-)
 HERE = "http://127.0.0.1:8423"
 Client = TestClient
 
 
 @pytest.fixture(scope="module")
 def runs(photos: Path, timm_tower: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of a few steps: a baseline and a LiT that were evaluated, a 3T that was not, and one that has only begun."""
-    place = tmp_path_factory.mktemp("explored")
-    config = RunConfig(
-        data=str(photos), third=(timm_tower,), steps=6, batch_size=16, log_every_steps=2, device="cpu",
-        pair=TINY_PAIR, inputs=TINY_INPUTS, optim=OptimConfig(lr=1e-3, warmup_steps=2),
-    )  # fmt: skip
-    found = {name: place / name for name in ("baseline", "lit", "3t")}
-    for name, folder in found.items():
-        train(replace(config, method=name), folder)  # type: ignore[arg-type]
-        if name != "3t":
-            evaluate_run(folder)
-    found["begun"] = place / "begun"
-    found["begun"].mkdir()
-    for name in ("config.toml", "metrics.jsonl"):
-        (found["begun"] / name).write_bytes((found["3t"] / name).read_bytes())
-    with (found["begun"] / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "train/loss": NaN, "val/mean_r@1": 0.5}\n{"step": 8, "train/lo')
-    return found
+    return explored_runs(tmp_path_factory.mktemp("explored"), photos, timm_tower)
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +65,6 @@ def post(client: Client, path: str, **body: Any) -> dict[str, Any]:
     assert answer.status_code == 200, answer.text
     values: dict[str, Any] = answer.json()
     return values
-
-
-def png(colour: str = "red", size: tuple[int, int] = (40, 40)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
-    return file.getvalue()
 
 
 # What the models say
@@ -274,7 +249,8 @@ def test_the_page_is_told_what_there_is(client: Client, explorer: Explorer) -> N
     assert about["columns"][0]["label"] == "baseline"
     assert [bool(column["third"]) for column in about["columns"]] == [False, True]
     assert about["gallery"]["images"] == len(explorer.gallery.index)
-    assert set(about["gallery"]["examples"]) <= set(explorer.gallery.captions)
+    for example in about["gallery"]["examples"]:
+        assert example["text"] in explorer.gallery.captions_of(example["image"])
 
 
 def test_curves_of_a_run_that_goes_on(client: Client) -> None:
@@ -524,9 +500,9 @@ def test_every_answer_has_the_headers_of_safety(client: Client) -> None:
         assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
 
 
-def test_beyond_loopback_a_token_is_needed(explorer: Explorer) -> None:
+def test_beyond_loopback_a_token_is_needed(explorer: Explorer, runs: dict[str, Path]) -> None:
     token = "a-token-of-many-characters"
-    app = server.application(explorer, [], host="0.0.0.0", token=token)
+    app = server.application(explorer, list(runs.values()), host="0.0.0.0", token=token)
     client = TestClient(app, base_url="http://192.168.1.7:8423", follow_redirects=False)
     for path in (
         "/",

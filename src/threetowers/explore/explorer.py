@@ -116,7 +116,7 @@ class Explorer:
                 for label, column in zip(labels, self.columns, strict=True)
             ],
             "gallery": {
-                "name": self.gallery.source.name,
+                "name": self.gallery.name,
                 "images": len(self.gallery.index),
                 "captions": len(self.gallery.captions),
                 "classes": list(self.gallery.source.class_names)[:50],
@@ -125,10 +125,12 @@ class Explorer:
             },
         }
 
-    def _examples(self) -> list[str]:
-        """A few captions to begin with, drawn by a hash."""
-        captions = dict.fromkeys(self.gallery.captions[:20_000])
-        return sorted(captions, key=lambda text: hash64("explore", text))[:4]
+    def _examples(self) -> list[dict[str, Any]]:
+        """A few captions to begin with, drawn by a hash, each with its image."""
+        rows = range(min(len(self.gallery.captions), 20_000))
+        drawn = sorted(rows, key=lambda row: hash64("explore", row))
+        chosen = {self.gallery.captions[row]: self.gallery.text_image[row] for row in drawn[:4]}
+        return [{"text": text, "image": image} for text, image in chosen.items()]
 
     def upload(self, image: Image.Image) -> str:
         """Encodes an image and returns the name by which queries mean it; the oldest of many are forgotten."""

@@ -44,9 +44,10 @@ class Features(NamedTuple):
 class Gallery:
     """N images and M captions of a source.
 
-    index: of each image in the source. text_image: the row of each caption's image.
+    name: for people. index: of each image in the source. text_image: the row of each caption's image.
     """
 
+    name: str
     source: Source
     index: list[int]
     captions: list[str]
@@ -86,10 +87,10 @@ def read_image(data: bytes, id: str) -> Image.Image:
     return Image.fromarray(decode_array(data, id))
 
 
-def open_gallery(models: Sequence[Model], source: Source) -> tuple[Gallery, list[Features]]:
+def open_gallery(models: Sequence[Model], source: Source, name: str) -> tuple[Gallery, list[Features]]:
     """The images of a source that every model has vectors of, their captions, and each model's vectors of them.
 
-    Raises DataError when no image can be used by all.
+    name: of the gallery, for people. Raises DataError when no image can be used by all.
     """
     found = [features(model, source) for model in models]
     usable = set(found[0].index.tolist()).intersection(*(each.index.tolist() for each in found))
@@ -108,7 +109,7 @@ def open_gallery(models: Sequence[Model], source: Source) -> tuple[Gallery, list
             chosen,
         ))  # fmt: skip
     kept = texts_of(source, index, samples)
-    return Gallery(source, index, kept.captions, kept.rows), common
+    return Gallery(name, source, index, kept.captions, kept.rows), common
 
 
 def features(model: Model, source: Source) -> Features:

@@ -110,8 +110,12 @@ class Page:
         return Response(found[0], media_type=found[1], headers={"cache-control": "no-cache"})
 
     async def about(self, request: Request) -> Response:
-        values = None if self.explorer is None else await self._compute(self.explorer.about)
-        return JSONResponse(values or {"columns": [], "gallery": None})
+        if self.explorer is None:
+            return JSONResponse({"columns": [], "gallery": None})
+        values = await self._compute(self.explorer.about)
+        for described, column in zip(values["columns"], self.explorer.columns, strict=True):
+            described["colour"] = self.folders.index(column.model.folder)  # that of the run's curves
+        return JSONResponse(values)
 
     async def curves(self, request: Request) -> Response:
         loop = asyncio.get_running_loop()

@@ -132,11 +132,15 @@ def open_runs(folders: list[Path], data: str | None, device: str) -> "Explorer |
     finished = [folder for folder in folders if is_finished(folder)]
     if not finished:
         return None
-    source = open_data(read_config(finished[0] / "config.toml"))[2] if data is None else open_source(data)
+    if data is None:
+        config = read_config(finished[0] / "config.toml")
+        source, name = open_data(config)[2], f"the test data of {Path(config.data or '').name}"
+    else:
+        source, name = open_source(data), Path(data).name
     if not len(source):
         raise DataError(f"{finished[0]}: it has no test data; name images to search with --data SOURCE")
     models = [open_model(folder, device) for folder in finished]
-    return Explorer(models, *open_gallery(models, source))
+    return Explorer(models, *open_gallery(models, source, name))
 
 
 def serve(app: object, arguments: ExploreArguments) -> None:

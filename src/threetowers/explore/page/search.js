@@ -1,0 +1,130 @@
+// Search by text and by image: the best images or captions of every column, side by side.
+
+import { ask, latest, upload } from "./api.js";
+import { byId, cosine, h, number, say } from "./dom.js";
+import { picture, thumb } from "./thumb.js";
+
+const ANSWERS = 12;
+
+export function startSearch(page) {
+  const text = byId("text");
+  let query = null;
+  let caption = ""; // of an image that is searched with
+  let columns = [];
+
+  const want = () => document.querySelector("input[name=want]:checked").value;
+
+  const run = latest(async () => {
+    if (query === null) return;
+    const asked = query;
+    const start = performance.now();
+    const found = await ask("search", { ...asked, want: want(), alpha: page.alpha(), k: ANSWERS });
+    show(found.columns, asked);
+    const count = Math.max(...found.columns.map((items) => items.length));
+    say(`${number(count)} nearest ${want()} in ${Math.round(performance.now() - start)} ms`);
+  });
+
+  function show(answers, asked) {
+    if (columns.length !== answers.length) {
+      columns = page.columns.map((column, i) => h("section", { class: "column", "aria-label": column.label },
+        h("h3", {}, h("span", { class: `swatch s${column.colour % 8}` }), column.label,
+          column.third === null ? null : h("small", { class: "weight" })),
+        h("ol", {})));
+      byId("results").replaceChildren(...columns);
+    }
+    answers.forEach((items, i) => {
+      const list = columns[i].querySelector("ol");
+      const weight = columns[i].querySelector(".weight");
+      if (weight) weight.textContent = `α ${page.alpha().toFixed(2)}`;
+      if (want() === "images") showImages(list, items, asked);
+      else showCaptions(list, items);
+    });
+  }
+
+  function showImages(list, items, asked) {
+    const before = new Map([...list.children].map((each) => [each.dataset.image, each]));
+    const places = new Map([...before].map(([id, each]) => [id, each.getBoundingClientRect()]));
+    const focused = list.contains(document.activeElement) ? document.activeElement : null;
+    list.className = "thumbs";
+    list.replaceChildren(...items.map((item, rank) => {
+      const right = asked.text !== undefined && item.captions.includes(asked.text);
+      const made = thumb(page, item, rank + 1, { right });
+      // the picture that is there already stays, so that nothing flickers
+      const old = before.get(String(item.image))?.querySelector("img");
+      if (old) made.querySelector("img").replaceWith(old);
+      return made;
+    }));
+    if (focused) list.querySelector("button")?.focus({ preventScroll: true });
+    if (matchMedia("(prefers-reduced-motion: reduce)").matches) return;
+    for (const each of list.children) {
+      const was = places.get(each.dataset.image);
+      if (!was) continue;
+      const now = each.getBoundingClientRect();
+      const [x, y] = [was.left - now.left, was.top - now.top];
+      if (x || y) each.animate([{ transform: `translate(${x}px, ${y}px)` }, { transform: "none" }], { duration: 160, easing: "ease-out" });
+    }
+  }
+
+  function showCaptions(list, items) {
+    list.className = "texts";
+    list.replaceChildren(...items.map((item) => h("li", {},
+      h("button", { type: "button", class: "link", title: "Search with this caption", onclick: () => searchText(item.captions[0]) }, item.captions[0]),
+      h("small", {}, ` ${cosine(item.score)}`))));
+  }
+
+  function searchText(words) {
+    text.value = words;
+    setQuery({ text: words });
+    choose("images");
+    run();
+  }
+
+  function setQuery(next, words = "") {
+    query = next;
+    caption = words;
+    const box = byId("chosen");
+    box.hidden = query === null || query.text !== undefined;
+    if (box.hidden) return;
+    text.value = "";
+    box.replaceChildren(picture(query, ""),
+      h("p", {}, "Searching with ", caption ? h("q", {}, caption) : "your image"),
+      h("button", { type: "button", onclick: () => { setQuery(null); byId("results").replaceChildren(); columns = []; say(""); text.focus(); } }, "Clear"));
+  }
+
+  function choose(value) {
+    document.querySelector(`input[name=want][value=${value}]`).checked = true;
+  }
+
+  byId("search-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const words = text.value.trim();
+    if (words) { setQuery({ text: words }); run(); }
+    else if (query === null) say("Type what to look for, or choose an image");
+  });
+  for (const radio of document.querySelectorAll("input[name=want]")) radio.addEventListener("change", run);
+  if (page.gallery?.examples.length) {
+    byId("examples").replaceChildren(h("span", { class: "muted" }, "for example "),
+      ...page.gallery.examples.map((example) => h("button", { type: "button", class: "chip", onclick: () => searchText(example.text) }, example.text)));
+  }
+
+  return {
+    alpha: run,
+    show: () => {},
+    begin() {
+      const first = page.gallery?.examples[0];
+      if (first) searchText(first.text);
+    },
+    searchText,
+    searchImage(given, words, find = want()) {
+      setQuery(given, words);
+      choose(find);
+      run();
+    },
+    async take(file) {
+      say("Reading your image …");
+      setQuery(await upload(file));
+      choose("captions");
+      await run();
+    },
+  };
+}
