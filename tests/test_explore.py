@@ -21,7 +21,7 @@ from kit.explored import SCRIPT, explored_runs, png
 from kit.runs import TINY_INPUTS, TINY_PAIR
 from kit.towers import byte_tower
 from threetowers import cli
-from threetowers.config import OptimConfig, RunConfig
+from threetowers.config import RunConfig
 from threetowers.errors import CheckpointError, DataError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.evaluate.zero_shot import class_embeddings

@@ -73,7 +73,7 @@ def opened(browser: Any, address: str, **options: Any) -> Iterator[Page]:
     page.goto(address)
     page.wait_for_selector("#results .thumb")
     yield page
-    assert said == []
+    assert [text for text in said if "status of 422" not in text] == []  # a refused upload, which one test makes
     assert all(url.startswith((address, "blob:")) for url in asked), "it works offline"
     assert page.title() == "Three Towers: explore", "no caption was run"
     context.close()
@@ -86,8 +86,12 @@ def images(page: Page, column: int) -> list[str]:
     return found
 
 
-def settled(page: Page, script: str, argument: Any = None) -> None:
-    page.wait_for_function(script, arg=argument, timeout=10_000)
+def settled(page: Page, script: str) -> None:
+    """Waits until an expression is true; the browser's own way of waiting needs what the policy forbids."""
+    until = time.monotonic() + 15
+    while not page.evaluate(script):
+        assert time.monotonic() < until, script
+        page.wait_for_timeout(50)
 
 
 def test_search_by_text_and_by_an_image_of_the_results(page: Page) -> None:
@@ -109,8 +113,8 @@ def test_the_slider_ranks_again_as_it_moves(page: Page) -> None:
     before = [images(page, column) for column in (1, 2)]
     scores = page.text_content("#results .column:nth-child(2) .score")
     page.evaluate(
-        "() => { const s = document.getElementById('alpha'); for (let v = 0; v <= 1; v += 0.01) {"
-        " s.value = v; s.dispatchEvent(new Event('input')); } }"
+        "() => { const s = document.getElementById('alpha'); for (let v = 0; v <= 100; v++) {"
+        " s.value = v / 100; s.dispatchEvent(new Event('input')); } }"
     )
     settled(page, "document.querySelector('#results .column:nth-child(2) .weight').textContent === 'α 1.00'")
     assert page.text_content("#alpha-value") == "1.00"
@@ -244,8 +248,9 @@ def test_everything_has_a_name(page: Page) -> None:
         page.click(f"#tab-{name}")
         time.sleep(0.3)
         nameless = page.evaluate(
-            """() => [...document.querySelectorAll('button, input, select, textarea, canvas, svg[role=img]')].filter(
-              (e) => !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length)).map((e) => e.outerHTML)"""
+            """() => [...document.querySelectorAll('button, input, select, textarea, canvas, svg[role=img]')]
+              .filter((e) => !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length))
+              .map((e) => e.outerHTML)"""
         )
         assert nameless == []
         assert page.locator("img:not([alt])").count() == 0

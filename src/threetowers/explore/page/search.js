@@ -17,14 +17,15 @@ export function startSearch(page) {
   const run = latest(async () => {
     if (query === null) return;
     const asked = query;
+    const alpha = page.alpha();
     const start = performance.now();
-    const found = await ask("search", { ...asked, want: want(), alpha: page.alpha(), k: ANSWERS });
-    show(found.columns, asked);
+    const found = await ask("search", { ...asked, want: want(), alpha, k: ANSWERS });
+    show(found.columns, asked, alpha);
     const count = Math.max(...found.columns.map((items) => items.length));
     say(`${number(count)} nearest ${want()} in ${Math.round(performance.now() - start)} ms`);
   });
 
-  function show(answers, asked) {
+  function show(answers, asked, alpha) {
     if (columns.length !== answers.length) {
       columns = page.columns.map((column, i) => h("section", { class: "column", "aria-label": column.label },
         h("h3", {}, h("span", { class: `swatch s${column.colour % 8}` }), column.label,
@@ -35,7 +36,7 @@ export function startSearch(page) {
     answers.forEach((items, i) => {
       const list = columns[i].querySelector("ol");
       const weight = columns[i].querySelector(".weight");
-      if (weight) weight.textContent = `α ${page.alpha().toFixed(2)}`;
+      if (weight) weight.textContent = `α ${alpha.toFixed(2)}`;
       if (want() === "images") showImages(list, items, asked);
       else showCaptions(list, items);
     });
