@@ -2,9 +2,9 @@
 
     python benchmarks/explore.py [--sizes 10000 100000] [--width 512] [--queries 200] [--clients 1 8] [--out FILE]
 
-N images with made-up unit vectors, asked over HTTP on loopback, as the page asks: 12 answers in JSON. `main pair` is one
-run without a third tower, `combination` one run with one, whose vectors are twice as wide. Each query is another image
-of the N, so that no tower takes part: a typed text costs its text tower's forward in addition, once. `α moves` are the
+N images with made-up unit vectors, asked over HTTP on loopback, as the page asks: 12 answers in JSON. `main pair` is a
+run without a third tower, `combination` a run with one, whose vectors are twice as wide. Each query is another image of
+the N, so that no tower takes part: a typed text costs its text tower's forward in addition, once. `α moves` are the
 same query with another α each time, one after the other. Server and clients share one process and its cores. The second
 table is one query without HTTP: the plain product and `topk` that the page uses, beside `evaluate/search.py`, which is
 made for many queries at a time; `same` says whether both name the same images.
@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx2
 import torch
-import uvicorn
 from torch import Tensor
 
 from measure import best as fastest
@@ -33,16 +33,19 @@ from threetowers.data.source import Record, Source
 from threetowers.evaluate.search import top_k
 from threetowers.explore.explorer import Explorer, best
 from threetowers.explore.gallery import Features, Gallery
+from threetowers.explore.listen import Listener
 from threetowers.explore.models import Model
 from threetowers.explore.server import application
 from threetowers.objective.losses import unit
 
 TABLES = {
     "rows": (
-        "Answers a second (`per second`) over `N` images with so many `clients` asking at a time, and the `median ms` and "
-        "`slowest ms` (95 of 100 are faster) that each waits."
+        "Answers a second (`per second`) over `N` images with so many `clients` asking at a time, and the `median ms` "
+        "and `slowest ms` (95 of 100 are faster) that each waits."
     ),
-    "search": "One query without HTTP: `ms`, their `ratio` to the plain product, and whether the answers are the `same`.",
+    "search": (
+        "One query without HTTP: `ms`, their `ratio` to the plain product, and whether the answers are the `same`."
+    ),
 }
 """The sentence that docs/benchmarks.md puts before each table."""
 ANSWERS = 12
@@ -77,18 +80,15 @@ def explorer(num: int, width: int, third: bool) -> Explorer:
 @contextmanager
 def served(asked: Explorer) -> Iterator[str]:
     """A server of this process on a free port of loopback; gives its address."""
-    config = uvicorn.Config(
-        application(asked, [Path("run")]), port=0, log_level="critical", lifespan="off", ws="none"
-    )
-    listening, server = config.bind_socket(), uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    ports: Queue[int] = Queue()
+    server = Listener(application(asked, [Path("run")]), "127.0.0.1", 0, ports.put)
+    thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/api/search"
+        yield f"http://127.0.0.1:{ports.get(timeout=60)}/api/search"
     finally:
         server.should_exit = True
         thread.join()
-        listening.close()
 
 
 def answers(address: str, bodies: list[dict[str, Any]], clients: int) -> tuple[float, list[float]]:

@@ -54,6 +54,14 @@ def _memory(result: dict[str, Any], num: int) -> dict[str, float]:
     return found
 
 
+def _answers(result: dict[str, Any], num: int, contender: str, figure: str) -> float:
+    """The highest figure at N images, or the lowest time; raises KeyError when it was not measured."""
+    found = [float(row[figure]) for row in result["rows"] if (row["N"], row["contender"]) == (num, contender)]
+    if not found:
+        raise KeyError(num)
+    return max(found) if figure == "per second" else min(found)
+
+
 def _lost(save: str) -> Callable[[dict[str, Any]], float]:
     return lambda result: statistics.mean(row["lost"] for row in result["rows"] if row["save"] == save)
 
@@ -79,6 +87,10 @@ AIMS = (
         _times("ours 3T stored", "open_clip CLIP"), 1.5),
     Aim("time lost to a checkpoint a minute, saved in the loop", "checkpoint", _lost("in the loop"), 0.15, most=True),
     Aim("and saved in a thread", "checkpoint", _lost("in a thread"), 0.05, most=True),
+    Aim("`explore`: answers a second over 100,000 images", "explore",
+        lambda result: _answers(result, 100_000, "main pair", "per second"), 50),
+    Aim("`explore`: ms for a move of α over 10,000 images", "explore",
+        lambda result: _answers(result, 10_000, "α moves", "median ms"), 100, most=True),
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ TOY = {
     "attention": "--rounds 1 --shapes 1",
     "decode": "--sizes 64x48 --images 2 --rounds 1",
     "embed": "--images 8 --batch-size 4 --workers 1 --rounds 1",
+    "explore": "--sizes 40 --width 8 --queries 6 --clients 1 2 --rounds 1",
     "loader": "--samples 96 --workers 1 --batch-size 8 --rounds 1",
     "loss": "--num 16 --dim 8 --rounds 1 --errors-at 8 --memory 16",
     "methods": "--batch-size 4 --rounds 1",

@@ -5,12 +5,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
-import uvicorn
 
 from kit.explored import SCRIPT, explored_runs, png
+from threetowers.explore.listen import Listener
 from threetowers.explore.server import application
 from threetowers.explore.start import open_runs
 
@@ -33,16 +34,13 @@ def address(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         (data / f"{name}.png").write_bytes(png(colour))
         (data / f"{name}.txt").write_text(SCRIPT if name == "a" else f"a {colour} square")
     explorer = open_runs([runs["baseline"], runs["3t"]], str(data), "cpu")
-    config = uvicorn.Config(
-        application(explorer, list(runs.values())), port=0, log_level="critical", lifespan="off", ws="none"
-    )
-    listening, server = config.bind_socket(), uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    ports: Queue[int] = Queue()
+    server = Listener(application(explorer, list(runs.values())), "127.0.0.1", 0, ports.put)
+    thread = threading.Thread(target=server.run)
     thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    yield f"http://127.0.0.1:{ports.get(timeout=60)}"
     server.should_exit = True
     thread.join(timeout=20)
-    listening.close()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,9 @@ def opened(browser: Any, address: str, **options: Any) -> Iterator[Page]:
     page.goto(address)
     page.wait_for_selector("#results .thumb")
     yield page
-    assert [text for text in said if "status of 422" not in text] == []  # a refused upload, which one test makes
+    assert [
+        text for text in said if "status of 422" not in text
+    ] == []  # a refused upload, which one test makes
     assert all(url.startswith((address, "blob:")) for url in asked), "it works offline"
     assert page.title() == "Three Towers: explore", "no caption was run"
     context.close()

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from threetowers.commands.arguments import parse
-from threetowers.errors import DataError, UsageError, of_system
+from threetowers.errors import DataError, UsageError
 from threetowers.progress import warn
 
 if TYPE_CHECKING:
     from threetowers.explore.explorer import Explorer
+    from threetowers.explore.guard import Guard
 
 NEEDED = ("starlette", "uvicorn")
 TOKEN_CHARS = 16
@@ -143,27 +144,14 @@ def open_runs(folders: list[Path], data: str | None, device: str) -> "Explorer |
     return Explorer(models, *open_gallery(models, source, name))
 
 
-def serve(app: object, arguments: ExploreArguments) -> None:
+def serve(app: "Guard", arguments: ExploreArguments) -> None:
     """Listens until it is interrupted; raises UsageError for an address that cannot be bound."""
-    import uvicorn
+    from threetowers.explore.listen import Listener
 
-    config = uvicorn.Config(
-        app, arguments.host, arguments.port,  # type: ignore[arg-type]
-        lifespan="off", log_level="critical", access_log=False, server_header=False, ws="none",
-        timeout_keep_alive=10, limit_concurrency=512, h11_max_incomplete_event_size=32 * 2**10,
-    )  # fmt: skip
-    try:
-        listening = config.bind_socket()
-    except SystemExit as stop:
-        cause = stop.__context__
-        said = of_system(cause) if isinstance(cause, OSError) else "it cannot be bound"
-        raise UsageError(
-            f"--host {arguments.host} --port {arguments.port}: {said}. Give another --port; 0 takes a free one"
-        ) from None
-    with listening:
-        port = listening.getsockname()[1]
+    def said(port: int) -> None:
         name = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         query = "" if arguments.token is None else f"?token={arguments.token}"
         print(f"http://{name}:{port}/{query}   (Ctrl-C ends it)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listening])
+
+    with contextlib.suppress(KeyboardInterrupt):
+        Listener(app, arguments.host, arguments.port, said).run()
