@@ -143,12 +143,13 @@ def searched(num: int, width: int, rounds: int) -> list[dict[str, Any]]:
     candidates, query = vectors(num, width, 0), vectors(1, width, 1)
     times = interleaved(
         {
-            "product and topk": lambda: best(query[0], candidates, ANSWERS),
+            "product and topk": lambda: best(query, candidates, ANSWERS),
             "top_k": lambda: top_k(query, candidates, ANSWERS),
         },
         rounds, torch.device("cpu"),
     )  # fmt: skip
-    same = best(query[0], candidates, ANSWERS)[1] == top_k(query, candidates, ANSWERS)[1][0].tolist()
+    rows = [row for _, row in best(query, candidates, ANSWERS)[0]]
+    same = rows == top_k(query, candidates, ANSWERS)[1][0].tolist()
     ours = fastest(times["product and topk"], torch.device("cpu"))
     return [
         {"contender": name, "N": num, "ms": 1e3 * min(each), "ratio": min(each) / ours, "same": same}

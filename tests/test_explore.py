@@ -26,7 +26,7 @@ from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.evaluate.zero_shot import class_embeddings
 from threetowers.explore import guard, server
 from threetowers.explore.curves import POINTS, thinned
-from threetowers.explore.explorer import Explorer, best
+from threetowers.explore.explorer import Explorer, Query, Search, UnknownError, best
 from threetowers.explore.gallery import features, read_image
 from threetowers.explore.models import open_model
 from threetowers.explore.start import ExploreArguments, check, open_runs, run_folders
@@ -132,13 +132,61 @@ def test_search_equals_a_plain_search_at_every_alpha(client: Client, explorer: E
 
 
 def test_best_equals_a_sort() -> None:
-    candidates, query = torch.randn(37, 5), torch.randn(5)
-    scores = candidates @ query
-    order = scores.argsort(descending=True)
-    for k in (1, 7, 37, 50):
-        values, rows = best(query, candidates, k)
-        assert rows == order[:k].tolist()
-        assert values == pytest.approx(scores[order[:k]].tolist())
+    candidates = torch.randn(37, 5)
+    for num in (1, 2, 9):
+        queries = torch.randn(num, 5)
+        for k in (1, 7, 37, 50):
+            for query, answers in zip(queries, best(queries, candidates, k), strict=True):
+                order = (candidates @ query).argsort(descending=True)[:k]
+                assert [row for _, row in answers] == order.tolist()
+                assert [value for value, _ in answers] == pytest.approx(
+                    (candidates @ query)[order].tolist(), abs=1e-5
+                )
+    assert best(queries, candidates[:0], 3) == [[]] * 9
+
+
+def test_searches_at_once_are_answered_as_one_by_one(explorer: Explorer) -> None:
+    """Of texts, images and an unknown upload, for images and captions, with several α and numbers of answers."""
+    queries = [
+        Query(text="a red square"),
+        Query(row=3),
+        Query(upload="nothing"),
+        Query(text="the top left is blue"),
+    ]
+    asked = [
+        Search(query, want, alpha, k)
+        for query in queries
+        for want, alpha, k in (("images", 0.0, 3), ("captions", 0.5, 5), ("images", 1.0, 7))
+    ]
+    together = explorer.search(asked)
+    for search, answers in zip(asked, together, strict=True):
+        (alone,) = explorer.search([search])
+        if isinstance(alone, UnknownError):
+            assert isinstance(answers, UnknownError) and search.query.upload
+            continue
+        assert isinstance(answers, list)
+        for some, others in zip(answers, alone, strict=True):
+            assert len(some) == search.k
+            assert [item["image"] for item in some] == [item["image"] for item in others]
+            assert [item["score"] for item in some] == pytest.approx(
+                [item["score"] for item in others], abs=2e-5
+            )
+
+
+def test_a_search_that_fails_does_not_end_those_beside_it(explorer: Explorer) -> None:
+    app = server.application(explorer, [])
+
+    async def ask() -> list[httpx2.Response]:
+        bodies: list[dict[str, Any]] = [
+            {"text": "a red square"},
+            {"upload": "nothing"},
+            {"image": 10**6},
+            {"image": 0},
+        ]
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url=HERE) as client:
+            return await asyncio.gather(*(client.post("/api/search", json=body) for body in bodies * 5))
+
+    assert [answer.status_code for answer in asyncio.run(ask())] == [200, 404, 404, 200] * 5
 
 
 def test_captions_are_found_for_an_image_and_images_for_an_image(client: Client, explorer: Explorer) -> None:

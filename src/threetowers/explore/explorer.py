@@ -41,6 +41,15 @@ class Query(NamedTuple):
     upload: str | None = None
 
 
+class Search(NamedTuple):
+    """What is looked for with which α, and how many images or captions are wanted."""
+
+    query: Query
+    want: Kind
+    alpha: float
+    k: int
+
+
 class UnknownError(Exception):
     """A row or an upload that is not there; the message is for the user of the page."""
 
@@ -73,13 +82,20 @@ def _beside(given: Vectors, third: str | None) -> Tensor:
     return given["main"] if third is None else torch.cat([given["main"], given[third]], dim=1)
 
 
-def best(query: Tensor, candidates: Tensor, k: int) -> tuple[list[float], list[int]]:
-    """The k highest products of one query [D] with candidates [C, D], and where they are, best first.
+def best(queries: Tensor, candidates: Tensor, k: int) -> list[list[tuple[float, int]]]:
+    """For each query the k highest products with candidates [C, D], and where they are, best first.
 
-    A plain product and `topk`: one query reads every candidate once, and more is not to be gained from a better search.
+    queries [Q, D]. A plain product and `topk`: what costs the time is to read the candidates once, for however many
+    queries, and a search that first finds out which of them matter reads them all the same.
     """
-    found = (candidates @ query).topk(min(k, len(candidates)))
-    return found.values.tolist(), found.indices.tolist()
+    if not len(candidates):
+        return [[] for _ in queries]
+    scores = (candidates @ queries[0])[None] if len(queries) == 1 else queries @ candidates.T
+    found = scores.topk(min(k, len(candidates)), dim=1)
+    return [
+        list(zip(values, rows, strict=True))
+        for values, rows in zip(found.values.tolist(), found.indices.tolist(), strict=True)
+    ]
 
 
 class Explorer:
@@ -141,30 +157,40 @@ class Explorer:
             self._uploads.popitem(last=False)
         return name
 
-    def search(self, query: Query, want: Kind, alpha: float, k: int) -> list[list[dict[str, Any]]]:
-        """The k best images or captions by each column. An image that is searched with is not among its own results.
+    def search(self, asked: Sequence[Search]) -> list[list[list[dict[str, Any]]] | UnknownError]:
+        """For each search the k best images or captions by each column, or why there are none.
 
-        Raises UnknownError.
+        All searches share one product for each column. An image that is searched with is not among its own results.
         """
-        encoded = self._encoded(query)
-        found = []
-        for column in self.columns:
-            vector = column.weighted(column.vectors(encoded[self.models.index(column.model)]), alpha)[0]
-            candidates = column.images if want == "images" else column.texts
-            if not len(candidates):
-                found.append([])
+        self._read_ahead([each.query.text for each in asked if each.query.text is not None])
+        found: list[list[list[dict[str, Any]]] | UnknownError] = [[] for _ in asked]
+        encoded: dict[int, list[Vectors]] = {}
+        for number, each in enumerate(asked):
+            try:
+                encoded[number] = self._encoded(each.query)
+            except UnknownError as error:
+                found[number] = error
+        for want in ("images", "captions"):
+            some = [number for number in encoded if asked[number].want == want]
+            if not some:
                 continue
-            own = want == "images" and query.row is not None
-            scores, rows = best(vector, candidates, k + own)
-            answers = [
-                self._item(row, score, want)
-                for score, row in zip(scores, rows, strict=True)
-                if not (own and row == query.row)
-            ]
-            found.append(answers[:k])
+            k = max(asked[number].k for number in some) + 1  # an image among its own results is taken out
+            for column in self.columns:
+                place = self.models.index(column.model)
+                queries = [
+                    column.weighted(column.vectors(encoded[number][place]), asked[number].alpha)
+                    for number in some
+                ]
+                candidates = column.images if want == "images" else column.texts
+                for number, answers in zip(some, best(torch.cat(queries), candidates, k), strict=True):
+                    own = asked[number].query.row if want == "images" else None
+                    others = [answer for answer in answers if answer[1] != own][: asked[number].k]
+                    columns = found[number]
+                    assert isinstance(columns, list)
+                    columns.append([self._item(row, score, want) for score, row in others])
         return found
 
-    def _item(self, row: int, score: float, want: Kind) -> dict[str, Any]:
+    def _item(self, row: int, score: float, want: str) -> dict[str, Any]:
         image = row if want == "images" else self.gallery.text_image[row]
         captions = self.gallery.captions_of(image) if want == "images" else [self.gallery.captions[row]]
         return {"image": image, "score": round(score, 5), "captions": captions[:5]}

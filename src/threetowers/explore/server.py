@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from threetowers.errors import BadSample, ThreeTowersError
 from threetowers.explore.curves import curves
-from threetowers.explore.explorer import Explorer, Query, UnknownError
+from threetowers.explore.explorer import Explorer, Query, Search, UnknownError
 from threetowers.explore.gallery import read_image
 from threetowers.explore.guard import Guard, refused
 
@@ -87,6 +87,8 @@ class Page:
     def __init__(self, explorer: Explorer | None, folders: Sequence[Path]) -> None:
         self.explorer, self.folders = explorer, list(folders)
         self._models, self._images = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._waiting: list[tuple[Search, asyncio.Future[list[list[dict[str, Any]]]]]] = []
+        self._task: asyncio.Task[None] | None = None
         self._files = {
             each.name: (each.read_bytes(), _TYPES[Path(each.name).suffix])
             for each in files("threetowers.explore").joinpath("page").iterdir()
@@ -136,8 +138,32 @@ class Page:
         if want not in ("images", "captions"):
             raise WrongError("want: images or captions")
         k = _whole(body.get("k", 12), "k", 1, ANSWERS)
-        ask = partial(self._explorer().search, _query(body), want, _alpha(body), k)
-        return JSONResponse({"columns": await self._compute(ask)})
+        return JSONResponse({"columns": await self._searched(Search(_query(body), want, _alpha(body), k))})
+
+    async def _searched(self, search: Search) -> list[list[dict[str, Any]]]:
+        """The answers to a search, found together with those of all searches that wait."""
+        answers: asyncio.Future[list[list[dict[str, Any]]]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((search, answers))
+        if len(self._waiting) == 1:  # a task of its own, which ends even when who asked first has left
+            self._task = asyncio.create_task(self._answer_waiting())
+        return await answers
+
+    async def _answer_waiting(self) -> None:
+        await self._compute(lambda: None)  # whoever comes before the models are free is taken along
+        waiting, self._waiting = self._waiting, []
+        try:
+            found: Sequence[Any] = await self._compute(
+                partial(self._explorer().search, [each for each, _ in waiting])
+            )
+        except Exception as error:
+            found = [error] * len(waiting)
+        for (_, answers), result in zip(waiting, found, strict=True):
+            if answers.done():
+                continue
+            if isinstance(result, Exception):
+                answers.set_exception(result)
+            else:
+                answers.set_result(result)
 
     async def zero_shot(self, request: Request) -> Response:
         body = await _body(request)
