@@ -33,11 +33,11 @@ _LOSSLESS = 128  # px up to which images are sent as PNG
 
 
 class Features(NamedTuple):
-    """One model's vectors of a source. images, texts: by system. index: int64 [N], the images that have a row."""
+    """One model's vectors of a source. images, texts: by system. used: int64 [N], the images that have a row."""
 
     images: Vectors
     texts: Vectors
-    index: Tensor
+    used: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ def open_gallery(models: Sequence[Model], source: Source, name: str) -> tuple[Ga
     name: of the gallery, for people. Raises DataError when no image can be used by all.
     """
     found = [features(model, source) for model in models]
-    usable = set(found[0].index.tolist()).intersection(*(each.index.tolist() for each in found))
+    usable = set(found[0].used.tolist()).intersection(*(each.used.tolist() for each in found))
     samples = samples_of_images(source, merge=True)
     index = [i for i in samples if i in usable]
     if not index:
@@ -101,8 +101,8 @@ def open_gallery(models: Sequence[Model], source: Source, name: str) -> tuple[Ga
     chosen = torch.tensor(index)
     common = []
     for each in found:
-        rows = torch.isin(each.index, chosen)
-        texts = rows[torch.tensor(texts_of(source, each.index.tolist(), samples).rows, dtype=torch.long)]
+        rows = torch.isin(each.used, chosen)
+        texts = rows[torch.tensor(texts_of(source, each.used.tolist(), samples).rows, dtype=torch.long)]
         common.append(Features(
             {name: value[rows] for name, value in each.images.items()},
             {name: value[texts] for name, value in each.texts.items()},
@@ -135,7 +135,7 @@ def features(model: Model, source: Source) -> Features:
 def _flat(each: Features) -> dict[str, Tensor]:
     tensors = {f"images/{name}": value for name, value in each.images.items()}
     tensors |= {f"texts/{name}": value for name, value in each.texts.items()}
-    return {name: value.contiguous() for name, value in tensors.items()} | {"index": each.index}
+    return {name: value.contiguous() for name, value in tensors.items()} | {"index": each.used}
 
 
 def _evaluated(model: Model, source: Source) -> Features | None:
