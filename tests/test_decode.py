@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from kit.pictures import encoded
-from threetowers.data.decode import REASONS, Decoder, check_decoder, decode
+from threetowers.data.decode import REASONS, Decoder, check_decoder, decode, upright_rgb
 from threetowers.errors import BadSample, UsageError
 
 WIDTH, HEIGHT = 37, 21
@@ -130,6 +130,8 @@ def test_exif_orientation(format: str, orientation: int) -> None:
         expected = np.asarray(ImageOps.exif_transpose(image))
     assert pixels(data).shape == ((HEIGHT, WIDTH, 3) if orientation < 5 else (WIDTH, HEIGHT, 3))
     assert np.array_equal(pixels(data), expected)
+    again = upright_rgb(decode(data, "x"))
+    assert np.array_equal(np.asarray(again), expected), "what is upright is not turned a second time"
 
 
 def test_unreadable_exif_counts_as_absent() -> None:

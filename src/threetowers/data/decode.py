@@ -100,7 +100,10 @@ def decode(
     and nothing else.
     """
     decoded = _decode(data, id, max_pixels, decoder, shrink)
-    return decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded)
+    if not isinstance(decoded, Image.Image):
+        return Image.fromarray(decoded)
+    decoded.info.clear()  # its orientation would turn the upright image a second time
+    return decoded
 
 
 def decode_array(
