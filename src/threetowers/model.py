@@ -140,15 +140,20 @@ class ThreeTowers(nn.Module):
         """Keeps every scale at most its maximum; called after each optimiser step."""
         self.log_scale.clamp_(max=self.max_log_scale)
 
+    def compared(
+        self, index: int, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = (), *, bf16: bool = False
+    ) -> Compared:
+        """What the loss of one row of the table is computed from; see `loss`."""
+        row = self.objective.rows[index]
+        view = self.view if LOSSES[row.kind].unit else self.raw_view
+        bias = None if self.bias is None else self.bias[index]
+        return Compared(view(row.a, feats), view(row.b, feats), self.scale(index), bias, ids, bf16)
+
     def row_loss(
         self, index: int, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = (), *, bf16: bool = False
     ) -> Tensor:
         """The loss of one row of the table, not weighted; see `loss`."""
-        row = self.objective.rows[index]
-        kind = LOSSES[row.kind]
-        view = self.view if kind.unit else self.raw_view
-        bias = None if self.bias is None else self.bias[index]
-        return kind.loss(Compared(view(row.a, feats), view(row.b, feats), self.scale(index), bias, ids, bf16))
+        return LOSSES[self.objective.rows[index].kind].loss(self.compared(index, feats, ids, bf16=bf16))
 
     def loss(
         self,
