@@ -42,7 +42,7 @@ towers: $(STAMP) ## make the package's third towers from nothing, and say whethe
 bench: $(STAMP) ## the step, the loss, data and saves beside their peers; an hour of a quiet machine
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	mkdir -p runs/bench
-	for name in methods loss step e2e embed pieces kept ranks busy decode store loader checkpoint resume precision accumulate attention allocator jobs explore; do \
+	for name in methods loss processes step e2e embed pieces kept ranks search busy decode store loader checkpoint resume precision accumulate attention allocator jobs explore; do \
 	  $(RUN)/python benchmarks/$$name.py --out runs/bench/$$name.json || exit 1; done
 	$(RUN)/python benchmarks/page.py
 

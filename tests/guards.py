@@ -46,6 +46,7 @@ RANDOM = "test_kill.py::test_resume_matrix[4-0-False-0-bf16-autocast]"
 REASONS = "test_decode.py::test_reasons"
 RESUMED = "test_guarded.py::test_rows_and_counters_of_a_killed_run_are_those_of_an_uninterrupted_one"
 SAVE = "test_guarded.py::test_all_is_on_the_disk_before_the_rename_and_older_ones_go_after_it"
+TOGETHER = "test_processes.py"
 SIDE = "test_side_by_side.py"
 STEP = "test_guarded.py::test_gradients_are_clipped_and_the_scale_is_clamped_in_every_step"
 STRICT = "test_towers.py::test_a_weights_file_beside_a_timm_name_is_loaded_strictly"
@@ -114,7 +115,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
         Guard("second-interrupt", "a run whose step hangs cannot be interrupted", "StopRequest._request",
               never(raises="KeyboardInterrupt"), "test_guarded.py::test_a_second_interrupt_ends_at_once"),
         Guard("time-limit", "--max-minutes does nothing", "StopRequest.requested", drop_operand("monotonic"), LIMIT),
-        Guard("stop-looked-at", "a stop request is met at the end of the run", "loop._steps",
+        Guard("stop-looked-at", "a stop request is met at the end of the run", "Session.agree",
               read("requested", "False"), LIMIT),
         Guard("lock", "two trainers write into one folder", "folder_lock", drop("lockf"),
               "test_guarded.py::test_a_folder_has_one_trainer_as_long_as_it_lives"),
@@ -134,13 +135,13 @@ GUARDS: dict[str, Sequence[Guard]] = {
         Guard("compared-on-the-same-data", "runs are compared that saw different data", "compare.runs.is_done",
               never(raises="CheckpointError"),
               "test_awkward_changes.py::test_a_comparison_on_changed_data_is_refused"),
-        Guard("first-save", "a disk that refuses is met after hours of training", "open_session", drop("save"), FULL),
+        Guard("first-save", "a disk that refuses is met after hours of training", "session._begin", drop("save"), FULL),
         Guard("end-looked-at", "classes that cannot be classified are met after training", "open_session",
               drop("check_evaluation"), "test_awkward_ends.py"
               "::test_classes_that_cannot_be_classified_are_met_before_the_first_step[missing-training]"),
         Guard("sweep", "what killed saves left stays for ever", "open_session", drop("sweep"),
               "test_recovery.py::test_what_dead_processes_left_is_swept"),
-        Guard("threads-said", "another number of threads goes to the log alone", "open_session",
+        Guard("threads-said", "another number of threads goes to the log alone", "session._go_on",
               instead("warn", "{of}.event({all})", which=(2, 2)),
               "test_recovery.py::test_another_number_of_threads_is_said"),
         Guard("random-state", "dropout starts again from the seed", "Session.restore", drop("set_random_state"),
@@ -329,6 +330,25 @@ GUARDS: dict[str, Sequence[Guard]] = {
         Guard("images-inside", "a path in compare.json puts any image of the disk into the report", "pictures",
               instead("is_relative_to", "True"),
               "test_report.py::test_images_that_are_missing_or_outside_are_named"),
+    ),
+    "Several processes": (
+        Guard("shares-equal", "processes have different numbers of samples", "check_divisible",
+              never(raises="UsageError", which=(2, 2)), f"{TOGETHER}::test_what_cannot_be_trained_together_is_refused"),
+        Guard("batch-norms-refused", "each process normalises by the statistics of its own share", "check_shares",
+              never(raises="UsageError"), f"{TOGETHER}::test_what_cannot_be_trained_together_is_refused"),
+        Guard("equal-start", "processes train different models, and average them", "check_equal",
+              never(raises="CheckpointError"), f"{TOGETHER}::test_what_cannot_be_trained_together_is_refused"),
+        Guard("gradients-added", "each process moves its weights by its own gradient", "TrainingStep.__call__",
+              drop("add_gradients"), f"{TOGETHER}::test_two_processes_train_as_one[lit]"),
+        Guard("scattered", "a gathered view has the gradient of one process's logits alone", "Processes.add_scattered",
+              drop("reduce_scatter_single"), f"{TOGETHER}::test_two_processes_train_as_one[lit]"),
+        Guard("own-dropout", "a continued run of several processes draws other random numbers", "Processes.seed",
+              drop("manual_seed"),
+              f"{TOGETHER}::test_a_continued_run_of_two_processes_is_the_uninterrupted_one_to_the_bit"),
+        Guard("bad-of-all", "the share of bad samples is that of the first process", "Session.agree",
+              never("some", which=(1, 1)), f"{TOGETHER}::test_bad_samples_are_counted_over_all_processes"),
+        Guard("one-writes", "every process names bad samples in the file", "BadSamples.add", drop_operand("writes"),
+              f"{TOGETHER}::test_bad_samples_are_counted_over_all_processes"),
     ),
     "Runs side by side": (
         Guard("worker-death-seen", "a killed run is waited for as long as a process of its own lives",

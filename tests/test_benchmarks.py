@@ -38,6 +38,7 @@ TOY = {
     "pieces": "--images 6 --rounds 1 --models test_vit",
     "precision": "--seeds 0 --steps 6 --device cpu",
     "probes": "--train 120 --test 60 --width 8 --classes 4 --rounds 1",
+    "processes": "--processes 2 --size 4 --width 8",
     "scale": "--sizes 200 --shard-size 100",
     "search": "--candidates 3000 --queries 20 --width 16 --rounds 1",
     "step": "--batch-size 2 --rounds 1",

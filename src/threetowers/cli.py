@@ -29,12 +29,11 @@ from threetowers.commands.arguments import (
     run_folder,
 )
 from threetowers.config import CompareConfig
-from threetowers.errors import ThreeTowersError, UsageError, of_system
+from threetowers.errors import STOPPED, ThreeTowersError, UsageError, of_system
 from threetowers.explore.start import explore
 from threetowers.recipes import PRESETS
 from threetowers.settings import did_you_mean
 
-STOPPED = 75  # stopped on request; the same command continues
 SPINS = 1_000
 """Turns that a thread of GNU OpenMP waits actively at a barrier. By default it waits so long that a run beside one busy
 process falls to a fraction of its speed; see benchmarks/busy.py. Results do not depend on it."""
@@ -88,32 +87,10 @@ def _overview() -> str:
 def _train(words: list[str]) -> int:
     """train a model: threetowers train PRESET|FILE.toml --data PATH [--third timm:NAME] [--method 3t] …"""
     name, arguments = run_arguments(TrainArguments, words, "train")
-    config = arguments.run
-    out = run_folder(name, arguments)
 
-    from threetowers.evaluate.evaluation import evaluate_run
-    from threetowers.objective.pairs import objective
-    from threetowers.run.setup import check_settings, describe_data
-    from threetowers.train.loop import train
+    from threetowers.commands.train import train
 
-    check_settings(config)  # a mistake in the settings is said before any data is read
-    objective(config)
-    print(describe_data(config), flush=True)
-    result = train(
-        config, out, fresh=arguments.fresh, max_minutes=arguments.max_minutes, profile=arguments.profile
-    )
-    if arguments.profile:
-        print(
-            result.profile
-            or f"--profile: {out} is finished, so no step was taken; --fresh True trains it again"
-        )
-    if not result.finished:
-        print(f"stopped at step {result.step}; the same command continues. Run folder: {out}")
-        return STOPPED
-    evaluation = evaluate_run(out)
-    print(evaluation.text())
-    print(f"run folder: {out}")
-    return 0
+    return train(arguments, run_folder(name, arguments), words)
 
 
 def _compare(words: list[str]) -> int:
@@ -305,7 +282,7 @@ def _validate(words: list[str]) -> int:
 
     from threetowers.commands.validate import validate
 
-    for line in validate(arguments.run, out, near=arguments.near_copies):
+    for line in validate(arguments.run, out, near=arguments.near_copies, processes=arguments.processes):
         print(line, flush=True)
     return 0
 

@@ -2,6 +2,9 @@
 
 import errno
 
+STOPPED = 75
+"""Exit code of a command that was stopped on request; the same command continues."""
+
 
 class ThreeTowersError(Exception):
     """Base of the errors that a user can correct; the message says what is wrong, where, and what to do."""
@@ -31,6 +34,10 @@ class NonFiniteError(ThreeTowersError):
     """Training produced values that are not finite and could not recover."""
 
     exit_code = 4
+
+
+class LostProcessError(ThreeTowersError):
+    """Another process of a run is gone, so this one cannot go on."""
 
 
 class BadSample(Exception):  # noqa: N818 - a finding about one sample, not a failure of the program

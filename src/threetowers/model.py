@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from threetowers.config import ObjectiveConfig, RunConfig
 from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.errors import UsageError
-from threetowers.objective import losses
+from threetowers.objective import losses, sharded
 from threetowers.objective.kinds import LOSSES, Compared
 from threetowers.objective.pairs import Objective, objective, start_view, tower_of
+from threetowers.processes import ALONE, Processes
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.image_tower import as_image_tower
 from threetowers.towers.heads import head
@@ -162,28 +163,38 @@ class ThreeTowers(nn.Module):
         *,
         bf16: bool = False,
         weights: Sequence[float] | None = None,
+        processes: Processes = ALONE,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum over the rows, and each row's own loss by the row's name.
 
         ids: int64 [B] each; samples that share one are not each other's negatives. bf16: on CUDA, multiply in bf16
         and add in fp32; positive pairs are fp32 all the same. weights: one for each row; None takes those of the first
-        step. A row of weight 0 is computed for the log, and what it gives to the gradient is 0.
+        step. A row of weight 0 is computed for the log, and what it gives to the gradient is 0. processes: those that
+        share the batch, each with its own feats and ids; see `sharded.loss` for whose gradients are made.
         """
+        weights = self.objective.weights(0) if weights is None else weights
+        if processes.size > 1:
+            compared = [
+                (row.kind, self.compared(i, feats, ids, bf16=bf16))
+                for i, row in enumerate(self.objective.rows)
+            ]
+            whole, values = sharded.loss(compared, weights, processes)
+            return whole, {row.name: value for row, value in zip(self.objective.rows, values, strict=True)}
         rows = {
             row.name: self.row_loss(i, feats, ids, bf16=bf16) for i, row in enumerate(self.objective.rows)
         }
-        weights = self.objective.weights(0) if weights is None else weights
         total = sum(weight * rows[row.name] for row, weight in zip(self.objective.rows, weights, strict=True))
         assert isinstance(total, Tensor)
         return total, rows
 
     @torch.no_grad()
     def accuracies(
-        self, feats: Mapping[str, Tensor], image_ids: Tensor, caption_ids: Tensor
+        self, feats: Mapping[str, Tensor], image_ids: Tensor, caption_ids: Tensor, own: slice = slice(None)
     ) -> dict[str, Tensor]:
         """Share of samples whose nearest partner in the batch is right, for each contrastive row.
 
-        image_ids, caption_ids: int64 [B], equal for equal images and captions, each of whose partners is right.
+        image_ids, caption_ids: int64 [B], equal for equal images and captions, each of whose partners is right. own:
+        the samples whose partners are looked for, among those of all.
         """
 
         def ids(view: str) -> Tensor:
@@ -191,7 +202,7 @@ class ThreeTowers(nn.Module):
 
         return {
             row.name: losses.contrastive_accuracy(
-                self.view(row.a, feats), self.view(row.b, feats), (ids(row.a), ids(row.b))
+                self.view(row.a, feats), self.view(row.b, feats), (ids(row.a), ids(row.b)), own
             )
             for row in self.objective.rows
             if LOSSES[row.kind].contrastive

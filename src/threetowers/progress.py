@@ -23,6 +23,7 @@ def duration(seconds: float) -> str:
 
 _said: set[str] = set()
 _send: Callable[[str, bool], None] | None = None
+_quiet = False
 
 
 def warn(text: str) -> None:
@@ -37,6 +38,12 @@ def send_warnings(send: Callable[[str, bool], None]) -> None:
     """From now on this process hands its warnings to `send`, with whether each is to be said once, and shows none."""
     global _send
     _send = send
+
+
+def be_quiet() -> None:
+    """From now on this process shows no progress: another one speaks for it."""
+    global _quiet
+    _quiet = True
 
 
 def warn_once(text: str, say: Callable[[str], None] = warn) -> None:
@@ -67,7 +74,7 @@ class Progress:
     def update(self, done: int, extra: str = "", *, force: bool = False) -> None:
         """Shows the state when a new line is due; `extra` is put at the end of the line."""
         now = time.monotonic()
-        if now - self._start < self._quiet:
+        if _quiet or now - self._start < self._quiet:
             return
         finished = done >= self.total
         if not (finished or force) and now - self._last < self._every:

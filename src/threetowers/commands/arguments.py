@@ -100,6 +100,12 @@ class TrainArguments:
     profile: Annotated[
         bool, tyro.conf.arg(help="Measure where the time of each step goes: profile.json and trace.json.gz.")
     ] = False
+    processes: Annotated[
+        int,
+        tyro.conf.arg(
+            help="Processes of this machine that share each batch, one a GPU; several machines: torchrun."
+        ),
+    ] = 1
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 

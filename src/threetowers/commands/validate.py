@@ -36,6 +36,7 @@ from threetowers.train.guards import differing_keys
 from threetowers.train.optim import describe_groups
 from threetowers.train.room import amount, check_room, num_bytes, room, trained_bytes
 from threetowers.train.step import StepResult, TrainingStep
+from threetowers.train.together import check_divisible
 from threetowers.train.trackers import check_trackers
 
 IMAGES = 200  # decoded
@@ -47,15 +48,16 @@ STEP_SECONDS = 1.5  # of steps that are measured
 EMBEDDED = 256  # images that go through a frozen tower at once while they are stored
 
 
-def validate(config: RunConfig, folder: Path, *, near: bool = False) -> Iterator[str]:
+def validate(config: RunConfig, folder: Path, *, near: bool = False, processes: int = 1) -> Iterator[str]:
     """The findings, line by line; the last one is `valid`. folder: where the run would be. near: look for test images
-    that are nearly equal to training images, for which every image is decoded.
+    that are nearly equal to training images, for which every image is decoded. processes: which are to share a batch.
 
     Raises what training would raise: UsageError, DataError, CheckpointError, NonFiniteError.
     """
     check_settings(config)
     check_trackers(config.trackers)
     objective(config)
+    check_divisible(config, processes)
     if (folder / "config.toml").is_file() and differing_keys(folder / "config.toml", config):
         yield f"note: {folder} holds a run with other settings; train asks for another --out, or for --fresh"
     if config.optim.warmup_steps >= config.steps:

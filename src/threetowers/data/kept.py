@@ -130,12 +130,15 @@ class KeptImages:
         return np.frombuffer(self._shared.bytes, np.int64, self._num * 4).reshape(self._num, 4)
 
 
-def new_memory() -> KeptMemory | None:
-    """Room for pixels in a share of the free memory; None where memory cannot be shared in this way."""
+def new_memory(processes: int = 1) -> KeptMemory | None:
+    """Room for pixels in a share of the free memory; None where memory cannot be shared in this way.
+
+    processes: how many take such room.
+    """
     free = free_memory()
     if free is None or not sys.platform.startswith("linux"):
         return None
     try:
-        return KeptMemory(free // SHARE_OF_FREE)
+        return KeptMemory(free // SHARE_OF_FREE // processes)
     except OSError:
         return None

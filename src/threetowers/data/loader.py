@@ -245,11 +245,15 @@ def batches(
     first_step: int,
     last_step: int,
     *,
+    own: slice = slice(None),
     pin_memory: bool = False,
     say: Callable[[str], None] = warn,
 ) -> Iterator[Batch]:
-    """The batches of the steps, read ahead by the configured number of worker processes; see `read_ahead`."""
-    steps = list(reader.order.batches(first_step, last_step))
+    """The batches of the steps, read ahead by the configured number of worker processes; see `read_ahead`.
+
+    own: the places within each batch that this process reads.
+    """
+    steps = [positions[own] for positions in reader.order.batches(first_step, last_step)]
     return read_ahead(
         reader, steps, reader.inputs.workers,
         name=reader.source.name, first=first_step, pin_memory=pin_memory, say=say,

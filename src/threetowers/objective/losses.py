@@ -71,17 +71,24 @@ def mse_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def contrastive_accuracy(a: Tensor, b: Tensor, ids: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def contrastive_accuracy(
+    a: Tensor, b: Tensor, ids: tuple[Tensor, Tensor] | None = None, own: slice = slice(None)
+) -> Tensor:
     """Share of samples whose nearest partner within the batch is right, mean of both directions.
 
     ids: of what a and what b encode, int64 [B] each, equal for equal things. A partner is right when some sample has
-    the one and the other. None: all differ, and a sample's own partner alone is right.
+    the one and the other. None: all differ, and a sample's own partner alone is right. own: the samples that are
+    counted, with partners among all.
     """
-    own = torch.arange(len(a), device=a.device)
-    first, second = own, own
+    first = second = torch.arange(len(a), device=a.device)
     if ids is not None:
         first, second = (values.to(a.device).unique(return_inverse=True)[1] for values in ids)
-    similarity, pairs = a @ b.T, first * len(a) + second
-    forward = torch.isin(first * len(a) + second[similarity.argmax(dim=1)], pairs)
-    backward = torch.isin(first[similarity.argmax(dim=0)] * len(a) + second, pairs)
+    pairs = first * len(a) + second
+    if own == slice(None):
+        similarity = a @ b.T
+        nearest_b, nearest_a = similarity.argmax(dim=1), similarity.argmax(dim=0)
+    else:
+        nearest_b, nearest_a = (a[own] @ b.T).argmax(dim=1), (b[own] @ a.T).argmax(dim=1)
+    forward = torch.isin(first[own] * len(a) + second[nearest_b], pairs)
+    backward = torch.isin(first[nearest_a] * len(a) + second[own], pairs)
     return 0.5 * (forward.float().mean() + backward.float().mean())

@@ -129,13 +129,14 @@ class FiniteGuard:
 class BadSamples:
     """Counts unusable samples by reason, names each once in bad_samples.jsonl, and stops above a share.
 
-    num_samples: of the training data; its share is known after one pass, and guessed before that.
+    num_samples: of the training data; its share is known after one pass, and guessed before that. writes: whether this
+    process names them in the file.
     """
 
     MIN_SEEN = 1_000  # below this many samples a guess says little
 
-    def __init__(self, folder: Path, max_share: float, num_samples: int) -> None:
-        self._path = folder / "bad_samples.jsonl"
+    def __init__(self, folder: Path, max_share: float, num_samples: int, writes: bool = True) -> None:
+        self._path, self._writes = folder / "bad_samples.jsonl", writes
         self._max_share, self._num_samples = max_share, num_samples
         self._unusable: set[str] = set()
         self._named: set[tuple[str, str]] = set()
@@ -157,7 +158,7 @@ class BadSamples:
                 self._met += 1
                 self._unusable.add(problem.id)
             self._reasons[problem.reason] += 1
-            if (problem.id, problem.reason) not in self._named:
+            if self._writes and (problem.id, problem.reason) not in self._named:
                 self._named.add((problem.id, problem.reason))
                 with self._path.open("a", encoding="utf-8") as file:
                     row = {"id": problem.id, "reason": problem.reason, "detail": problem.detail}

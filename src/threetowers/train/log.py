@@ -12,6 +12,7 @@ import torch
 from threetowers.files import write_whole
 from threetowers.model import ThreeTowers
 from threetowers.objective.pairs import Objective
+from threetowers.processes import Processes
 from threetowers.progress import warn
 from threetowers.train.step import StepResult
 from threetowers.train.trackers import Trackers
@@ -21,16 +22,21 @@ TAIL = 16_384
 
 
 class RunLog:
-    """Appends to a run folder's metrics.jsonl and events.log. trackers: what gets the metrics besides."""
+    """Appends to a run folder's metrics.jsonl and events.log.
 
-    def __init__(self, folder: Path, trackers: Trackers | None = None) -> None:
+    trackers: what gets the metrics besides. writes: whether this process does; of several that train together one
+    writes, and the others say nothing but what concerns them alone.
+    """
+
+    def __init__(self, folder: Path, trackers: Trackers | None = None, *, writes: bool = True) -> None:
         self._trackers = trackers
         self._metrics = folder / "metrics.jsonl"
         self._events = folder / "events.log"
+        self._writes = writes
 
     def rewind(self, step: int) -> None:
         """Drops the metrics of steps after `step`, and a line torn by a kill, so that a continued run repeats none."""
-        if not self._metrics.is_file():
+        if not (self._writes and self._metrics.is_file()):
             return
         kept = [
             line for line in self._metrics.read_text(encoding="utf-8").splitlines() if _step(line) <= step
@@ -39,6 +45,8 @@ class RunLog:
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """One row: the step and the values by metric path."""
+        if not self._writes:
+            return
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._trackers:
@@ -51,11 +59,19 @@ class RunLog:
 
     def event(self, text: str) -> None:
         """One line with the time; also shown on the terminal by whoever calls, never here."""
+        if not self._writes:
+            return
         with self._events.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def warn(self, text: str) -> None:
         """An event that the user should see at once."""
+        if self._writes:
+            self.event(text)
+            warn(text)
+
+    def warn_of_own(self, text: str) -> None:
+        """As `warn`, of something that the other processes know nothing about."""
         self.event(text)
         warn(text)
 
@@ -85,20 +101,26 @@ def weight_metrics(table: Objective, weights: Sequence[float]) -> dict[str, floa
     return {f"train/weight/{row.name}": weight for row, weight in zip(table.rows, weights, strict=True)}
 
 
-def step_metrics(model: ThreeTowers, result: StepResult) -> dict[str, float]:
-    """The numbers of a step, by metric path; waits for the device."""
-    batch = result.batch
-    accuracies = model.accuracies(result.feats, batch.image_ids, batch.caption_ids)
+def step_metrics(model: ThreeTowers, result: StepResult, processes: Processes) -> dict[str, float]:
+    """The numbers of a step over the batches of all processes, by metric path; waits for the device."""
+    image_ids, caption_ids = processes.gather([result.batch.image_ids, result.batch.caption_ids])
+    gathered = processes.gather(list(result.feats.values()))
+    feats = dict(zip(result.feats, gathered, strict=True))
+    own = processes.own(len(image_ids)) if processes.size > 1 else slice(None)
+    accuracies = model.accuracies(feats, image_ids, caption_ids, own)
     values = {"train/loss": result.loss.item()}
     values |= {f"train/loss/{name}": value.item() for name, value in result.rows.items()}
-    values |= {f"train/accuracy/{name}": value.item() for name, value in accuracies.items()}
+    values |= {
+        f"train/accuracy/{name}": (processes.add(value) / processes.size).item()
+        for name, value in accuracies.items()
+    }
     if len(model.log_scale) == 1:
         values["train/scale"] = model.scale().item()
     else:
         values |= {
             f"train/scale/{row.name}": model.scale(i).item() for i, row in enumerate(model.objective.rows)
         }
-    for what, ids in (("images", batch.image_ids), ("captions", batch.caption_ids)):
+    for what, ids in (("images", image_ids), ("captions", caption_ids)):
         values[f"data/duplicate_{what}"] = float(len(ids) - len(torch.unique(ids)))
     return values
 

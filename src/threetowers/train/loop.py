@@ -14,6 +14,7 @@ from threetowers.evaluate.encode import encode
 from threetowers.evaluate.retrieval import ranks_of, recalls
 from threetowers.evaluate.suite.live import suite_metrics
 from threetowers.objective.pairs import resolved
+from threetowers.processes import ALONE, Processes
 from threetowers.progress import Progress, duration
 from threetowers.run.finished import save_run
 from threetowers.run.setup import Setup, autocast
@@ -61,22 +62,25 @@ def train(
     max_minutes: float = 0.0,
     profile: bool = False,
     stop: StopRequest | None = None,
+    processes: Processes = ALONE,
 ) -> Trained:
     """Trains a configuration in a run folder, or continues what is there; a finished run is left as it is.
 
     On SIGINT, SIGTERM, SIGUSR1 or after max_minutes the step is finished, a checkpoint written and `finished` is False.
     profile: measure the steps of this call, and write profile.json and trace.json.gz; the weights are the same.
-    stop: a request that the caller has entered and that counts instead. Raises UsageError, DataError, CheckpointError
-    or NonFiniteError.
+    stop: a request that the caller has entered and that counts instead. processes: those that call this together, to
+    train one model; the first of them writes. Raises UsageError, DataError, CheckpointError or NonFiniteError.
     """
     started, config = time.monotonic(), resolved(config)
     folder.mkdir(parents=True, exist_ok=True)
     listening = StopRequest(max_minutes) if stop is None else nullcontext(stop)
-    with listening as stop, folder_lock(folder):
-        found = _claim(config, folder, fresh)
+    with listening as stop, folder_lock(folder) if processes.first else nullcontext():
+        with processes.one_before_all():
+            found = _claim(config, folder, fresh) if processes.first else _claimed(folder)
         if (folder / "model.json").is_file():
             return Trained(folder, True, config.steps)
-        session = open_session(config, folder, found, stop, profile=profile)
+        profile &= processes.first
+        session = open_session(config, folder, found, stop, profile=profile, processes=processes)
         try:
             with session.profile or nullcontext():
                 while _steps(session):
@@ -88,6 +92,9 @@ def train(
             session.log.close()
         table = session.profile.write(folder) if session.profile else ""
         setup, step = session.setup, session.state.step
+        stopped = stop.requested or (step < config.steps and not session.patience_over)
+        if not processes.first:
+            return Trained(folder, step == config.steps or session.patience_over, step, stopped)
         if step < config.steps and not session.patience_over:
             session.log.event(f"stopped on request at step {step}")
             return Trained(folder, False, step, stopped=True, profile=table)
@@ -115,24 +122,25 @@ def _steps(session: Session) -> bool:
     if session.patience_over:
         return False
     first, last = state.step + state.skipped_batches, config.steps + state.skipped_batches
-    cuda = setup.device.type == "cuda"
-    for batch in fetched(batches(session.reader, first, last, pin_memory=cuda, say=session.log.warn), phase):
+    cuda, processes = setup.device.type == "cuda", session.processes
+    own, say = processes.own(config.batch_size), session.log.warn_of_own
+    for batch in fetched(batches(session.reader, first, last, own=own, pin_memory=cuda, say=say), phase):
         clock.data_ready()
-        session.bad.add(batch.bad, seen=len(batch.index))
         lr = learning_rate(state.step, config.steps, config.optim)
         weights = table.weights(state.step)
         watch = partial(session.guard.watch, state.step, batch.index)
         result = session.take_step(batch, lr, watch, step=state.step, weights=weights)
+        stop = session.agree(batch)
 
         state.step += 1
-        clock.step_done(len(batch.index))
+        clock.step_done(config.batch_size)
         end = state.step == config.steps
         report = end or state.step % config.log_every_steps == 0
         with phase("log"):
             if (report or not cuda) and too_many_skipped(session):  # waits for the device
                 return True
             if report:
-                row = step_metrics(setup.model, result)
+                row = step_metrics(setup.model, result, processes)
                 row |= weight_metrics(table, weights)
                 row |= {"train/lr": lr, "train/grad_norm": result.norm.item()} | clock.rates()
                 session.log.metrics(state.step, row | session.bad.counts())
@@ -142,8 +150,8 @@ def _steps(session: Session) -> bool:
         improved = False
         if end or (config.eval_every_steps and state.step % config.eval_every_steps == 0):
             with phase("validation"):
-                improved = log_validation(session, validate(setup) | suite_metrics(setup, session.watched))
-        stop = session.stop.requested
+                values = processes.told(lambda: validate(setup) | suite_metrics(setup, session.watched))
+                improved = log_validation(session, values)
         # while steps are being skipped the weights may be bad already, and a run must not return to them
         due = state.step % config.checkpoint_every_steps == 0 and not session.guard.in_row
         if stop or end or improved or due or session.patience_over:
@@ -175,6 +183,11 @@ def validate(setup: Setup) -> dict[str, float]:
     if not encoded.captions:
         return {}
     return {f"val/{name}": value for name, value in recalls(ranks_of(encoded)).items()}
+
+
+def _claimed(folder: Path) -> checkpoint.Restored | None:
+    """The checkpoint that the first process goes on from, which has claimed the folder; None where there is none."""
+    return None if (folder / "model.json").is_file() else checkpoint.find(folder / "checkpoints")
 
 
 def _claim(config: RunConfig, folder: Path, fresh: bool) -> checkpoint.Restored | None:

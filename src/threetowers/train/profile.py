@@ -34,7 +34,7 @@ PHASES = {
     "forward": "the image and the text tower; with micro-batches, both times",
     "loss": "heads, views and the rows of the objective",
     "backward": "gradients; with checkpointed activations, computing these again",
-    "optimiser": "clipping the gradient, moving the weights, clearing the gradients",
+    "optimiser": "adding up the gradients of several processes, clipping, moving the weights, clearing the gradients",
     "log": "reading the loss from the device, metrics.jsonl, the progress line",
     "validation": "retrieval on the validation data",
     "checkpoint": "copying the weights, and writing them unless a thread does",

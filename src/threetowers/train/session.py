@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from threetowers.config import RunConfig
-from threetowers.data.loader import BatchReader
-from threetowers.errors import CheckpointError, NonFiniteError, UsageError
+from threetowers.data.loader import Batch, BatchReader
+from threetowers.errors import BadSample, CheckpointError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import check_evaluation
 from threetowers.evaluate.retrieval import METRICS
 from threetowers.evaluate.suite.live import open_watched, suite_metrics
 from threetowers.evaluate.suite.sets import OpenSet
 from threetowers.files import write_whole
+from threetowers.processes import ALONE, Processes
 from threetowers.run.finished import changed_parts
 from threetowers.run.setup import Setup, prepare
 from threetowers.settings import config_hash, did_you_mean
@@ -30,6 +31,7 @@ from threetowers.train.profile import Profile, no_phase
 from threetowers.train.room import check_room, room
 from threetowers.train.saver import Saver
 from threetowers.train.step import TrainingStep
+from threetowers.train.together import check_equal, check_shares, share_machine, speak_of_own
 from threetowers.train.trackers import Trackers, check_trackers
 
 MAX_SKIPPED = 5  # non-finite steps in a row after which the run returns to its last checkpoint
@@ -92,6 +94,8 @@ class Session:
     profile: Profile | None = None
     watched: list[OpenSet] = field(default_factory=list)
     """The data sets of a suite that are measured at each validation."""
+    processes: Processes = ALONE
+    """Those that train the model together; all have the same counters, and decide alike."""
 
     @property
     def checkpoints(self) -> Path:
@@ -101,8 +105,22 @@ class Session:
     def patience_over(self) -> bool:
         return 0 < self.setup.config.patience <= self.state.stale
 
+    def agree(self, batch: Batch) -> bool:
+        """Counts the bad samples of all processes in a step; whether any of these was asked to stop."""
+        stop, bad = self.stop.requested, batch.bad
+        if self.processes.size > 1:
+            some = self.processes.add(torch.tensor([int(stop), len(bad)]))  # in host memory
+            stop = bool(some[0])
+            if some[1]:
+                named = self.processes.exchange([[each.id, each.reason, each.detail] for each in bad])
+                bad = [BadSample(*words) for of_one in named for words in of_one]
+        self.bad.add(bad, seen=len(batch.index) * self.processes.size)
+        return stop
+
     def save(self, *, final: bool = False) -> None:
         """Writes a checkpoint of the step; final: waits for it, and lets no failure pass."""
+        if not self.processes.first:
+            return
         state = {
             **self.state.as_dict(),
             **_random_state(self.setup.device),
@@ -149,52 +167,79 @@ def open_session(
     stop: StopRequest,
     *,
     profile: bool = False,
+    processes: Processes = ALONE,
 ) -> Session:
-    """The session of a run, at its start or at its last checkpoint. profile: measure its steps."""
+    """The session of a run, at its start or at its last checkpoint. profile: measure its steps.
+
+    processes: those that train together. The first of them opens the data and makes stores before the others do.
+    """
     check_trackers(config.trackers)
     check_evaluation(config)  # before hours of training
-    setup = prepare(config, folder, saved_tokenizer=folder)
-    watched = open_watched(config.suite, config.suite_images)
-    _check_keep_best(setup, watched)
+    share_machine(processes)
+    with processes.one_before_all():
+        setup = prepare(config, folder, saved_tokenizer=folder)
+        reader = setup.reader()
+    speak_of_own(processes)
+    check_shares(setup, processes)
+    watched = open_watched(config.suite, config.suite_images) if processes.first else []
+    if processes.first:
+        _check_keep_best(setup, watched)
     own = Profile(setup.device, found.step if found else 0, config.steps) if profile else None
     take_step = TrainingStep(
-        config, setup.model, setup.device, setup.thirds.features, own.phase if own else no_phase
+        config, setup.model, setup.device, setup.thirds.features, own.phase if own else no_phase, processes
     )
-    bad = BadSamples(folder, config.inputs.max_bad_share, len(setup.train))
+    bad = BadSamples(folder, config.inputs.max_bad_share, len(setup.train), writes=processes.first)
     bad.add(problem for source in (setup.train, setup.val, setup.test) for problem in source.problems)
-    checkpoint.sweep(folder / "checkpoints")
-    environment = _environment(config)
-    log = RunLog(folder, Trackers(config.trackers, folder, config, found.step if found else 0))
+    if processes.first:
+        checkpoint.sweep(folder / "checkpoints")
+    environment = {**_environment(config), "processes": processes.size}
+    trackers = Trackers(config.trackers if processes.first else (), folder, config, found.step if found else 0)
+    log = RunLog(folder, trackers, writes=processes.first)
     saver = Saver(
         folder / "checkpoints", config.keep_checkpoints, log, environment, background=config.background_saves
     )
     session = Session(
-        setup, setup.reader(), take_step, folder, log, bad, stop, saver, profile=own, watched=watched
-    )
-    if found is None:
-        torch.manual_seed(config.seed)
-        log.rewind(0)
-        table = describe_groups(take_step.optimizer, config.optim.lr)
-        write_whole(folder / "optimizer.json", json.dumps(table, indent=1))
-        log.event(f"starting: {config.method}, {len(setup.train)} training samples, {config.steps} steps")
-        session.save(final=True)  # a full disk is better found now than after hours
-        needs = room(setup)
-        check_room(
-            folder, config.keep_checkpoints * needs.checkpoint + needs.model
-        )  # besides what was just saved
-        return session
+        setup, reader, take_step, folder, log, bad, stop, saver,
+        profile=own, watched=watched, processes=processes,
+    )  # fmt: skip
+    if found is not None:
+        _go_on(session, found, environment)
+    elif processes.first:
+        _begin(session)
+    check_equal(session.processes, setup, found.step if found else 0)
+    return session
+
+
+def _begin(session: Session) -> None:
+    """Writes what is written before the first step."""
+    setup, folder, log = session.setup, session.folder, session.log
+    config = setup.config
+    torch.manual_seed(config.seed)
+    log.rewind(0)
+    table = describe_groups(session.take_step.optimizer, config.optim.lr)
+    write_whole(folder / "optimizer.json", json.dumps(table, indent=1))
+    log.event(f"starting: {config.method}, {len(setup.train)} training samples, {config.steps} steps")
+    session.save(final=True)  # a full disk is better found now than after hours
+    needs = room(setup)
+    check_room(
+        folder, config.keep_checkpoints * needs.checkpoint + needs.model
+    )  # besides what was just saved
+
+
+def _go_on(session: Session, found: checkpoint.Restored, environment: dict[str, Any]) -> None:
+    """Continues from a checkpoint, and says what differs from when it was written."""
+    log, before = session.log, {"processes": 1, **found.environment}
     for line in found.passed_over:
         log.warn(f"passed over a checkpoint: {line}")
     changed = [
-        f"{key} {found.environment.get(key)} → {value}"
+        f"{key} {before.get(key)} → {value}"
         for key, value in environment.items()
-        if key != "config" and found.environment.get(key) != value
+        if key != "config" and before.get(key) != value
     ]
     if changed:
         log.warn(f"the last bits of the result may differ from an uninterrupted run's: {', '.join(changed)}")
     session.restore(found)
     log.event(f"continuing from step {found.step}")
-    return session
 
 
 def _environment(config: RunConfig) -> dict[str, Any]:
@@ -231,9 +276,10 @@ def too_many_skipped(session: Session) -> bool:
 
 def return_to_checkpoint(session: Session) -> None:
     """Continues from the last checkpoint, and passes over the batches that have been seen since."""
-    session.saver.wait()
     seen, returns = session.state.step + session.state.skipped_batches, session.state.returns + 1
-    found = checkpoint.find(session.checkpoints)
+    with session.processes.one_before_all():
+        session.saver.wait()
+        found = checkpoint.find(session.checkpoints)
     assert found is not None, "the first checkpoint is written before the first step"
     session.restore(found)
     session.state.skipped_batches, session.state.returns = seen - found.step, returns

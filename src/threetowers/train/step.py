@@ -15,6 +15,7 @@ from torch import Tensor
 from threetowers.config import RunConfig
 from threetowers.data.loader import Batch
 from threetowers.model import ThreeTowers
+from threetowers.processes import ALONE, Processes
 from threetowers.run.setup import autocast
 from threetowers.towers.attention import trained_attention
 from threetowers.towers.pair import compile_towers
@@ -27,8 +28,8 @@ from threetowers.train.profile import Phase, no_phase
 class StepResult:
     """What a step computed. loss, rows: the weighted sum, and each row's own loss by name; norm: of the gradient.
 
-    feats: the towers' features by name, without gradients where micro-batches were taken. batch: as the step saw it,
-    on the device unless micro-batches were taken.
+    These are of the whole batch. feats: the towers' features by name, without gradients where micro-batches were taken.
+    batch: as the step saw it, on the device unless micro-batches were taken. Both are those of this process.
     """
 
     loss: Tensor
@@ -42,7 +43,8 @@ class TrainingStep:
     """Moves a model's weights by one optimiser step at each call.
 
     third_features: the frozen features [B, P] of a batch by view name, stored or computed on the spot. phase: the
-    context in which each part of the step is taken. Puts the model into train mode, takes frozen parameters out of
+    context in which each part of the step is taken. processes: those that take the step together, each with its part of
+    the batch; all end with the same weights. Puts the model into train mode, takes frozen parameters out of
     training and, when the configuration says so, compiles the towers. Raises UsageError as `adamw` does.
     """
 
@@ -53,9 +55,10 @@ class TrainingStep:
         device: torch.device,
         third_features: Callable[[Batch], dict[str, Tensor]],
         phase: Phase = no_phase,
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.model, self.device, self.third_features = config, model, device, third_features
-        self.phase = phase
+        self.phase, self.processes = phase, processes
         self.optimizer = adamw(model, config.optim, model.started)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.bf16 = config.precision != "fp32"
@@ -82,6 +85,7 @@ class TrainingStep:
         with phase("optimiser"):
             set_learning_rate(optimizer, lr, step)
             optimizer.zero_grad(set_to_none=True)
+        self.processes.seed(config.seed, step)
         # around the backward pass too, where checkpointed activations are made again
         with trained_attention(self.device, model.img, model.txt, bf16=self.bf16):
             if 0 < config.micro_batch_size < len(batch.index):
@@ -101,6 +105,7 @@ class TrainingStep:
                 with phase("backward"):
                     loss.backward()  # type: ignore[no-untyped-call]
         with phase("optimiser"):
+            self.processes.add_gradients(self.parameters)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.clip_norm or float("inf"))
             if found_inf is not None:
                 optimizer.found_inf = found_inf(loss.detach(), norm)  # type: ignore[attr-defined]
@@ -129,4 +134,4 @@ class TrainingStep:
             if self.config.inputs.mask_duplicates:
                 ids = (batch.image_ids.to(self.device), batch.caption_ids.to(self.device))
             bf16 = self.bf16 and self.device.type == "cuda"
-            return self.model.loss(feats, ids, bf16=bf16, weights=weights)
+            return self.model.loss(feats, ids, bf16=bf16, weights=weights, processes=self.processes)

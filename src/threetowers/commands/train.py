@@ -1,0 +1,65 @@
+"""A training run: in this process, in several that this one starts, or as one of those that torchrun has started."""
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from threetowers.commands.arguments import TrainArguments
+from threetowers.errors import STOPPED, ThreeTowersError, UsageError
+from threetowers.evaluate.evaluation import evaluate_run
+from threetowers.objective.pairs import objective
+from threetowers.processes import is_first_to_say, joined, named_by_environment
+from threetowers.run.setup import check_settings, describe_data
+from threetowers.train import loop
+from threetowers.train.together import check_divisible
+
+
+def train(arguments: TrainArguments, out: Path, words: Sequence[str]) -> int:
+    """Trains, evaluates and prints what came of it; returns the exit code.
+
+    words: of the command, for the processes that are started. Raises UsageError for a number of processes that cannot
+    be, and what training raises.
+    """
+    config, started = arguments.run, named_by_environment()
+    if started.size > 1 and arguments.processes not in (1, started.size):
+        raise UsageError(
+            f"processes: {arguments.processes} are asked for, and torchrun has started {started.size}; leave one out"
+        )
+    check_settings(config)  # a mistake in the settings is said before any data is read
+    objective(config)
+    check_divisible(config, started.size if started.size > 1 else arguments.processes)
+    if arguments.processes > 1 and started.size == 1:
+        from threetowers.commands.launch import launch  # torchrun's launcher, which one process does not need
+
+        return launch(arguments.processes, ["train", *words])
+    with joined(config.device) as processes:
+        try:
+            if processes.first:
+                print(describe_data(config), flush=True)
+            result = loop.train(
+                config,
+                out,
+                fresh=arguments.fresh,
+                max_minutes=arguments.max_minutes,
+                profile=arguments.profile,
+                processes=processes,
+            )
+        except ThreeTowersError as error:
+            if processes.size > 1:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, on the way out
+            if is_first_to_say(str(error)):
+                raise
+            return error.exit_code
+    if not processes.first:
+        return 0  # the first one says whether the run is finished
+    if arguments.profile:
+        print(
+            result.profile
+            or f"--profile: {out} is finished, so no step was taken; --fresh True trains it again"
+        )
+    if not result.finished:
+        print(f"stopped at step {result.step}; the same command continues. Run folder: {out}")
+        return STOPPED
+    print(evaluate_run(out).text())
+    print(f"run folder: {out}")
+    return 0

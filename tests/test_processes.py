@@ -1,0 +1,408 @@
+"""Training in several processes is training in one: losses, weights, decisions, and what happens when one ends."""
+
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor
+
+from kit.processes import SECONDS
+from kit.processes import Processes as Group
+from kit.processes import processes as group_of
+from kit.runs import (
+    TINY_INPUTS,
+    Config,
+    assert_same_weights,
+    at_step,
+    logged,
+    poisoned,
+    rows,
+    weights,
+    with_vit,
+)
+from threetowers.cli import main
+from threetowers.config import ObjectiveConfig, RunConfig
+from threetowers.data import loader
+from threetowers.errors import ThreeTowersError, UsageError
+from threetowers.processes import Processes
+from threetowers.settings import read_config, write_config
+from threetowers.train import loop, together
+from threetowers.train.guards import StopRequest
+from threetowers.train.loop import train
+from threetowers.train.session import open_session
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    with group_of(2, tmp_path_factory.mktemp("group")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def group_of_four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    with group_of(4, tmp_path_factory.mktemp("group")) as started:
+        yield started
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a process says of a run: the step at its end, a digest of its weights, and the error that ended it."""
+
+    step: int = 0
+    weights: str = ""
+    error: str = ""
+
+
+def trained(
+    config: RunConfig, folder: Path, stop: tuple[int, int] | None = None, bad: int | None = None
+) -> Told:
+    """A run in a process of a group. stop: a rank, and the step at which it alone is asked to stop.
+
+    bad: a rank whose features are not finite in each step from the third on, up to the seventh.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    sessions = []
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        sessions.append(open_session(*arguments, **options))
+        return sessions[-1]
+
+    request = StopRequest()
+    asked = at_step(stop[1], request.request) if stop and stop[0] == rank else mock.MagicMock()
+    batches = poisoned(set(range(2, 7))) if bad == rank else loader.batches
+    with (
+        mock.patch.object(loop, "open_session", opened),
+        mock.patch.object(loop, "batches", batches),
+        asked,
+        request,
+    ):
+        try:
+            result = train(config, folder, stop=request, processes=Processes(rank, size, rank, size))
+        except ThreeTowersError as error:
+            return Told(error=f"{type(error).__name__}: {error}")
+    digest = together._digest(sessions[0].setup.model.state_dict()) if sessions else ""
+    return Told(result.step, digest)
+
+
+def alike(told: list[Told]) -> Told:
+    """What all processes say."""
+    assert len(set(told)) == 1, told
+    return told[0]
+
+
+def assert_near(one: Path, several: Path, tolerance: float = 1e-5) -> None:
+    """Losses of every step, and the finished weights, to a share of their norms."""
+    for key in (
+        key for key in rows(one)[0] if key.startswith(("train/loss", "train/grad_norm", "train/acc"))
+    ):
+        assert logged(several, key) == pytest.approx(logged(one, key), rel=tolerance), key
+    for key in ("data/duplicate_captions", "train/lr"):
+        assert logged(several, key) == logged(one, key), key
+    found, expected = weights(several), weights(one)
+    assert found.keys() == expected.keys()
+    off = {name: _norm(found[name] - value) for name, value in expected.items()}
+    norms = {name: _norm(value) for name, value in expected.items()}
+    assert math.hypot(*off.values()) <= tolerance * math.hypot(*norms.values())
+    for name, norm in norms.items():
+        # of attention's biases, those of the keys have no gradient but rounding, which AdamW makes larger
+        share = tolerance if name.startswith(("heads", "log_scale", "bias")) else 100 * tolerance
+        assert off[name] <= share * norm + 1e-7, (name, off[name], norm)
+
+
+def _norm(value: Tensor) -> float:
+    return float(value.double().norm())
+
+
+def two_thirds(config: RunConfig) -> RunConfig:
+    return replace(config, third=(f"a={config.third[0]}", f"b={config.third[0]}"))
+
+
+def with_inputs(config: RunConfig, **changes: Any) -> RunConfig:
+    return replace(config, inputs=replace(config.inputs, **changes))
+
+
+def with_objective(config: RunConfig, **changes: Any) -> RunConfig:
+    return replace(config, objective=ObjectiveConfig(**changes))
+
+
+def schedule(config: RunConfig) -> RunConfig:
+    return with_objective(
+        config,
+        weights=(0.5, 0.5, 0.0),
+        weights_end=(0.5, 0.0, 0.5),
+        weights_schedule="linear",
+        weights_steps=(1, 4),
+    )
+
+
+CASES: dict[str, Any] = {
+    "baseline": partial(replace, method="baseline"),
+    "lit": partial(replace, method="lit"),
+    "3t": replace,
+    "3t live": partial(with_inputs, third_view="same"),
+    "3t in micro-batches": partial(replace, micro_batch_size=3),
+    "3t, weights that move": schedule,
+    "3t, duplicates masked": partial(with_inputs, mask_duplicates=True),
+    "3t sigmoid": partial(with_objective, kind="sigmoid", scale="per-row"),
+    "regression": partial(replace, method="3t-regression"),
+    "two third towers": two_thirds,
+}
+QUICK = ("lit", "3t live", "3t in micro-batches", "3t sigmoid", "regression")
+"""What the default tests train; the others are among the slow ones, with four processes too."""
+
+
+def case(name: str, tiny_config: Config) -> RunConfig:
+    changed: RunConfig = CASES[name](tiny_config(log_every_steps=1))
+    return changed
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_processes_train_as_one(name: str, group: Group, tiny_config: Config, tmp_path: Path) -> None:
+    config = case(name, tiny_config)
+    train(config, tmp_path / "one")
+    told = alike(group.run(trained, config, tmp_path / "two"))
+    assert told.step == config.steps and told.weights
+    assert_near(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_and_four_processes_train_as_one(
+    name: str, group: Group, group_of_four: Group, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = replace(case(name, tiny_config), steps=20)
+    train(config, tmp_path / "one")
+    for several in (group, group_of_four):
+        folder = tmp_path / str(len(several.pipes))
+        assert alike(several.run(trained, config, folder)).step == 20
+        assert_near(tmp_path / "one", folder, 3e-5)
+
+
+def test_a_stop_request_of_one_process_stops_all_and_any_number_continues(
+    group: Group, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = tiny_config(log_every_steps=1)
+    train(config, tmp_path / "one")
+    assert alike(group.run(trained, config, tmp_path / "from-two", (1, 2))).step == 3
+    assert (tmp_path / "from-two" / "checkpoints" / "step-00000003").is_dir()
+    assert train(config, tmp_path / "from-two").finished  # 2 → 1
+    with StopRequest() as stop, at_step(2, stop.request):
+        assert train(config, tmp_path / "from-one", stop=stop).step == 3
+    assert alike(group.run(trained, config, tmp_path / "from-one")).step == config.steps  # 1 → 2
+    for name in ("from-two", "from-one"):
+        assert_near(tmp_path / "one", tmp_path / name)
+    log = (tmp_path / "from-one" / "events.log").read_text(encoding="utf-8")
+    assert "processes 1 → 2" in log and "continuing from step 3" in log
+
+
+def test_a_continued_run_of_two_processes_is_the_uninterrupted_one_to_the_bit(
+    group: Group, tiny_config: Config, tmp_path: Path
+) -> None:
+    """With patches that are dropped at random, others in each process."""
+    config = with_vit(tiny_config(), patch_dropout=0.5)
+    alike(group.run(trained, config, tmp_path / "whole"))
+    alike(group.run(trained, config, tmp_path / "parts", (0, 3)))
+    alike(group.run(trained, config, tmp_path / "parts"))
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_steps_that_are_not_finite_in_one_process_are_skipped_by_all(
+    group: Group, tiny_config: Config, tmp_path: Path
+) -> None:
+    """Five in a row send all of them back to the last checkpoint, and on with the batches after them."""
+    config = tiny_config(steps=8, log_every_steps=1, checkpoint_every_steps=1)
+    with mock.patch.object(loop, "batches", poisoned(set(range(2, 7)))):
+        train(config, tmp_path / "one")
+    told = alike(group.run(trained, config, tmp_path / "two", None, 1))
+    assert told.step == 8
+    assert_near(tmp_path / "one", tmp_path / "two")
+    events = (tmp_path / "two" / "events.log").read_text(encoding="utf-8")
+    assert (
+        events.count("not finite; the step is skipped") == 5 and "back to the checkpoint of step 2" in events
+    )
+
+
+@pytest.fixture
+def damaged(photos: Path, tmp_path: Path) -> Path:
+    """The photos, of which six are no images."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for number, path in enumerate(sorted(photos.parent.iterdir())):
+        (folder / path.name).write_bytes(path.read_bytes() if number % 16 else b"no image")
+    (folder / photos.name).write_bytes(photos.read_bytes())
+    return folder / photos.name
+
+
+def test_bad_samples_are_counted_over_all_processes(
+    group: Group, damaged: Path, tiny_config: Config, tmp_path: Path
+) -> None:
+    inputs = replace(TINY_INPUTS, max_bad_share=0.5, val_fraction=0.0, test_fraction=0.0)
+    config = tiny_config(data=str(damaged), method="baseline", log_every_steps=1, inputs=inputs)
+    train(config, tmp_path / "one")
+    alike(group.run(trained, config, tmp_path / "two"))
+    named = [
+        sorted((tmp_path / name / "bad_samples.jsonl").read_text(encoding="utf-8").splitlines())
+        for name in ("one", "two")
+    ]
+    assert named[0] == named[1] and len(named[0]) == 6
+    key = next(key for key in rows(tmp_path / "one")[0] if key.startswith("data/bad/"))
+    assert logged(tmp_path / "one", key) == logged(tmp_path / "two", key)
+    config = replace(config, inputs=replace(inputs, max_bad_share=0.01))
+    told = alike(group.run(trained, config, tmp_path / "too-many"))
+    assert told.error.startswith("DataError: 6 of 96 samples could not be used")
+
+
+def test_patience_ends_all_processes_at_the_same_step(
+    group: Group, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = tiny_config(eval_every_steps=1, keep_best="val/mean_r@1", patience=1, method="baseline")
+    one = train(config, tmp_path / "one")
+    steps = {told.step for told in group.run(trained, config, tmp_path / "two")}
+    assert steps == {max(logged(tmp_path / "two", "val/mean_r@1"))}
+    assert one.finished and (tmp_path / "two" / "model.json").is_file()
+    assert logged(tmp_path / "one", "val/mean_r@1") == pytest.approx(logged(tmp_path / "two", "val/mean_r@1"))
+
+
+def differing(config: RunConfig, folder: Path) -> str:
+    """The error of processes of which one has another learning rate in mind."""
+    changed = replace(config, optim=replace(config.optim, lr=0.5)) if dist.get_rank() else config
+    return trained(changed, folder).error
+
+
+def test_what_cannot_be_trained_together_is_refused(
+    group: Group, tiny_config: Config, tmp_path: Path
+) -> None:
+    says = "batch_size: 15 samples cannot be shared equally by 2 processes; give --batch-size 14 or --batch-size 16"
+    with pytest.raises(UsageError, match=says):
+        together.check_divisible(tiny_config(batch_size=15), 2)
+    told = alike(group.run(trained, tiny_config(batch_size=15), tmp_path / "odd"))
+    assert told.error == f"UsageError: {says}"
+    (first, second) = group.run(differing, tiny_config(method="baseline"), tmp_path / "other")
+    assert first == second and "rank 1 starts with other settings than rank 0" in first
+    pair = replace(
+        tiny_config().pair, vision={"timm_model_name": "test_efficientnet", "timm_pool": "", "image_size": 32}
+    )
+    told = alike(group.run(trained, tiny_config(pair=pair, method="baseline"), tmp_path / "norms"))
+    assert "BatchNorm that follows each batch" in told.error and "--start.batchnorm frozen" in told.error
+
+
+def command(config: RunConfig, folder: Path, *words: str) -> list[str]:
+    file = folder.with_suffix(".toml")
+    write_config(config, file)
+    return [sys.executable, "-m", "threetowers", "train", str(file), "--out", str(folder), *words]
+
+
+class Started:
+    """`threetowers train` with two processes, and what it prints."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            command(config, folder, "--processes", "2"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for(self, step: int) -> None:
+        """Until a step is in the log."""
+        deadline = time.monotonic() + 4 * SECONDS
+        path = self.folder / "metrics.jsonl"
+        while not path.is_file() or max(logged(self.folder).keys() or {0}) < step:
+            assert self.process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def rank(self, rank: int) -> int:
+        """The process id of a rank."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for child in children:
+            if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+                return int(child)
+        raise AssertionError(f"no process of rank {rank} among {children}")
+
+    def end(self) -> tuple[int, str]:
+        """Exit code, and what was printed."""
+        said, _ = self.process.communicate(timeout=4 * SECONDS)
+        return self.process.returncode, said
+
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+
+
+@LINUX
+def test_a_process_that_is_killed_is_named_and_the_same_command_continues(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    config = tiny_config(steps=400, log_every_steps=1, checkpoint_every_steps=2, method="baseline")
+    folder = tmp_path / "run"
+    run = Started(config, folder)
+    run.wait_for(6)
+    killed, start = run.rank(1), time.monotonic()
+    os.kill(killed, signal.SIGKILL)
+    code, said = run.end()
+    assert code == 1 and time.monotonic() - start < 30
+    assert f"rank 1 (process {killed}) was ended by SIGKILL" in said and "Traceback" not in said
+    assert "The same command continues from the last checkpoint" in said
+    with StopRequest() as stop:
+        stop.request()
+        step = train(read_config(folder / "config.toml"), folder, stop=stop).step
+    assert step >= 5
+    assert f"continuing from step {step - 1}" in (folder / "events.log").read_text(encoding="utf-8")
+
+
+@LINUX
+@pytest.mark.slow
+def test_processes_that_are_stopped_and_killed_finish_with_the_weights_of_an_undisturbed_run(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    """SIGTERM to one, which stops both, and SIGKILL to either at random steps, twenty times."""
+    config = tiny_config(steps=150, log_every_steps=1, checkpoint_every_steps=3)
+    folder, whole = tmp_path / "run", Started(config, tmp_path / "whole")
+    assert whole.end()[0] == 0
+    run = Started(config, folder)
+    run.wait_for(2)
+    os.kill(run.rank(1), signal.SIGTERM)
+    code, said = run.end()
+    step = int(re.findall(r"stopped at step (\d+); the same command continues", said)[0])
+    assert code == 75 and f"step-{step:08d}" in {path.name for path in (folder / "checkpoints").iterdir()}
+    draw = random.Random(0)
+    for _ in range(20):
+        run, rank = Started(config, folder), draw.randrange(2)
+        run.wait_for(min(step + draw.randint(1, 7), 140))
+        start = time.monotonic()
+        os.kill(run.rank(rank), signal.SIGKILL)
+        code, said = run.end()
+        assert code == 1 and time.monotonic() - start < 30, said
+        assert (
+            re.search(rf"rank {rank} \(process \d+\) was ended by SIGKILL", said) and "Traceback" not in said
+        )
+        step = max(logged(folder))
+    assert Started(config, folder).end()[0] == 0
+    assert_same_weights(folder, tmp_path / "whole")
+
+
+def test_mistakes_are_said_before_any_process_is_started(
+    tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for config, processes, says in (
+        (tiny_config(batch_size=15), "2", "batch_size: 15 samples cannot be shared equally by 2 processes"),
+        (tiny_config(), "0", "processes: 0 is out of range"),
+        (tiny_config(method="3t", third=()), "2", "needs a frozen tower"),
+    ):
+        words = command(config, tmp_path / "run", "--processes", processes)
+        with pytest.raises(SystemExit) as end:
+            main(words[words.index("train") :])
+        assert end.value.code == 2 and capsys.readouterr().err.count(says) == 1
