@@ -178,6 +178,11 @@ def named_by_environment() -> Processes:
     return Processes(*(int(os.environ[name]) for name in names))
 
 
+def is_restart() -> bool:
+    """Whether torchrun has started this process again after one of them had failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def is_first_to_say(text: str) -> bool:
     """Whether no other process has failed before this one, so that the user should be told of it here.
 

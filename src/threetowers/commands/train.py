@@ -8,7 +8,7 @@ from threetowers.commands.arguments import TrainArguments
 from threetowers.errors import STOPPED, ThreeTowersError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.objective.pairs import objective
-from threetowers.processes import is_first_to_say, joined, named_by_environment
+from threetowers.processes import is_first_to_say, is_restart, joined, named_by_environment
 from threetowers.run.setup import check_settings, describe_data
 from threetowers.train import loop
 from threetowers.train.together import check_divisible
@@ -39,7 +39,7 @@ def train(arguments: TrainArguments, out: Path, words: Sequence[str]) -> int:
             result = loop.train(
                 config,
                 out,
-                fresh=arguments.fresh,
+                fresh=arguments.fresh and not is_restart(),
                 max_minutes=arguments.max_minutes,
                 profile=arguments.profile,
                 processes=processes,
