@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from kit.runs import (
     weights,
     with_vit,
 )
+from threetowers import processes
 from threetowers.cli import main
 from threetowers.config import ObjectiveConfig, RunConfig
 from threetowers.data import loader
@@ -124,6 +126,53 @@ def assert_near(one: Path, several: Path, tolerance: float = 1e-5) -> None:
 
 def _norm(value: Tensor) -> float:
     return float(value.double().norm())
+
+
+def sent(bucket: int) -> tuple[Any, ...]:
+    """What this process has of values that every process exchanges, gathers and adds up."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    those = Processes(rank, size)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (), (4,), (5, 1), (2,))]
+    for number, parameter in enumerate(parameters):
+        if number != 2:  # one that is frozen
+            parameter.grad = torch.full_like(parameter, 10.0**number * (rank + 1))
+    parameters[0].grad = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).T.contiguous().T * (rank + 1)
+    with mock.patch.object(processes, "BUCKET", bucket):
+        those.add_gradients(parameters)
+    tensors = [
+        torch.full((3, 2), rank + 0.5),
+        torch.tensor([rank, 1 << 40, 7]),
+        torch.full((3,), rank).bfloat16(),
+    ]
+    order = []
+    with those.one_before_all():
+        order.append(time.monotonic())
+        time.sleep(0.05 * (rank == 0))
+        order.append(time.monotonic())
+    return (
+        [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters],
+        [tensor.tolist() for tensor in those.gather(tensors)],
+        those.exchange({"rank": rank, "text": "ä\ud800" * rank, "value": 0.1}),
+        those.told(lambda: [rank, None]),
+        order,
+    )
+
+
+@pytest.mark.parametrize("bucket", [1, 7, 100])
+def test_what_processes_send_each_other(bucket: int, group: Group) -> None:
+    (*first, before), (*second, after) = group.run(sent, bucket)
+    assert first == second
+    gradients, gathered, exchanged, told = first
+    assert gradients[0] == [[3.0, 6.0, 9.0], [12.0, 15.0, 18.0]]
+    assert gradients[1:] == [30.0, None, [[3000.0]] * 5, [30000.0] * 2]
+    assert gathered == [
+        [[0.5, 0.5]] * 3 + [[1.5, 1.5]] * 3,
+        [0, 1 << 40, 7, 1, 1 << 40, 7],
+        [0.0] * 3 + [1.0] * 3,
+    ]
+    assert exchanged == [{"rank": rank, "text": "ä\ud800" * rank, "value": 0.1} for rank in (0, 1)]
+    assert told == [0, None]
+    assert before[1] <= after[0], "rank 0 has left the block when the others enter it"
 
 
 def two_thirds(config: RunConfig) -> RunConfig:
@@ -282,9 +331,7 @@ def differing(config: RunConfig, folder: Path) -> str:
     return trained(changed, folder).error
 
 
-def test_what_cannot_be_trained_together_is_refused(
-    group: Group, tiny_config: Config, tmp_path: Path
-) -> None:
+def test_what_cannot_be_trained_thoseis_refused(group: Group, tiny_config: Config, tmp_path: Path) -> None:
     says = "batch_size: 15 samples cannot be shared equally by 2 processes; give --batch-size 14 or --batch-size 16"
     with pytest.raises(UsageError, match=says):
         together.check_divisible(tiny_config(batch_size=15), 2)
@@ -397,12 +444,12 @@ def test_processes_that_are_stopped_and_killed_finish_with_the_weights_of_an_und
 def test_mistakes_are_said_before_any_process_is_started(
     tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for config, processes, says in (
+    for config, number, says in (
         (tiny_config(batch_size=15), "2", "batch_size: 15 samples cannot be shared equally by 2 processes"),
         (tiny_config(), "0", "processes: 0 is out of range"),
         (tiny_config(method="3t", third=()), "2", "needs a frozen tower"),
     ):
-        words = command(config, tmp_path / "run", "--processes", processes)
+        words = command(config, tmp_path / "run", "--processes", number)
         with pytest.raises(SystemExit) as end:
             main(words[words.index("train") :])
         assert end.value.code == 2 and capsys.readouterr().err.count(says) == 1
