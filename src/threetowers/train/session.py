@@ -193,7 +193,9 @@ def open_session(
     if processes.first:
         checkpoint.sweep(folder / "checkpoints")
     environment = {**_environment(config), "processes": processes.size}
-    trackers = Trackers(config.trackers if processes.first else (), folder, config, found.step if found else 0)
+    trackers = Trackers(
+        config.trackers if processes.first else (), folder, config, found.step if found else 0
+    )
     log = RunLog(folder, trackers, writes=processes.first)
     saver = Saver(
         folder / "checkpoints", config.keep_checkpoints, log, environment, background=config.background_saves
