@@ -31,6 +31,7 @@ from threetowers.errors import CheckpointError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.export import onnx as export
 from threetowers.export.onnx import export_onnx
+from threetowers.export.towers import main_encoders
 from threetowers.export.transformers import export_transformers
 from threetowers.objective.losses import unit
 from threetowers.run.finished import FinishedRun, load_run
@@ -317,7 +318,7 @@ def test_open_clips_vocabulary_under_a_text_tower_that_looks_at_its_padding_is_r
     text.attn_mask = None
     finished.tokenizer = OpenClipTokenizer(16)
     with pytest.raises(UsageError, match=r"depend on the padding.*--to open_clip"):
-        export._text_side(finished, exported)
+        export._text_side(finished, main_encoders(finished), exported)
 
 
 def test_the_card_says_what_the_graphs_take(run: Path, exported: Path) -> None:

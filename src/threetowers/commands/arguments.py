@@ -251,11 +251,18 @@ class EmbedArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments:
-    """The two main towers, without third tower and heads."""
+    """The two main towers; without third tower and heads, unless --alpha asks for the convex combination."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="A finished run folder.")]
     out: Annotated[Path, tyro.conf.arg(help="Folder to write.")]
     to: Annotated[str, tyro.conf.arg(help=f"Format. {formats_help()}.")] = next(iter(FORMATS))
+    alpha: Annotated[
+        float,
+        tyro.conf.arg(
+            help="Weight of the third tower in the convex combination, from 0 to 1; `evaluate` chooses one. With more "
+            "than 0 the third tower runs at inference. For --to onnx."
+        ),
+    ] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A finished run in the format of another library, and what weights of eight bits cost in retrieval."""
 
+import json
 import sys
 import tempfile
 from array import array
@@ -32,16 +33,24 @@ def export(arguments: ExportArguments) -> str:
 
     Raises UsageError for a format that does not exist, and what the format raises.
     """
-    run, to = arguments.run, arguments.to
+    run, to, alpha = arguments.run, arguments.to, arguments.alpha
     if to not in FORMATS:
         raise UsageError(f"--to: {to!r} is no format{did_you_mean(to, FORMATS)}")
-    folder = FORMATS[to].write(run, arguments.out)
+    form = FORMATS[to]
+    if not alpha:
+        folder = form.write(run, arguments.out)
+    elif form.combine is not None:
+        folder = form.combine(run, arguments.out, alpha)
+    else:
+        raise UsageError(
+            f"--alpha: a model of {to} has one image tower, and the convex combination two; export --to onnx"
+        )
     if to == "onnx-int8":
         try:
             print(f"note: onnx: {quantization_loss(run, folder)}", file=sys.stderr)
         except (DataError, UsageError) as error:
             print(f"note: onnx: the loss in retrieval could not be measured: {error}", file=sys.stderr)
-    return f"written; load it with {FORMATS[to].how_to_load(folder)}"
+    return f"written; load it with {form.how_to_load(folder)}"
 
 
 def quantization_loss(run: Path, folder: Path) -> str:
@@ -93,7 +102,8 @@ class _Padded:
 def _recalls(finished: FinishedRun, folder: Path, suffix: str, test: Source) -> dict[str, float]:
     """Retrieval with the two graphs whose names end in the suffix."""
     image, text = (_Graph(folder / "onnx" / f"{name}_model{suffix}.onnx") for name in ("vision", "text"))
-    width, spec = finished.embed_dim, finished.architecture.image
+    width = json.loads((folder / "config.json").read_text(encoding="utf-8"))["projection_dim"]
+    spec = finished.architecture.image
     target = Target(
         str(folder),
         FrozenTower("img", str(folder), image, width, spec),

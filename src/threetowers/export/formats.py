@@ -13,12 +13,14 @@ class Format:
     """One export format.
 
     help: one line for the command line. write: run folder, folder to write → the folder written. loading: the Python
-    expression that loads the result; `{folder}` marks the place of the folder.
+    expression that loads the result; `{folder}` marks the place of the folder. combine: as `write`, with the weight of
+    the third tower in the convex combination; None for a format whose models have one image tower.
     """
 
     help: str
     write: Callable[[Path, Path], Path]
     loading: str
+    combine: Callable[[Path, Path, float], Path] | None = None
 
     def how_to_load(self, folder: Path) -> str:
         """The expression with the folder in its place."""
@@ -37,16 +39,16 @@ def _transformers(run: Path, out: Path) -> Path:
     return export_transformers(run, out)
 
 
-def _onnx(run: Path, out: Path) -> Path:
+def _onnx(run: Path, out: Path, alpha: float = 0.0) -> Path:
     from threetowers.export.onnx import export_onnx
 
-    return export_onnx(run, out)
+    return export_onnx(run, out, alpha=alpha)
 
 
-def _onnx_int8(run: Path, out: Path) -> Path:
+def _onnx_int8(run: Path, out: Path, alpha: float = 0.0) -> Path:
     from threetowers.export.onnx import export_onnx
 
-    return export_onnx(run, out, quantize=True)
+    return export_onnx(run, out, quantize=True, alpha=alpha)
 
 
 FORMATS = {
@@ -64,11 +66,13 @@ FORMATS = {
         "graphs for onnxruntime and transformers.js, one for images and one for texts",
         _onnx,
         'onnxruntime.InferenceSession("{folder}/onnx/text_model.onnx")',
+        _onnx,
     ),
     "onnx-int8": Format(
         "the same, and beside them graphs with weights of eight bits, whose loss in retrieval is measured",
         _onnx_int8,
         'onnxruntime.InferenceSession("{folder}/onnx/text_model_quantized.onnx")',
+        _onnx_int8,
     ),
 }
 """Every format by the name that --to takes. A new format is one file beside this one and one entry here."""

@@ -35,11 +35,11 @@ from threetowers.export.inputs import (
     write_tokenizer,
 )
 from threetowers.export.samples import CAPTIONS, check_difference, sample_pictures
+from threetowers.export.towers import Encoders, combined_encoders, main_encoders
 from threetowers.files import write_whole
-from threetowers.objective.losses import unit
 from threetowers.run.finished import FinishedRun, load_run
 from threetowers.towers.frozen.base import first_line
-from threetowers.towers.pair import encode_text, takes_short_text
+from threetowers.towers.pair import takes_short_text
 
 OPSET = 18
 """The version of ONNX's operators that the graphs use."""
@@ -99,17 +99,6 @@ RESIZING = (
 )
 
 
-class _Unit(nn.Module):
-    """A tower whose output is scaled to unit vectors [B, D]."""
-
-    def __init__(self, tower: nn.Module, encode: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.tower, self.encode = tower, encode
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return unit(self.encode(self.tower, inputs))
-
-
 @dataclass(frozen=True)
 class _Side:
     """One graph: its network, the names of input and output, the dynamic axes, and the samples for the comparison.
@@ -130,12 +119,14 @@ class _Side:
         return torch.cat([*map(open_graph(path), self.batches)])
 
 
-def export_onnx(run: str | Path, out: str | Path, *, quantize: bool = False) -> Path:
+def export_onnx(run: str | Path, out: str | Path, *, quantize: bool = False, alpha: float = 0.0) -> Path:
     """Writes onnx/vision_model.onnx, onnx/text_model.onnx, tokenizer, settings and README.md; returns the folder.
 
     The size of the batch is dynamic. The length of texts is dynamic where features do not depend on padding, as in
     open_clip's causal text tower; other towers take texts that are padded to the context length. quantize: also write
     `*_quantized.onnx` with weights of eight bits; how far their vectors are from the run's is printed and not limited.
+    alpha: above 0, the convex combination with the third tower, as `towers.combined_encoders` says; the image graph
+    holds both image towers then.
 
     Raises UsageError for a tower that torch cannot export. Raises CheckpointError for an unfinished run, and when the
     vectors of onnxruntime differ from the run's by more than `TOLERANCE`. Nothing is written then.
@@ -145,15 +136,18 @@ def export_onnx(run: str | Path, out: str | Path, *, quantize: bool = False) -> 
     _check_libraries()
     spec = finished.architecture.image
     settings = processor_settings(spec, "--to onnx")
-    differences = [*preprocessing_differences(spec), RESIZING, CLEANING]
+    encoders = (
+        combined_encoders(finished, Path(run), alpha, "--to onnx") if alpha else main_encoders(finished)
+    )
+    differences = [*encoders.remarks, *preprocessing_differences(spec), RESIZING, CLEANING]
     own = ("config.json", "onnx", *([QUANTIZED] if quantize else []))
     said = []
     with written_whole(Path(out), own) as folder:
         write_tokenizer(finished.tokenizer, folder)
         write_json(folder / "preprocessor_config.json", settings)
-        write_json(folder / "config.json", _config(finished))
+        write_json(folder / "config.json", _config(finished, encoders.width))
         (folder / "onnx").mkdir()
-        for side in (_image_side(finished), _text_side(finished, folder)):
+        for side in (_image_side(finished, encoders), _text_side(finished, encoders, folder)):
             path = folder / "onnx" / f"{side.name}_model.onnx"
             _write_graph(side, path)
             difference = float((side.run(path) - side.expected).abs().max())
@@ -161,7 +155,9 @@ def export_onnx(run: str | Path, out: str | Path, *, quantize: bool = False) -> 
             said.append(f"onnxruntime computes the run's {side.name} vectors to {difference:.1e}")
             if quantize:
                 said.append(_write_quantized(side, path))
-        write_whole(folder / "README.md", _card(finished, Path(out).name, differences, quantize))
+        write_whole(
+            folder / "README.md", _card(finished, encoders.width, Path(out).name, differences, quantize)
+        )
     for line in [*said, *differences]:
         print(f"note: onnx: {line}", file=sys.stderr)
     return Path(out)
@@ -183,16 +179,15 @@ def open_graph(path: Path) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _image_side(finished: FinishedRun) -> _Side:
+def _image_side(finished: FinishedRun, encoders: Encoders) -> _Side:
     spec, pictures = finished.architecture.image, sample_pictures()
     pixels = torch.from_numpy(np.stack([fixed_view(picture, spec) for picture in pictures]))
     batches = [normalise(pixels[part], spec) for part in BATCHES]
-    tower, axes = _Unit(finished.img, nn.Module.__call__), {0: torch.export.Dim("batch")}
-    expected = finished.encode_image(pictures)
-    return _Side("vision", tower, "pixel_values", "image_embeds", axes, batches, expected)
+    axes, expected = {0: torch.export.Dim("batch")}, encoders.encode_image(pictures)
+    return _Side("vision", encoders.image, "pixel_values", "image_embeds", axes, batches, expected)
 
 
-def _text_side(finished: FinishedRun, folder: Path) -> _Side:
+def _text_side(finished: FinishedRun, encoders: Encoders, folder: Path) -> _Side:
     """The text graph; its samples are tokenized by the tokenizer that was written to the folder."""
     context_length: Any = finished.txt.context_length
     dynamic = takes_short_text(finished.txt)
@@ -210,8 +205,8 @@ def _text_side(finished: FinishedRun, folder: Path) -> _Side:
     if dynamic:
         # `encode_text` takes another way at the full length; the graph of shorter texts holds there too
         axes[1] = torch.export.Dim("sequence", max=context_length - 1)
-    tower, expected = _Unit(finished.txt, encode_text), finished.encode_text(CAPTIONS)
-    return _Side("text", tower, "input_ids", "text_embeds", axes, batches, expected)
+    expected = encoders.encode_text(CAPTIONS)
+    return _Side("text", encoders.text, "input_ids", "text_embeds", axes, batches, expected)
 
 
 def _write_graph(side: _Side, path: Path) -> None:
@@ -271,11 +266,11 @@ def _check_libraries() -> None:
             ) from None
 
 
-def _config(finished: FinishedRun) -> dict[str, Any]:
+def _config(finished: FinishedRun, width: int) -> dict[str, Any]:
     """config.json; transformers.js reads the type of the model, and the rest describes the graphs."""
     return {
         "model_type": "clip",
-        "projection_dim": finished.embed_dim,
+        "projection_dim": width,
         "logit_scale_init_value": float(np.log(finished.scale)),
         "text_config": {
             "model_type": "clip_text_model",
@@ -287,13 +282,13 @@ def _config(finished: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _card(finished: FinishedRun, folder: str, differences: Sequence[str], quantized: bool) -> str:
+def _card(finished: FinishedRun, width: int, folder: str, differences: Sequence[str], quantized: bool) -> str:
     dynamic, length = takes_short_text(finished.txt), finished.txt.context_length
     return CARD.format(
         heading=HEADING,
         folder=folder,
         size=finished.architecture.image.size,
-        width=finished.embed_dim,
+        width=width,
         scale=finished.scale,
         opset=OPSET,
         sequence=f"sequence of at most {length}" if dynamic else length,
