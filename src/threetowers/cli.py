@@ -16,7 +16,9 @@ import tyro
 from threetowers.commands.arguments import (
     AdviseArguments,
     AnalyseArguments,
+    AverageArguments,
     CompareArguments,
+    ConvertArguments,
     EmbedArguments,
     EvaluateArguments,
     ExportArguments,
@@ -258,20 +260,21 @@ def _export(words: list[str]) -> int:
 
 def _convert(words: list[str]) -> int:
     """a foreign .pt, .pth or .bin file as safetensors, no code run: threetowers convert FILE --out FILE.safetensors"""
+    arguments = parse(ConvertArguments, words, "convert")
 
-    def convert(file: tyro.conf.Positional[Path], *, out: Path, key: str | None = None) -> None:
-        """Only tensors are read; whatever else is in the file is refused or left out by name.
+    from threetowers.commands.convert import convert
 
-        Args:
-            file: A checkpoint of plain PyTorch, open_clip, timm or a trainer; or safetensors with a prefix to take off.
-            out: The file to write, ending in .safetensors.
-            key: Under which the weights are, such as model_ema; none takes the usual ones.
-        """
-        from threetowers.commands.convert import convert
+    print(convert(arguments.file, arguments.out, arguments.key).text())
+    return 0
 
-        print(convert(file, out, key).text())
 
-    parse(convert, words, "convert")
+def _average(words: list[str]) -> int:
+    """the averaged weights of finished runs as a run: threetowers average RUN RUN … [--weights …] --out DIR"""
+    arguments = parse(AverageArguments, words, "average")
+
+    from threetowers.run.average import average_runs
+
+    print(f"run folder: {average_runs(arguments.runs, arguments.weights, arguments.out)}")
     return 0
 
 
@@ -358,6 +361,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "explore": explore,
     "pretrain": _pretrain,
     "export": _export,
+    "average": _average,
     "convert": _convert,
     "embed": _embed,
     "vectors": _vectors,

@@ -266,6 +266,38 @@ class ExportArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AverageArguments:
+    """Average the weights of finished runs that began at the same weights, and write the average as a run."""
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(help="Finished runs of one architecture, tokenizer, preprocessing and objective."),
+    ]
+    weights: Annotated[
+        tuple[float, ...], tyro.conf.arg(help="One for each run, with sum 1; without, all are equal.")
+    ] = ()
+    out: Annotated[Path, tyro.conf.arg(help="Run folder to write, which must not be there or be empty.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertArguments:
+    """Only tensors are read; whatever else is in the file is refused or left out by name."""
+
+    file: Annotated[
+        tyro.conf.Positional[Path],
+        tyro.conf.arg(
+            help="A checkpoint of plain PyTorch, open_clip, timm or a trainer; or safetensors with a prefix to take "
+            "off."
+        ),
+    ]
+    out: Annotated[Path, tyro.conf.arg(help="The file to write, ending in .safetensors.")]
+    key: Annotated[
+        str | None,
+        tyro.conf.arg(help="Under which the weights are, such as model_ema; none takes the usual ones."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class VectorsArguments:
     """Write unit vectors of a finished run's main towers for FAISS, Qdrant, LanceDB and other search indexes.
 

@@ -194,14 +194,20 @@ def read_description(folder: Path) -> dict[str, Any]:
     return described
 
 
+def read_weights(folder: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A finished run's tensors by name; raises CheckpointError when they are not those that model.json describes."""
+    path = folder / "model.safetensors"
+    state = read_safetensors(path)
+    if digest_file(path) != described["sha256"]:
+        raise CheckpointError(f"{path}: its contents are not those that the run wrote (SHA-256 differs)")
+    return state
+
+
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> FinishedRun:
     """A finished run's main pair in eval mode; raises CheckpointError when it is unfinished or damaged."""
     folder = Path(folder)
     described = read_description(folder)
-    weights = folder / "model.safetensors"
-    state = read_safetensors(weights)
-    if digest_file(weights) != described["sha256"]:
-        raise CheckpointError(f"{weights}: its contents are not those that the run wrote (SHA-256 differs)")
+    weights, state = folder / "model.safetensors", read_weights(folder, described)
     model_cfg = described["model_cfg"]
     towers = {"img": build_image_tower(model_cfg, 0), "txt": build_text_tower(model_cfg, 0)}
     for name, tower in towers.items():
