@@ -39,6 +39,7 @@ from threetowers.evaluate.retrieval import ranks_from_features, weighted_ranks
 from threetowers.model import ThreeTowers
 from threetowers.objective.losses import contrastive_accuracy, unit
 from threetowers.objective.pairs import tower_of
+from threetowers.processes import ALONE
 from threetowers.report.page import write_report
 from threetowers.run.setup import assemble
 from threetowers.train import loop
@@ -435,7 +436,7 @@ def test_an_oracle_scores_one_in_the_log_of_training(
     result = StepResult(zero, {}, {}, zero, batch)
 
     def logged() -> list[float]:
-        found = step_metrics(setup.model, result)
+        found = step_metrics(setup.model, result, ALONE)
         return [value for name, value in found.items() if name.startswith("train/accuracy/")]
 
     with monkeypatch.context() as patch:
