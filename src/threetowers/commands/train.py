@@ -8,7 +8,7 @@ from threetowers.commands.arguments import TrainArguments
 from threetowers.errors import STOPPED, ThreeTowersError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.objective.pairs import objective
-from threetowers.processes import is_first_to_say, is_restart, joined, named_by_environment
+from threetowers.processes import Processes, is_first_to_say, is_restart, joined, named_by_environment
 from threetowers.run.setup import check_settings, describe_data
 from threetowers.train import loop
 from threetowers.train.together import check_divisible
@@ -32,8 +32,8 @@ def train(arguments: TrainArguments, out: Path, words: Sequence[str]) -> int:
         from threetowers.commands.launch import launch  # torchrun's launcher, which one process does not need
 
         return launch(arguments.processes, ["train", *words])
-    with joined(config.device) as processes:
-        try:
+    try:
+        with joined(config.device) as processes:
             if processes.first:
                 print(describe_data(config), flush=True)
             result = loop.train(
@@ -44,13 +44,13 @@ def train(arguments: TrainArguments, out: Path, words: Sequence[str]) -> int:
                 profile=arguments.profile,
                 processes=processes,
             )
-        except ThreeTowersError as error:
-            if processes.size > 1:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, on the way out
-            if is_first_to_say(str(error)):
-                raise
-            return error.exit_code
+    except ThreeTowersError as error:
+        _ignore_launcher(started)
+        if is_first_to_say(str(error)):
+            raise
+        return error.exit_code
     if not processes.first:
+        _ignore_launcher(started)
         return 0  # the first one says whether the run is finished
     if arguments.profile:
         print(
@@ -63,3 +63,9 @@ def train(arguments: TrainArguments, out: Path, words: Sequence[str]) -> int:
     print(evaluate_run(out).text())
     print(f"run folder: {out}")
     return 0
+
+
+def _ignore_launcher(started: Processes) -> None:
+    """Lets this process, which is about to end, end by itself; the launcher sends SIGTERM when another has ended."""
+    if started.size > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
