@@ -331,7 +331,9 @@ def differing(config: RunConfig, folder: Path) -> str:
     return trained(changed, folder).error
 
 
-def test_what_cannot_be_trained_thoseis_refused(group: Group, tiny_config: Config, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_together_is_refused(
+    group: Group, tiny_config: Config, tmp_path: Path
+) -> None:
     says = "batch_size: 15 samples cannot be shared equally by 2 processes; give --batch-size 14 or --batch-size 16"
     with pytest.raises(UsageError, match=says):
         together.check_divisible(tiny_config(batch_size=15), 2)
