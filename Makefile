@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := src tests benchmarks examples docs
 
-.PHONY: help demo test test-slow guards claims towers bench bench-scale docs check fix clean
+.PHONY: help demo test test-slow guards claims towers bench bench-scale docs site check fix clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,7 +26,7 @@ test: $(STAMP) ## the test suite
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2
 
 test-slow: $(STAMP) ## the tests marked slow
-	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench,docs]'
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m slow
 
 guards: $(STAMP) ## remove each guard once and check that a test fails; about three minutes
@@ -53,6 +53,10 @@ bench-scale: $(STAMP) ## start-up, memory and cost per sample from ten thousand 
 docs: $(STAMP) ## write the tables and figures of the documents again
 	$(RUN)/python docs/tables.py
 	$(RUN)/python docs/figures/make.py
+
+site: $(STAMP) ## the documentation as web pages in build/site; works offline once installed
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	$(RUN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs/site -d build/site-cache . build/site
 
 check: $(STAMP) ## format, lint and types
 	$(RUN)/ruff format --check $(CODE)

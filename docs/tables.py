@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import hours
 from threetowers.config import Method, RunConfig
 from threetowers.data.open import FORMATS
 from threetowers.evaluate.suite.tasks import TASKS
@@ -29,7 +30,12 @@ from threetowers.train.profile import PHASES
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "docs" / "claims" / "study.json"
-DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "howto").glob("*.md")),
+)
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 IMAGE_TOWERS = {
@@ -61,6 +67,10 @@ def tables() -> dict[str, str]:
         ),
         "exports": markdown(
             ("`--to`", "what is written"), ((f"`{name}`", form.help) for name, form in EXPORTS.items())
+        ),
+        "hours": markdown(
+            ("recipe", "images", "samples seen by a run", "hours for embedding", "hours of a 3T run"),
+            hours.rows(),
         ),
         "phases": markdown(("phase", "what it is"), PHASES.items()),
         "claims": claims(json.loads(STUDY.read_bytes())),

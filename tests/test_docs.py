@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,12 @@ from threetowers.train.loop import train
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "howto").glob("*.md")),
+]
 BLOCK = re.compile(r"^(<!-- not run -->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -36,7 +42,9 @@ def blocks() -> Iterator[tuple[str, str]]:
 
 
 def docs_module(path: str) -> ModuleType:
-    """A script under docs/, imported by its path."""
+    """A script under docs/, imported by its path; it finds the scripts beside it, as when it is run."""
+    if str(ROOT / "docs") not in sys.path:
+        sys.path.append(str(ROOT / "docs"))
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "docs" / path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -47,7 +55,7 @@ def docs_module(path: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def workplace(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the blocks name: a finished run, its export, and two photos."""
+    """A folder with what the blocks name: a finished run, its export, photos with captions, and two photos more."""
     folder = tmp_path_factory.mktemp("workplace")
     config = RunConfig(
         data=str(photos),
@@ -59,8 +67,10 @@ def workplace(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     train(config, folder / "runs" / "mine")
     export_open_clip(folder / "runs" / "mine", folder / "exported")
+    shutil.copytree(photos.parent, folder / "photos")
     for name, colour in (("a.jpg", "red"), ("b.jpg", "blue")):
         Image.new("RGB", (40, 40), colour).save(folder / name)
+        Image.new("RGB", (40, 40), colour).save(folder / "photos" / name)
     return folder
 
 
@@ -143,7 +153,10 @@ def test_doctests(name: str) -> None:
     assert result.failed == 0
 
 
-def test_doctests_of_the_scripts_of_the_documents() -> None:
-    result = doctest.testmod(docs_module("tables.py"))
+@pytest.mark.parametrize("name", ["tables.py", "site/conf.py"])
+def test_doctests_of_the_scripts_of_the_documents(name: str) -> None:
+    if name == "site/conf.py":
+        pytest.importorskip("sphinx")
+    result = doctest.testmod(docs_module(name))
     assert result.attempted > 0
     assert result.failed == 0

@@ -138,7 +138,9 @@ def test_every_config_field_is_read_somewhere(owner: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name
+    "document",
+    sorted(path for place in (".", "docs", "docs/howto", "examples") for path in (ROOT / place).glob("*.md")),
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_paths_and_targets_named_in_documents_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")

@@ -31,6 +31,7 @@ suppress_warnings = ["config.cache"]
 
 myst_heading_anchors = 4
 default_role = "code"  # docstrings put code between single backticks
+viewcode_follow_imported_members = False  # what is imported from outside has no page here
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "undoc-members": True, "ignore-module-all": True}
@@ -47,15 +48,34 @@ MARKUP = re.compile(r"([*|_](?=\W|$)|(?<!\w)[*|])")
 """What reStructuredText would take for markup, and docstrings mean as it stands: `*` in patterns, `**` in powers."""
 
 
-def literal_docstring(
+def plain_docstring(
     app: Sphinx, what: str, name: str, found: object, options: object, lines: list[str]
 ) -> None:
-    """Escapes the characters of a docstring that are no markup in it; code between backticks stays as it is."""
-    for number, line in enumerate(lines):
-        if not line.lstrip().startswith(">>>"):
-            pieces = line.split("`")
-            pieces[::2] = [MARKUP.sub(r"\\\1", piece) for piece in pieces[::2]]
-            lines[number] = "`".join(pieces)
+    """Makes reStructuredText of a docstring: escapes what is no markup in it, and marks indented lines as code.
+
+    Code between backticks stays as it is. Examples with `>>>` are recognised without a mark.
+    """
+    text: list[str] = []
+    code = False
+    for line in lines:
+        indented = line.startswith("    ")
+        if indented and not code and (not text or not text[-1]):
+            text += ["::", ""]
+            code = True
+        code = code and (indented or not line)
+        text.append(line if code or line.lstrip().startswith(">>>") else escaped(line))
+    lines[:] = text
+
+
+def escaped(line: str) -> str:
+    """A line with a backslash before each character that is no markup, outside of backticks.
+
+    >>> escaped("patterns (* and ?), such as `*.jpg`")
+    'patterns (\\\\* and ?), such as `*.jpg`'
+    """
+    pieces = line.split("`")
+    pieces[::2] = [MARKUP.sub(r"\\\1", piece) for piece in pieces[::2]]
+    return "`".join(pieces)
 
 
 def folders_are_their_readmes(app: Sphinx, doctree: nodes.document) -> None:
@@ -81,6 +101,6 @@ def copy_figures(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     """Connects the functions above."""
-    app.connect("autodoc-process-docstring", literal_docstring)
+    app.connect("autodoc-process-docstring", plain_docstring)
     app.connect("doctree-read", folders_are_their_readmes)
     app.connect("build-finished", copy_figures)

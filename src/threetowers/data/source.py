@@ -293,9 +293,11 @@ PICTURE_ENDINGS = (
 def describe(source: Source) -> str:
     """A few lines for the user: what was recognised, the number of samples and problems, and the first samples.
 
-    captions.csv: table captions.csv, images in column `file`, captions in `caption`
-    5 samples, 1 problem (missing file: 1)
-      a.jpg → a red square
+        captions.csv: table captions.csv, images in column `file`, captions in `caption`
+        5 samples, 1 problem (missing file: 1)
+          a.jpg → a red square
+
+    At most three samples are shown.
     """
     counts = Counter(problem.reason for problem in source.problems)
     reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
