@@ -75,7 +75,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
               "load_optimizer_tensors", instead("laid_out_as", "{1}"), BITS),
         Guard("best-verified", "the best checkpoint becomes the result unread", "restore_model", drop("verify"),
               "test_guarded.py::test_a_damaged_best_checkpoint_never_becomes_the_result"),
-        Guard("result-verified", "a finished model whose weights have changed is loaded", "load_run",
+        Guard("result-verified", "a finished model whose weights have changed is loaded", "read_weights",
               never("sha256"), "test_train.py::test_a_changed_weights_file_is_refused"),
     ),
     "Checkpoints are written whole": (

@@ -16,6 +16,7 @@ import timm
 from threetowers import cli
 from threetowers.commands import arguments
 from threetowers.config import RunConfig
+from threetowers.explore import start as explore_start
 from threetowers.objective.pairs import objective
 from threetowers.run.setup import check_settings
 
@@ -83,6 +84,7 @@ def reads_only(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Parsed(found)
 
     monkeypatch.setattr(cli, "parse", parse)
+    monkeypatch.setattr(explore_start, "parse", parse)
     monkeypatch.setattr(cli, "run_arguments", run_arguments)
 
 
@@ -116,11 +118,8 @@ def test_other_programs_are_given_what_exists(words: list[str]) -> None:
 def flags() -> frozenset[str]:
     """Every flag of every verb, and those of open_clip's training, which the comparison names."""
     found = set()
-    for kind in (
-        *(arguments.TrainArguments, arguments.ValidateArguments, arguments.CompareArguments),
-        *(arguments.AdviseArguments, arguments.PretrainArguments, arguments.AnalyseArguments),
-        *(arguments.EvaluateArguments, arguments.EmbedArguments),
-    ):
+    kinds = [kind for name, kind in vars(arguments).items() if name.endswith("Arguments")]
+    for kind in (*kinds, explore_start.ExploreArguments):
         found |= flags_of(kind)
     source = inspect.getsource(cli)
     found |= {f"--{name}".replace("_", "-") for name in re.findall(r"^        (\w+): ", source, re.MULTILINE)}

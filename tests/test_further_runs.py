@@ -274,7 +274,7 @@ def test_too_little_data_for_one_batch_is_said_before_anything_is_embedded(
 
 
 def test_the_function_of_an_export_lays_transparent_16_bit_grey_on_white() -> None:
-    code = CARD.format(folder="exported", differences="")
+    code = CARD.format(heading="#", folder="exported", differences="")
     names: dict[str, Any] = {"np": np, "Image": Image, "ImageOps": ImageOps}
     exec(code[code.index("def to_rgb") : code.index("pixels = ")], names)
     file = io.BytesIO()

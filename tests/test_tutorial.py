@@ -21,8 +21,8 @@ def test_the_tutorial_leads_from_photographs_to_an_export(
 ) -> None:
     text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
     assert all(text.count(words) == 1 for words in SHORTER)
-    for words, shorter in SHORTER.items():
-        text = text.replace(words, shorter)
+    for long, short in SHORTER.items():
+        text = text.replace(long, short)
     text = text.replace("timm:resnet50", timm_tower)
     shutil.copytree(photos.parent, tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
@@ -38,4 +38,6 @@ def test_the_tutorial_leads_from_photographs_to_an_export(
     assert verbs == ["validate", "embed", "compare", "evaluate", "export"]
     for file in ("runs/compare/report.html", "stores/rn50/store.json", "exported/open_clip_config.json"):
         assert (tmp_path / file).is_file()
-    assert [path.parent.name for path in tmp_path.rglob("store.json")] == ["rn50"], "features were stored twice"
+    assert [path.parent.name for path in tmp_path.rglob("store.json")] == ["rn50"], (
+        "features were stored twice"
+    )
