@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := src tests benchmarks examples docs
 
-.PHONY: help demo test test-slow guards claims towers bench bench-scale docs site check fix clean
+.PHONY: help demo test test-slow guards claims towers bench bench-scale docs site notebooks check fix clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -57,6 +57,10 @@ docs: $(STAMP) ## write the tables and figures of the documents again
 site: $(STAMP) ## the documentation as web pages in build/site; works offline once installed
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	$(RUN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs/site -d build/site-cache . build/site
+
+notebooks: $(STAMP) ## run the notebooks of examples/notebooks; a minute each
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	OMP_NUM_THREADS=1 $(RUN)/jupyter execute examples/notebooks/*.ipynb
 
 check: $(STAMP) ## format, lint and types
 	$(RUN)/ruff format --check $(CODE)

@@ -59,6 +59,8 @@ def test_the_reference_has_every_module_that_documents_and_examples_import() -> 
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("threetowers"):
                 named.add(node.module)
+    for path in (ROOT / "examples/notebooks").glob("*.ipynb"):
+        named |= set(re.findall(r'"from (threetowers[\w.]*) import', path.read_text(encoding="utf-8")))
     for name in ("README.md", "CONTRIBUTING.md", "docs/api.md", "docs/tutorial.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         named |= set(re.findall(r"^from (threetowers[\w.]*) import", text, re.MULTILINE))

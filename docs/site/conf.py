@@ -30,7 +30,7 @@ templates_path = ["templates"]
 suppress_warnings = ["config.cache"]
 
 myst_heading_anchors = 4
-highlight_language = "none"  # a block without a language is a command; reference pages set Python for theirs
+highlight_language = "none"  # a block without a language is a command or an output
 default_role = "code"  # docstrings put code between single backticks
 viewcode_follow_imported_members = False  # what is imported from outside has no page here
 autodoc_typehints = "signature"
