@@ -1,8 +1,10 @@
 """Three Towers: image-text models that learn from frozen pretrained models without being locked to them.
 
-import threetowers
-model = threetowers.load("runs/mine")
-model.score(["a.jpg"], ["a red bicycle", "a harbour at night"])
+A finished run in three lines:
+
+    import threetowers
+    model = threetowers.load("runs/mine")
+    model.score(["a.jpg"], ["a red bicycle", "a harbour at night"])
 """
 
 from typing import TYPE_CHECKING
