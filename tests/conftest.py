@@ -13,12 +13,11 @@ os.environ.setdefault(
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
-from timm.models import save_for_hf
 
 from kit.runs import TINY_INPUTS, TINY_PAIR
+from kit.towers import timm_folder
 from threetowers.config import OptimConfig, RunConfig
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 40)}
@@ -70,19 +69,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def timm_tower(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A timm network with random weights, saved in timm's local-dir format, with preprocessing of its own."""
-    folder = tmp_path_factory.mktemp("tower")
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        model = timm.create_model("test_convnext2", num_classes=7)
-    model.pretrained_cfg.update(
-        input_size=(3, 48, 48),
-        mean=(0.3, 0.4, 0.5),
-        std=(0.2, 0.3, 0.4),
-        crop_pct=0.9,
-        interpolation="bilinear",
-    )
-    save_for_hf(model, str(folder), safe_serialization=True)
-    return f"timm:local-dir:{folder}"
+    return timm_folder(tmp_path_factory.mktemp("tower"), 5, 48, 0.9, "bilinear")
 
 
 @pytest.fixture

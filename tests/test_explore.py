@@ -21,13 +21,14 @@ from kit.runs import TINY_INPUTS, TINY_PAIR
 from kit.towers import byte_tower
 from threetowers import cli
 from threetowers.config import RunConfig
+from threetowers.data.decode import decode
 from threetowers.errors import CheckpointError, DataError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.evaluate.zero_shot import class_embeddings
 from threetowers.explore import guard, server
 from threetowers.explore.curves import POINTS, thinned
 from threetowers.explore.explorer import Explorer, Kind, Query, Search, UnknownError, best
-from threetowers.explore.gallery import features, read_image
+from threetowers.explore.gallery import features
 from threetowers.explore.models import open_model
 from threetowers.explore.start import ExploreArguments, check, open_runs, run_folders
 from threetowers.report.panels import PALETTE
@@ -217,7 +218,7 @@ def test_a_photo_is_turned_once_by_its_metadata() -> None:
     exif[0x0112] = 6
     file = io.BytesIO()
     image.save(file, "JPEG", exif=exif)
-    decoded = read_image(file.getvalue(), "photo")
+    decoded = decode(file.getvalue(), "photo")
     assert decoded.size == (20, 40) and "exif" not in decoded.info
 
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
-from timm.models import save_for_hf
 
 from kit.runs import Config, with_vit
+from kit.towers import timm_folder
 from threetowers.commands.arguments import ExportArguments
 from threetowers.commands.export import export
 from threetowers.data.decode import decode
@@ -33,18 +32,7 @@ TEXTS = ["a red square at the top left", "", "the bottom right is blue", "long "
 
 def third_tower(folder: Path, seed: int) -> str:
     """A timm network that takes the main tower's pixels, but for mean and std."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = timm.create_model("test_convnext2", num_classes=7)
-    model.pretrained_cfg.update(
-        input_size=(3, 32, 32),
-        mean=(0.3, 0.4, 0.5),
-        std=(0.2, 0.3, 0.4),
-        crop_pct=1.0,
-        interpolation="bicubic",
-    )
-    save_for_hf(model, str(folder), safe_serialization=True)
-    return f"timm:local-dir:{folder}"
+    return timm_folder(folder, seed, 32, 1.0, "bicubic")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.runs import Config
-from kit.towers import image_tower
+from kit.towers import EmbeddingTower, image_tower
 from threetowers.compare.showcase import third_checks
 from threetowers.config import ObjectiveConfig, RunConfig, StartConfig
 from threetowers.data.transforms import ImageSpec
@@ -26,26 +26,13 @@ from threetowers.train.optim import adamw
 SPEC = ImageSpec(8, (0.5,) * 3, (0.5,) * 3)
 
 
-class Text(nn.Module):
-    """A text tower that is one embedding, so that a test sees through it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.context_length = 4
-        self.embedding = nn.Embedding(30, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        embedded: Tensor = self.embedding(tokens)
-        return embedded.mean(dim=1)
-
-
 def small(rows: tuple[Row, ...], thirds: dict[str, int], **options: Any) -> ThreeTowers:
     torch.manual_seed(0)
     image = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
     return ThreeTowers(
         Objective(rows),
         image,
-        Text(10),
+        EmbeddingTower(10),
         10,
         thirds,
         ObjectiveConfig(**options),

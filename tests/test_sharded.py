@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kit.processes import Processes, Traffic, processes
+from kit.towers import EmbeddingTower
 from threetowers.config import ObjectiveConfig
 from threetowers.data.transforms import ImageSpec
 from threetowers.model import ThreeTowers
@@ -29,19 +30,6 @@ Result = tuple[Tensor, Tensor, dict[str, Tensor]]
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     with processes(request.param, tmp_path_factory.mktemp("group")) as started:
         yield started
-
-
-class Text(nn.Module):
-    """A text tower that is one embedding."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.context_length = 4
-        self.embedding = nn.Embedding(30, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        embedded: Tensor = self.embedding(tokens)
-        return embedded.mean(dim=1)
 
 
 def whole_loss(row: Compared) -> Tensor:
@@ -71,7 +59,14 @@ class Case:
         options = ObjectiveConfig(**{"init_bias": -2.0, **self.options})
         lit = self.table.image == "third"
         model = ThreeTowers(
-            self.table, None if lit else image, Text(self.width), self.width, self.thirds, options, SPEC, 0
+            self.table,
+            None if lit else image,
+            EmbeddingTower(self.width),
+            self.width,
+            self.thirds,
+            options,
+            SPEC,
+            0,
         )
         with torch.no_grad():  # rows apart from each other, where each has its own
             model.log_scale.add_(0.1 * torch.arange(len(model.log_scale)))

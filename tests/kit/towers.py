@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from threetowers.towers.frozen.base import FrozenTower
@@ -26,6 +28,35 @@ def text_tower(spec: str, **options: str) -> FrozenTower:
     tower = load_frozen(spec, **options)
     assert tower.reads == "texts"
     return tower
+
+
+class EmbeddingTower(nn.Module):
+    """A text tower that is one embedding, so that a test sees through it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.context_length = 4
+        self.embedding = nn.Embedding(30, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embedded: Tensor = self.embedding(tokens)
+        return embedded.mean(dim=1)
+
+
+def timm_folder(folder: Path, seed: int, size: int, crop_pct: float, interpolation: str) -> str:
+    """A timm network with random weights in timm's local-dir format, with its own mean and std; returns its name."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = timm.create_model("test_convnext2", num_classes=7)
+    model.pretrained_cfg.update(
+        input_size=(3, size, size),
+        mean=(0.3, 0.4, 0.5),
+        std=(0.2, 0.3, 0.4),
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+    )
+    save_for_hf(model, str(folder), safe_serialization=True)
+    return f"timm:local-dir:{folder}"
 
 
 def open_clip_folder(

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from threetowers.data.decode import decode_array
+from threetowers.data.decode import decode
 from threetowers.data.source import Source
 from threetowers.errors import BadSample, DataError
 from threetowers.evaluate.encode import Encoded, samples_of_images, texts_of
@@ -79,12 +79,7 @@ class Gallery:
     def image(self, row: int) -> Image.Image:
         """The whole image, upright RGB; raises BadSample when it cannot be read."""
         index = self.index[row]
-        return read_image(self.source.image(index), self.source.record(index).id)
-
-
-def read_image(data: bytes, id: str) -> Image.Image:
-    """An encoded image, upright RGB and without metadata that would turn it a second time; raises BadSample."""
-    return Image.fromarray(decode_array(data, id))
+        return decode(self.source.image(index), self.source.record(index).id)
 
 
 def open_gallery(models: Sequence[Model], source: Source, name: str) -> tuple[Gallery, list[Features]]:
@@ -170,7 +165,7 @@ def _embed(model: Model, source: Source) -> Features:
         images, readable = [], []
         for i in chosen[start : start + BATCH]:
             try:
-                images.append(read_image(source.image(i), source.record(i).id))
+                images.append(decode(source.image(i), source.record(i).id))
                 readable.append(i)
             except BadSample:
                 continue

@@ -16,12 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from threetowers.data.transforms import fixed_view
-from threetowers.errors import CheckpointError
 from threetowers.objective.losses import unit
 from threetowers.objective.pairs import method_label
 from threetowers.run.finished import FinishedRun, load_run
 from threetowers.run.setup import pick_device
-from threetowers.run.thirds import load_thirds
+from threetowers.run.thirds import check_trained_with, load_thirds
 from threetowers.settings import read_config
 from threetowers.towers.frozen.base import FrozenTower
 
@@ -94,11 +93,8 @@ def open_model(folder: Path, device: str = "auto") -> Model:
     used = [view for view, side in sides.items() if {f"{view}@{side}", f"{side}@{view}"} <= run.heads.keys()]
     loaded = load_thirds(config, run.device) if used else {}
     for third in run.described["thirds"]:
-        if third["view"] in used and loaded[third["view"]].fingerprint() != third["fingerprint"]:
-            raise CheckpointError(
-                f"{folder}: third tower {third['spec']} is not the one that this run was trained with: weights or "
-                "preprocessing differ. Put it back"
-            )
+        if third["view"] in used:
+            check_trained_with(folder, third, loaded[third["view"]])
     label = method_label(config.method, ", ".join(_short(third) for third in run.described["thirds"]))
     return Model(folder, label, run, {view: loaded[view] for view in used})
 

@@ -19,10 +19,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from threetowers.data.decode import decode
 from threetowers.errors import BadSample, ThreeTowersError
 from threetowers.explore.curves import curves
 from threetowers.explore.explorer import Explorer, Query, Search, UnknownError
-from threetowers.explore.gallery import read_image
 from threetowers.explore.guard import Guard, refused
 
 T = TypeVar("T")
@@ -203,7 +203,7 @@ class Page:
         data = await request.body()
 
         def encode() -> str:
-            return explorer.upload(read_image(data, "the image"))
+            return explorer.upload(decode(data, "the image"))
 
         return JSONResponse({"upload": await self._compute(encode)})
 

@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from threetowers.data.transforms import ImageSpec, fixed_view
-from threetowers.errors import CheckpointError, UsageError
+from threetowers.errors import UsageError
 from threetowers.objective.losses import unit
 from threetowers.run.finished import FinishedRun
+from threetowers.run.thirds import check_trained_with
 from threetowers.settings import read_config
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.load import load_frozen
@@ -116,11 +117,7 @@ def _third(finished: FinishedRun, run: Path, target: str) -> FrozenTower:
     third = load_frozen(
         described["spec"], described["view"], features=config.third_features, precision=config.third_precision
     )
-    if third.fingerprint() != described["fingerprint"]:
-        raise CheckpointError(
-            f"{run}: the third tower {third.spec} is not the one that this run was trained with: weights or "
-            "preprocessing differ; put it back"
-        )
+    check_trained_with(run, described, third)
     if third.precision != "fp32":
         raise UsageError(
             f"{target}: --alpha: the third tower computes in {third.precision}; a graph is in fp32"

@@ -6,6 +6,7 @@ This is the one owner of third towers at run time. The model receives nothing bu
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from threetowers.config import InputConfig, RunConfig
 from threetowers.data.loader import Batch
 from threetowers.data.source import Source, Subset
 from threetowers.data.transforms import ImageSpec
-from threetowers.errors import UsageError
+from threetowers.errors import CheckpointError, UsageError
 from threetowers.model import ThreeTowers
 from threetowers.objective.pairs import start_view
 from threetowers.run.allocator import return_freed_memory
@@ -35,6 +36,15 @@ def load_thirds(config: RunConfig, device: torch.device) -> dict[str, FrozenTowe
         )
         for view, spec in config.thirds().items()
     }
+
+
+def check_trained_with(folder: Path, described: Mapping[str, Any], tower: FrozenTower) -> None:
+    """Raises CheckpointError for a tower that is not the one that model.json of a run's folder describes."""
+    if tower.fingerprint() != described["fingerprint"]:
+        raise CheckpointError(
+            f"{folder}: third tower {described['spec']} is not the one that this run was trained with: weights or "
+            "preprocessing differ; put it back"
+        )
 
 
 def load_image_start(config: RunConfig) -> FrozenTower | None:
