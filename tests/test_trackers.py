@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,11 @@ def test_a_run_that_continues_is_one_run_of_the_tracker(
     id = run_id(tmp_path)
     if name == "wandb":
         written = list(tmp_path.glob(f"wandb/offline-run-*-{id}/run-{id}.wandb"))
-        assert len(written) == 2 and all(b"train/loss" in path.read_bytes() for path in written)
+        assert len(written) == 2
+        deadline = time.monotonic() + 30
+        while not all(b"train/loss" in path.read_bytes() for path in written):
+            assert time.monotonic() < deadline, "the rows never reached the disk"
+            time.sleep(0.05)  # the process of wandb writes the file a moment after `finish` returned
     else:
         import trackio
 
