@@ -38,6 +38,8 @@ DOCUMENTS = (
 )
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+THIRDS = ("matched", "rich", "partly", "mismatched", "random")
+"""The third towers of the study, from those that know most of the captions to those that know least."""
 IMAGE_TOWERS = {
     "own": "trained from scratch",
     "third": "the frozen tower and one trained linear projection",
@@ -47,6 +49,7 @@ IMAGE_TOWERS = {
 
 def tables() -> dict[str, str]:
     """Every table as Markdown, by the name that the documents mark its place with."""
+    study = json.loads(STUDY.read_bytes())
     return {
         "formats": markdown(("you have", "you give as `--data`"), ((f.have, f.give) for f in FORMATS)),
         "towers": markdown(("name", "meaning"), ((_code(kind.forms), kind.help) for kind in KINDS)),
@@ -73,7 +76,8 @@ def tables() -> dict[str, str]:
             hours.rows(),
         ),
         "phases": markdown(("phase", "what it is"), PHASES.items()),
-        "claims": claims(json.loads(STUDY.read_bytes())),
+        "claims": claims(study),
+        "weightings": weightings(study),
     }
 
 
@@ -84,6 +88,27 @@ def claims(study: dict[str, Any]) -> str:
         done = sum(row["done"] for row in study["progress"])
         return f"No claim is judged yet: {done:,} of {sum(row['total'] for row in study['progress']):,} runs are done."
     return markdown(("claim", "verdict"), ((title(claim), f"**{claim['verdict']}**") for claim in judged))
+
+
+def weightings(study: dict[str, Any]) -> str:
+    """Retrieval and zero-shot classification of the study's methods by third tower, as "mean [95 % interval]" in %."""
+    found = {(row["label"], row["third"]): row["metrics"] for row in study["methods"]}
+    head = ("third tower", "measured", "baseline", "LiT", "`3t`", "`3t-main`")
+    rows = []
+    for third in THIRDS:
+        for metric, measured in (("retrieval/mean_r@1", "mean R@1"), ("zero_shot/top1", "zero-shot")):
+            cells = [
+                found.get((label, "" if label == "baseline" else third), {}).get(metric)
+                for label in ("baseline", "lit", "3t", "3t-main")
+            ]
+            rows.append((third, measured, *map(_percent, cells)))
+    return markdown(head, rows)
+
+
+def _percent(cell: dict[str, float] | None) -> str:
+    if cell is None:
+        return "–"
+    return f"{100 * cell['mean']:.1f} [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
