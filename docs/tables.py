@@ -40,6 +40,9 @@ MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 THIRDS = ("matched", "rich", "partly", "mismatched", "random")
 """The third towers of the study, from those that know most of the captions to those that know least."""
+RETRIEVAL, CLASSES = "retrieval/mean_r@1", "zero_shot/top1"
+CHOICES = [(f"`{name}`", name) for name in ("baseline", "lit", "lit-unlocked", "3t", "3t-main")]
+"""The methods that docs/choosing.md compares: heading and label."""
 IMAGE_TOWERS = {
     "own": "trained from scratch",
     "third": "the frozen tower and one trained linear projection",
@@ -77,7 +80,24 @@ def tables() -> dict[str, str]:
         ),
         "phases": markdown(("phase", "what it is"), PHASES.items()),
         "claims": claims(study),
-        "weightings": weightings(study),
+        "choosing-retrieval": by_third(study, [(*column, RETRIEVAL) for column in CHOICES]),
+        "choosing-classes": by_third(study, [(*column, CLASSES) for column in CHOICES]),
+        "choosing-two": by_third(
+            study,
+            [
+                ("`3t-main`", "3t-main", RETRIEVAL),
+                ("its combination", "3t-main", "combination/mean_r@1"),
+                ("scores of baseline and LiT averaged", "3t-main", "control/mean_r@1"),
+            ],
+        ),
+        "weightings": by_third(
+            study,
+            [
+                (f"`{label}`: {what}", label, metric)
+                for what, metric in (("mean R@1", RETRIEVAL), ("zero-shot", CLASSES))
+                for label in ("3t", "3t-main")
+            ],
+        ),
     }
 
 
@@ -90,19 +110,19 @@ def claims(study: dict[str, Any]) -> str:
     return markdown(("claim", "verdict"), ((title(claim), f"**{claim['verdict']}**") for claim in judged))
 
 
-def weightings(study: dict[str, Any]) -> str:
-    """Retrieval and zero-shot classification of the study's methods by third tower, as "mean [95 % interval]" in %."""
-    found = {(row["label"], row["third"]): row["metrics"] for row in study["methods"]}
-    head = ("third tower", "measured", "baseline", "LiT", "`3t`", "`3t-main`")
-    rows = []
-    for third in THIRDS:
-        for metric, measured in (("retrieval/mean_r@1", "mean R@1"), ("zero_shot/top1", "zero-shot")):
-            cells = [
-                found.get((label, "" if label == "baseline" else third), {}).get(metric)
-                for label in ("baseline", "lit", "3t", "3t-main")
-            ]
-            rows.append((third, measured, *map(_percent, cells)))
-    return markdown(head, rows)
+def by_third(study: dict[str, Any], columns: Sequence[tuple[str, str, str]]) -> str:
+    """Figures of the study by third tower, as "mean [95 % interval]" in %; a dash where a method was not run with it.
+
+    columns: the heading, the label of the method and the metric of each.
+    """
+    found = {
+        (row["label"], row["third"] or third): row["metrics"] for row in study["methods"] for third in THIRDS
+    }
+    rows = [
+        (third, *(_percent(found.get((label, third), {}).get(metric)) for _, label, metric in columns))
+        for third in THIRDS
+    ]
+    return markdown(("third tower", *(head for head, _, _ in columns)), rows)
 
 
 def _percent(cell: dict[str, float] | None) -> str:

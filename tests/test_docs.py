@@ -160,3 +160,41 @@ def test_doctests_of_the_scripts_of_the_documents(name: str) -> None:
     result = doctest.testmod(docs_module(name))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_what_the_page_on_choosing_says_is_what_the_study_found() -> None:
+    study = json.loads((ROOT / "docs" / "claims" / "study.json").read_bytes())
+    found = {(row["label"], row["third"]): row["metrics"] for row in study["methods"]}
+
+    def interval(label: str, third: str, metric: str) -> tuple[float, float, float]:
+        cell = found[label, "" if label == "baseline" else third][metric]
+        return cell["low"], cell["mean"], cell["high"]
+
+    def above(one: str, other: str, third: str, metric: str) -> bool:
+        return interval(one, third, metric)[0] > interval(other, third, metric)[2]
+
+    r1, top1, forms = "retrieval/mean_r@1", "zero_shot/top1", ("3t", "3t-main")
+    assert not any(above(a, b, "rich", r1) for form in forms for a, b in ((form, "lit"), ("lit", form)))
+    assert all(above("lit", form, third, top1) for form in forms for third in ("rich", "matched", "partly"))
+    assert all(
+        above(form, other, third, r1)
+        for form in forms for third in ("matched", "partly") for other in ("baseline", "lit")
+    )  # fmt: skip
+    assert not above("3t", "lit-unlocked", "matched", r1) and not above("lit-unlocked", "3t", "matched", r1)
+    assert not above("lit", "lit-unlocked", "matched", top1)
+    assert above("3t-main", "baseline", "mismatched", r1)
+    assert all(above("baseline", other, "mismatched", r1) for other in ("3t", "lit"))
+    assert interval("lit-unlocked", "mismatched", r1)[1] < interval("baseline", "mismatched", r1)[1]
+    assert not any(
+        above("baseline", form, "random", r1) or above(form, "baseline", "random", r1) for form in forms
+    )
+    assert above("baseline", "lit", "random", r1)
+    for third in ("matched", "rich", "partly", "mismatched", "random"):
+        assert (
+            interval("3t-main", third, "control/mean_r@1")[1]
+            > interval("3t-main", third, "combination/mean_r@1")[1]
+        )
+    assert all(above("3t", "3t-main", third, top1) for third in ("matched", "rich", "partly"))
+    assert not any(
+        above(a, b, third, r1) for third in ("matched", "rich", "partly") for a, b in (forms, forms[::-1])
+    )
