@@ -27,7 +27,7 @@ from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.evaluate.zero_shot import class_embeddings
 from threetowers.explore import guard, server
 from threetowers.explore.curves import POINTS, thinned
-from threetowers.explore.explorer import Explorer, Kind, Query, Search, UnknownError, best
+from threetowers.explore.explorer import Explorer, Kind, Query, Search, UnknownError
 from threetowers.explore.gallery import features
 from threetowers.explore.models import open_model
 from threetowers.explore.start import ExploreArguments, check, open_runs, run_folders
@@ -130,20 +130,6 @@ def test_search_equals_a_plain_search_at_every_alpha(client: Client, explorer: E
             top = expected.topk(5)
             assert [item["image"] for item in column_found] == top.indices.tolist()
             assert [item["score"] for item in column_found] == pytest.approx(top.values.tolist(), abs=2e-5)
-
-
-def test_best_equals_a_sort() -> None:
-    candidates = torch.randn(37, 5)
-    for num in (1, 2, 9):
-        queries = torch.randn(num, 5)
-        for k in (1, 7, 37, 50):
-            for query, answers in zip(queries, best(queries, candidates, k), strict=True):
-                order = (candidates @ query).argsort(descending=True)[:k]
-                assert [row for _, row in answers] == order.tolist()
-                assert [value for value, _ in answers] == pytest.approx(
-                    (candidates @ query)[order].tolist(), abs=1e-5
-                )
-    assert best(queries, candidates[:0], 3) == [[]] * 9
 
 
 def test_searches_at_once_are_answered_as_one_by_one(explorer: Explorer) -> None:

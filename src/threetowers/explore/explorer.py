@@ -23,6 +23,7 @@ from threetowers.evaluate.similarity import UndefinedError, principal_map
 from threetowers.evaluate.zero_shot import DEFAULT_TEMPLATES, check_prompts, class_embeddings, prompt
 from threetowers.explore.gallery import Features, Gallery
 from threetowers.explore.models import Model, Vectors
+from threetowers.explore.nearest import Nearest, nearest
 
 Kind = Literal["images", "captions"]
 KEPT_TEXTS = 2_000
@@ -58,13 +59,16 @@ class UnknownError(Exception):
 class Column:
     """One answer beside the others: a model, and the third tower that α brings in, None where there is none.
 
-    images [N, D], texts [M, D]: the vectors of both systems side by side, or those of the main pair.
+    images [N, D], texts [M, D]: the vectors of both systems side by side, or those of the main pair. nearest_images,
+    nearest_texts: the search among each.
     """
 
     model: Model
     third: str | None
     images: Tensor
     texts: Tensor
+    nearest_images: Nearest
+    nearest_texts: Nearest
 
     def vectors(self, given: Vectors) -> Tensor:
         """Vectors by system as this column compares them, [·, D]."""
@@ -78,24 +82,12 @@ class Column:
         return torch.cat([(1 - alpha) * vectors[:, :half], alpha * vectors[:, half:]], dim=1)
 
 
+def _column(model: Model, third: str | None, images: Tensor, texts: Tensor) -> Column:
+    return Column(model, third, images, texts, nearest(images), nearest(texts))
+
+
 def _beside(given: Vectors, third: str | None) -> Tensor:
     return given["main"] if third is None else torch.cat([given["main"], given[third]], dim=1)
-
-
-def best(queries: Tensor, candidates: Tensor, k: int) -> list[list[tuple[float, int]]]:
-    """For each query the k highest products with candidates [C, D], and where they are, best first.
-
-    queries [Q, D]. A plain product and `topk`: what costs the time is to read the candidates once, for however many
-    queries, and a search that first finds out which of them matter reads them all the same.
-    """
-    if not len(candidates):
-        return [[] for _ in queries]
-    scores = (candidates @ queries[0])[None] if len(queries) == 1 else queries @ candidates.T
-    found = scores.topk(min(k, len(candidates)), dim=1)
-    return [
-        list(zip(values, rows, strict=True))
-        for values, rows in zip(found.values.tolist(), found.indices.tolist(), strict=True)
-    ]
 
 
 class Explorer:
@@ -107,7 +99,7 @@ class Explorer:
     def __init__(self, models: Sequence[Model], gallery: Gallery, features: Sequence[Features]) -> None:
         self.models, self.gallery = list(models), gallery
         self.columns = [
-            Column(model, third, _beside(each.images, third), _beside(each.texts, third))
+            _column(model, third, _beside(each.images, third), _beside(each.texts, third))
             for model, each in zip(models, features, strict=True)
             for third in (model.systems[1:] or (None,))
         ]
@@ -181,8 +173,8 @@ class Explorer:
                     column.weighted(column.vectors(encoded[number][place]), asked[number].alpha)
                     for number in some
                 ]
-                candidates = column.images if want == "images" else column.texts
-                for number, answers in zip(some, best(torch.cat(queries), candidates, k), strict=True):
+                near = column.nearest_images if want == "images" else column.nearest_texts
+                for number, answers in zip(some, near(torch.cat(queries), k), strict=True):
                     own = asked[number].query.row if want == "images" else None
                     others = [answer for answer in answers if answer[1] != own][: asked[number].k]
                     columns = found[number]
