@@ -11,13 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi, get_token, is_offline_mode, metadata_load
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import HfApi, constants, get_token, is_offline_mode, metadata_load
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from threetowers import __version__
@@ -52,6 +47,7 @@ def push(arguments: PushArguments) -> str:
     _check_name(repository)
     if not (arguments.yes or sys.stdin.isatty()):
         raise UsageError("push: there is no terminal to ask on; give --yes to send without being asked")
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # the client would tell, and look up, what else runs it
     api = HfApi(library_name="threetowers", library_version=__version__)
     if is_offline_mode():
         raise UsageError("push: HF_HUB_OFFLINE is set, so nothing can be sent; unset it")
@@ -184,19 +180,27 @@ def _plainly(endpoint: str, repository: str) -> Iterator[None]:
     """Whatever the Hub, the network or their client refuse, as UsageError with what to do."""
     try:
         yield
-    except OfflineModeIsEnabled:
-        raise UsageError("push: HF_HUB_OFFLINE is set, so nothing can be sent; unset it") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        raise UsageError(
-            f"push: {endpoint} refuses {repository} ({status}: {error.server_message or first_line(error)}); "
-            f"{_remedy(status)}"
-        ) from None
     except Exception as error:  # of an HTTP client that differs between the versions of huggingface_hub
+        refusal = next((each for each in _causes(error) if isinstance(each, HfHubHTTPError)), None)
+        if refusal is None:
+            (*_, first) = _causes(error)
+            raise UsageError(
+                f"push: {repository} could not be sent to {endpoint} ({first_line(first)}); look at the network and at "
+                "HF_ENDPOINT, and give the same command again"
+            ) from error
+        status = refusal.response.status_code
         raise UsageError(
-            f"push: {repository} could not be sent to {endpoint} ({first_line(error)}); look at the network and at "
-            "HF_ENDPOINT, and give the same command again"
+            f"push: {endpoint} refuses {repository} ({status}: {refusal.server_message or first_line(refusal)}); "
+            f"{_remedy(status)}"
         ) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
 
 
 def _remedy(status: int) -> str:
