@@ -126,7 +126,8 @@ def test_what_the_run_recorded_is_in_the_card(run: Path, tmp_path: Path) -> None
         "| steps | 20 of 16 pairs, 320 in all |",
         f"| trained parameters | {described['num_trainable']:,} |",
         f"train {described['data']['train']['images']}, ",
-        "image tower at random weights, text tower at random weights",
+        "| start of the image tower | random weights |",
+        "| start of the text tower | random weights |",
         f"a CPU (threads: {torch.get_num_threads()}), torch {torch.__version__}",
         "Texts are cut after 16 tokens",
         "training images are few",
@@ -135,11 +136,16 @@ def test_what_the_run_recorded_is_in_the_card(run: Path, tmp_path: Path) -> None
         assert words in text
 
 
-def test_the_start_is_said_where_there_is_one(tiny_config: Config, tmp_path: Path) -> None:
-    train(tiny_config(method="lit", steps=1), tmp_path / "lit")
-    text = card_of(tmp_path / "lit", tmp_path / "out")
-    assert "image tower at the weights of `timm:" in text and "which stayed frozen" in text
-    assert "| method | LiT (`lit`) |" in text
+@pytest.mark.parametrize("method", ["lit", "lit-unlocked", "3t-warm"])
+def test_the_start_is_said_where_there_is_one(
+    method: Any, tiny_config: Config, timm_tower: str, tmp_path: Path
+) -> None:
+    train(tiny_config(method=method, steps=1), tmp_path / "run")
+    text = card_of(tmp_path / "run", tmp_path / "out")
+    tower = public_name(timm_tower)
+    frozen = ", which stayed frozen" if method == "lit" else ""
+    assert f"| start of the image tower | `{tower}`{frozen} |" in text
+    assert f"took part in the training: `{tower}`." in text and f"(`{method}`) |" in text
     assert (
         "There are no figures, because this run was not evaluated." in text and "It was not tested." in text
     )

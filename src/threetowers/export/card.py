@@ -6,27 +6,30 @@ Metadata: https://huggingface.co/docs/hub/model-cards.
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from threetowers.config import RunConfig
 from threetowers.export.folder import HEADING, listed
 from threetowers.export.results import Figure, Results, read_results
 from threetowers.files import write_whole
 from threetowers.objective.pairs import METHODS
 from threetowers.progress import duration
 from threetowers.run.finished import FinishedRun
-from threetowers.settings import read_config
 
 TASK = "zero-shot-image-classification"
 """The Hub's only task for models that score images against texts; its widget and its search go by it."""
 SMALL = 1_000_000
 """Training images below which the card says that they are few."""
 _PREFIX = re.compile(r"(?:\w+=)?(?:[\w-]+:)*(?:[\w.-]+@)?")
+_THIRD = re.compile(r"(?:(\w+)=)?(.*)")
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+Settings = dict[str, Any]
+"""The settings of a run by their path (`optim.lr`), but for those that are `none`."""
 
 CARD = """---
 {metadata}
@@ -71,13 +74,13 @@ def write_card(
     does otherwise than training, in Markdown. name: of the exported folder. alpha: weight of the third tower, where the
     export is the convex combination. tags: of the format, for the Hub.
     """
-    config, described = read_config(run / "config.toml"), finished.described
+    settings, described = _settings(run), finished.described
     reads = {third["view"]: third["reads"] for third in described["thirds"]}
     results = read_results(run, reads, alpha)
     data = ModelCardData(
         library_name=library,
         pipeline_tag=TASK,
-        tags=["threetowers", "clip", "image-text", config.method, *tags],
+        tags=["threetowers", "clip", "image-text", described["method"], *tags],
         model_name=name,
         eval_results=_eval_results(results) or None,
     )
@@ -87,14 +90,14 @@ def write_card(
         metadata=data.to_yaml(),
         heading=HEADING,
         title=title,
-        summary=_summary(config, finished, alpha),
+        summary=_summary(finished, alpha),
         usage=usage,
         folder=name,
         results=_results(results, described, alpha),
-        training=_table(("", ""), _training(run, config, finished)),
+        training=_table(("", ""), _training(run, settings, finished)),
         energy=_energy(run),
         limits=listed(list(_limits(finished, results))),
-        licence=_licence(config, described),
+        licence=_licence(settings, described),
     )
     write_whole(folder / "README.md", text)
 
@@ -117,8 +120,8 @@ def public_name(text: str) -> str:
 # The parts of the text.
 
 
-def _summary(config: RunConfig, finished: FinishedRun, alpha: float) -> str:
-    entry = METHODS[config.method]
+def _summary(finished: FinishedRun, alpha: float) -> str:
+    entry = METHODS[finished.described["method"]]
     holds = (
         "An image tower and a text tower. Images and texts become vectors of the same space, and the cosine of two "
         f"vectors says how well they fit. The method of training is {entry.label}. "
@@ -169,61 +172,59 @@ def _eval_results(results: Results) -> list[EvalResult]:
     ]
 
 
-def _training(run: Path, config: RunConfig, finished: FinishedRun) -> Iterator[tuple[str, str]]:
+def _training(run: Path, settings: Settings, finished: FinishedRun) -> Iterator[tuple[str, str]]:
     """What the run says about itself, as rows of a table."""
     described, cfg = finished.described, finished.architecture.model_cfg
-    entry = METHODS[config.method]
-    yield "method", f"{entry.label} (`{config.method}`)"
+    method = described["method"]
+    yield "method", f"{METHODS[method].label} (`{method}`)"
     yield "objective", ", ".join(f"{a}–{b} {weight:.3g} ({kind})" for a, b, weight, kind in described["rows"])
-    if config.objective.weights_end:
-        ends = ", ".join(f"{weight:.3g}" for weight in config.objective.weights_end)
-        yield "weights at the end", f"{ends} ({config.objective.weights_schedule})"
+    if ends := settings.get("objective.weights_end"):
+        way = settings.get("objective.weights_schedule", "")
+        yield "weights at the end", f"{', '.join(f'{weight:.3g}' for weight in ends)} ({way})"
     thirds = [f"`{public_name(third['spec'])}`" for third in described["thirds"]]
     yield "third tower, frozen", ", ".join(thirds) or "none"
-    vision = cfg["vision_cfg"]
-    tower = config.pair.model or vision.get("timm_model_name") or "open_clip's ViT"
+    tower = settings.get("pair.model") or cfg["vision_cfg"].get("timm_model_name") or "open_clip's ViT"
     yield "image tower", f"{public_name(str(tower))}, {finished.architecture.image.size} pixels"
     vocabulary = "of open_clip" if described["tokenizer"] == "open_clip" else "of its own"
     yield "text tower", f"{_context_length(finished)} tokens, a vocabulary {vocabulary}"
     yield "width of the vectors", f"{finished.embed_dim}"
-    yield "start", _start(config, described)
+    image, text = _starts(settings, described)
+    frozen = ", which stayed frozen" if METHODS[method].image == "third" else ""
+    yield "start of the image tower", f"`{public_name(image)}`{frozen}" if image else "random weights"
+    yield "start of the text tower", f"`{public_name(text)}`" if text else "random weights"
     yield "trained parameters", f"{described['num_trainable']:,}"
-    if "averaged" in described:
-        weights = ", ".join(f"{each['weight']:.3g}" for each in described["averaged"])
-        yield (
-            "average",
-            f"of {len(described['averaged'])} runs, with the weights {weights}; this table is of the first",
-        )
-    parts = ", ".join(f"{name} {part['images']:,}" for name, part in described["data"].items())
-    yield "images with captions", f"{parts} (`{public_name(config.data or 'none')}`)"
-    steps = _last_row(run).get("step", config.steps)
-    yield "steps", f"{steps:,} of {config.batch_size:,} pairs, {steps * config.batch_size:,} in all"
-    if config.keep_best:
-        yield "weights kept", f"those of the step with the best `{config.keep_best}`"
-    yield "learning rate", f"{config.optim.lr:g}, AdamW, weight decay {config.optim.weight_decay:g}"
-    yield "precision, seed", f"{config.precision}, {config.seed}"
+    if averaged := described.get("averaged"):
+        weights = ", ".join(f"{each['weight']:.3g}" for each in averaged)
+        yield "average", f"of {len(averaged)} runs, with the weights {weights}; this table is of the first"
+    parts = ", ".join(f"{name} {part['images']:,}" for name, part in described.get("data", {}).items())
+    data = f" (`{public_name(settings['data'])}`)" if "data" in settings else ""
+    yield "images with captions", f"{parts or 'not counted'}{data}"
+    steps, batch = _last_row(run).get("step", settings.get("steps")), settings.get("batch_size")
+    if steps and batch:
+        yield "steps", f"{steps:,} of {batch:,} pairs, {steps * batch:,} in all"
+    if "keep_best" in settings:
+        yield "weights kept", f"those of the step with the best `{settings['keep_best']}`"
+    for key, name in (("optim.lr", "learning rate"), ("precision", "precision"), ("seed", "seed")):
+        if key in settings:
+            yield name, f"{settings[key]}"
 
 
 def _context_length(finished: FinishedRun) -> int:
     return int(finished.architecture.model_cfg["text_cfg"].get("context_length", 77))
 
 
-def _start(config: RunConfig, described: dict[str, Any]) -> str:
-    """Where the weights of both towers come from."""
-    entry, thirds = METHODS[config.method], described["thirds"]
-    if entry.image != "own" and thirds:
-        kept = "which stayed frozen" if entry.image == "third" else "which was trained further"
-        image = f"image tower at the weights of `{public_name(thirds[0]['spec'])}`, {kept}"
-    elif config.start.image:
-        image = f"image tower at the weights of `{public_name(config.start.image)}`"
-    else:
-        image = "image tower at random weights"
-    text = "at random weights"
-    if config.start.text:
-        text = f"at the weights of `{public_name(config.start.text)}`"
-    if config.pair.weights:
-        return f"both towers at the weights of `{public_name(config.pair.weights)}`"
-    return f"{image}, text tower {text}"
+def _starts(settings: Settings, described: dict[str, Any]) -> tuple[str, str]:
+    """The models whose weights the image and the text tower started at; empty for random weights."""
+    both = settings.get("pair.weights", "")
+    image, text = settings.get("start.image", both), settings.get("start.text", both)
+    if METHODS[described["method"]].image != "own" and not settings.get("start.image"):
+        image = "third"
+    given = dict(_THIRD.fullmatch(entry).groups() for entry in settings.get("third", ()))  # type: ignore[union-attr]
+    thirds = {f"third_{name}" if name else "third": spec for name, spec in given.items()}
+    thirds |= {third["view"]: third["spec"] for third in described["thirds"]}
+    if image == "third" and thirds:
+        image = next(iter(thirds.values()))
+    return thirds.get(image, image), text
 
 
 def _energy(run: Path) -> str:
@@ -246,7 +247,7 @@ def _limits(finished: FinishedRun, results: Results) -> Iterator[str]:
         yield "It was tested on what stands under Results, and on nothing else."
     else:
         yield "It was not tested."
-    images = finished.described["data"].get("train", {}).get("images", 0)
+    images = finished.described.get("data", {}).get("train", {}).get("images", 0)
     if 0 < images < SMALL:
         yield (
             f"{images:,} training images are few: well-known models of this kind have seen hundreds of millions. "
@@ -257,18 +258,15 @@ def _limits(finished: FinishedRun, results: Results) -> Iterator[str]:
     yield "Whether it treats groups of people differently was not examined. Examine it before it is used on people."
 
 
-def _licence(config: RunConfig, described: dict[str, Any]) -> str:
-    sources = [f"`{public_name(third['spec'])}` (third tower)" for third in described["thirds"]]
-    given = (config.start.image, config.start.text, config.pair.weights)
-    sources += [f"`{public_name(name)}` (start)" for name in given if name and not name.startswith("third")]
-    text = (
+def _licence(settings: Settings, described: dict[str, Any]) -> str:
+    sources = [third["spec"] for third in described["thirds"]] + [*_starts(settings, described)]
+    named = ", ".join(f"`{public_name(source)}`" for source in dict.fromkeys(sources) if source)
+    models = f" and of the models that took part in the training: {named}" if named else ""
+    return (
         "No licence has been chosen: add `license: …` to the metadata at the top of this file, with one of the Hub's "
         "identifiers, and `datasets: [USER/NAME]` if the training data are on the Hub. The licence has to respect "
-        "those of the training data"
+        f"those of the training data{models}."
     )
-    if not sources:
-        return f"{text}."
-    return f"{text} and of the models that took part in the training: {', '.join(sources)}."
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:
@@ -277,6 +275,23 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
 
 
 # The records of a run.
+
+
+def _settings(run: Path) -> Settings:
+    """What config.toml says. It is not judged, because the run is finished; nothing where it cannot be read."""
+    try:
+        values = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found: Settings = {}
+    for key, value in values.items():
+        inner = (
+            {f"{key}.{name}": each for name, each in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
+        found |= {name: each for name, each in inner.items() if each not in ("none", [])}
+    return found
 
 
 def _last_row(run: Path) -> dict[str, Any]:

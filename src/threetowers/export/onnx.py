@@ -154,7 +154,7 @@ def export_onnx(run: str | Path, out: str | Path, *, quantize: bool = False, alp
             said.append(f"onnxruntime computes the run's {side.name} vectors to {difference:.1e}")
             if quantize:
                 said.append(_write_quantized(side, path))
-        name = Path(out).name
+        name = Path(out).absolute().name
         usage = _usage(finished, encoders.width, name, differences, quantize)
         write_card(
             folder, finished, Path(run), library="transformers.js", title="as ONNX graphs", usage=usage, name=name,

@@ -77,7 +77,7 @@ def export_open_clip(run: str | Path, out: str | Path) -> Path:
         finished.tokenizer.save(folder)
         config = {"model_cfg": architecture.model_cfg, "preprocess_cfg": _preprocess_cfg(spec)}
         write_json(folder / "open_clip_config.json", config)
-        name = Path(out).name
+        name = Path(out).absolute().name
         usage = USAGE.format(folder=name, differences=listed(differences))
         write_card(
             folder, finished, Path(run), library="open_clip", title="for open_clip", usage=usage, name=name

@@ -97,10 +97,11 @@ def _ranks(tensors: Mapping[str, Tensor], thirds: Mapping[str, str], alpha: floa
     """The test ranks of the main pair, or of its combination with the third tower; None where vectors are missing."""
     views, weights = [("img", "txt")], [1.0]
     if alpha:
-        (third,) = [view for view, reads in thirds.items() if reads == "images"]
-        views, weights = [*views, (f"{third}@txt", f"txt@{third}")], [1 - alpha, alpha]
+        pairs = [(f"{view}@txt", f"txt@{view}") for view, reads in thirds.items() if reads == "images"]
+        views += [pair for pair in pairs if f"test/{pair[0]}" in tensors]
+        weights = [1 - alpha, alpha]
     names = [f"test/{name}" for name in ("text_image", "text_group", *sum(views, ()))]
-    if any(name not in tensors for name in names):
+    if len(views) != len(weights) or any(name not in tensors for name in names):
         return None
     systems = [System(*(tensors[f"test/{view}"] for view in pair)) for pair in views]
     (ranks,) = combined_ranks(systems, [weights], tensors[names[0]], tensors[names[1]])

@@ -111,7 +111,7 @@ def export_transformers(run: str | Path, out: str | Path) -> Path:
         differences = [BACKEND, *preprocessing_differences(spec), CLEANING]
         if marks:
             differences.append(f"inside a text it takes {' and '.join(marks)} for special tokens")
-        name = Path(out).name
+        name = Path(out).absolute().name
         usage = USAGE.format(folder=name, differences=listed(differences))
         write_card(
             folder, finished, Path(run), library="transformers", title="for transformers", usage=usage, name=name,
