@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token, is_offline_mode, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented there
 
 from threetowers import __version__
 from threetowers.commands.arguments import PushArguments

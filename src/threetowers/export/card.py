@@ -25,7 +25,7 @@ TASK = "zero-shot-image-classification"
 SMALL = 1_000_000
 """Training images below which the card says that they are few."""
 _PREFIX = re.compile(r"(?:\w+=)?(?:[\w-]+:)*(?:[\w.-]+@)?")
-_THIRD = re.compile(r"(?:(\w+)=)?(.*)")
+_NAMED = re.compile(r"(\w+)=(.*)")
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 Settings = dict[str, Any]
@@ -216,11 +216,13 @@ def _context_length(finished: FinishedRun) -> int:
 def _starts(settings: Settings, described: dict[str, Any]) -> tuple[str, str]:
     """The models whose weights the image and the text tower started at; empty for random weights."""
     both = settings.get("pair.weights", "")
-    image, text = settings.get("start.image", both), settings.get("start.text", both)
+    image, text = str(settings.get("start.image", both)), str(settings.get("start.text", both))
     if METHODS[described["method"]].image != "own" and not settings.get("start.image"):
         image = "third"
-    given = dict(_THIRD.fullmatch(entry).groups() for entry in settings.get("third", ()))  # type: ignore[union-attr]
-    thirds = {f"third_{name}" if name else "third": spec for name, spec in given.items()}
+    thirds: dict[str, str] = {}
+    for entry in settings.get("third", ()):
+        named = _NAMED.fullmatch(entry)
+        thirds |= {f"third_{named[1]}": named[2]} if named else {"third": entry}
     thirds |= {third["view"]: third["spec"] for third in described["thirds"]}
     if image == "third" and thirds:
         image = next(iter(thirds.values()))
