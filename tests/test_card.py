@@ -88,6 +88,9 @@ def test_the_table_has_every_figure_with_its_interval(run: Path, tmp_path: Path)
     text = card_of(run, tmp_path / "out")
     figures = read_results(run, READS).figures
     assert len(figures) == 9
+    evaluation = json.loads((run / "evaluation.json").read_bytes())
+    where = f"{evaluation['num_test']} test images with captions (`{evaluation['data']}`), zero-shot"
+    assert f"In percent: retrieval on {where}" in text
     for figure in figures:
         line = f"| {figure.task} | {figure.words} | {100 * figure.value:.1f}"
         if figure.metric == "mean_per_class":

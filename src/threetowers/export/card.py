@@ -138,9 +138,13 @@ def _results(results: Results, described: dict[str, Any], alpha: float) -> str:
     of = f"Of the convex combination with α = {alpha:g}. " if alpha else ""
     chosen = " α was given to the export; `evaluate` chooses one on validation data." if alpha else ""
     averaged = " The model is an average of several runs." if "averaged" in described else ""
+    places = {
+        "retrieval": f"retrieval on {results.num_test:,} test images with captions (`{public_name(results.data)}`)",
+        "zero-shot": "zero-shot classification on the labelled images of the run",
+    }
+    measured = [text for task, text in places.items() if task in {figure.task for figure in results.figures}]
     return (
-        f"{of}In percent, on {results.num_test:,} test images with captions (`{public_name(results.data)}`) and, for "
-        f"zero-shot classification, on the labelled images of the run.{chosen}{averaged}\n\n"
+        f"{of}In percent: {', '.join(measured)}.{chosen}{averaged}\n\n"
         + _table(("task", "measure", "result"), rows)
         + "\n\nIn brackets: 95 % interval of a bootstrap over the test images. It does not include the variation "
         "between training runs."
