@@ -139,7 +139,7 @@ def _results(results: Results, described: dict[str, Any], alpha: float) -> str:
     chosen = " α was given to the export; `evaluate` chooses one on validation data." if alpha else ""
     averaged = " The model is an average of several runs." if "averaged" in described else ""
     places = {
-        "retrieval": f"retrieval on {results.num_test:,} test images with captions (`{public_name(results.data)}`)",
+        "retrieval": f"retrieval on {results.num_test:,} test images with captions (`{results.data}`)",
         "zero-shot": "zero-shot classification on the labelled images of the run",
     }
     measured = [text for task, text in places.items() if task in {figure.task for figure in results.figures}]
@@ -166,7 +166,7 @@ def _eval_results(results: Results) -> list[EvalResult]:
             task_type=TASK if figure.task == "zero-shot" else "image-text-retrieval",
             task_name=names[figure.task],
             dataset_type="own",
-            dataset_name=public_name(results.data) if figure.task == "retrieval" else "labelled images",
+            dataset_name=results.data if figure.task == "retrieval" else "labelled images",
             dataset_split="test",
             metric_type=figure.metric,
             metric_name=figure.words,

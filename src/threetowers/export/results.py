@@ -51,7 +51,7 @@ class Figure:
 class Results:
     """The figures of one evaluation; without any, `missing` says why.
 
-    data: name of the test data. num_test: its captioned images.
+    data: name of the test data, which is no path. num_test: its captioned images.
     """
 
     figures: tuple[Figure, ...] = ()
