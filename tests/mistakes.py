@@ -67,6 +67,11 @@ class Mistake:
 
 
 TRAIN = "train run.toml"
+EXPORTED = (
+    write("exported/README.md", "# Mine\n"),
+    write("exported/open_clip_config.json", "{}"),
+    write("exported/open_clip_model.safetensors", ""),
+)
 
 MISTAKES: dict[str, Sequence[Mistake]] = {
     "The command": (
@@ -305,6 +310,14 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
         Mistake("export of a run that is not finished", "export stopped --out exported", 3, ("stopped", "train")),
         Mistake("export to an unknown format", "export run --to onx --out exported", 2, ("--to", "onx", "`onnx`")),
         Mistake("export without a folder", "export run", 2, ("--out",)),
+        Mistake("a push of a run instead of an export", "push run me/photos --yes", 2,
+                ("run folder", "threetowers export run")),
+        Mistake("a push of a folder that is no export", "push photos me/photos --yes", 2,
+                ("photos", "open_clip_config.json", "threetowers export")),
+        Mistake("a push to a name without its owner", "push exported photos --yes", 2,
+                ("'photos'", "USER/photos"), EXPORTED),
+        Mistake("a push while the Hub is switched off", "push exported me/photos --yes", 2,
+                ("HF_HUB_OFFLINE", "unset"), EXPORTED, around=offline),
         Mistake("the same seed twice", "compare run.toml --seeds 0 0", 2, ("--seeds", "0, 0")),
         Mistake("several learning rates, no validation data",
                 "compare run.toml --inputs.val-fraction 0 --methods baseline --lrs 1e-3 2e-3", 2,

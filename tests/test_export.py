@@ -13,7 +13,7 @@ from safetensors import safe_open
 from kit.runs import Config, with_vit
 from threetowers import cli
 from threetowers.errors import CheckpointError, UsageError
-from threetowers.export.formats import FORMATS, formats_help
+from threetowers.export.formats import ALSO, FORMATS, formats_help
 from threetowers.export.open_clip import export_open_clip
 from threetowers.run.finished import load_run
 from threetowers.towers.frozen.load import load_frozen
@@ -125,6 +125,7 @@ def test_every_format_loads_by_its_own_expression_and_is_the_main_pair(
     library = expression.partition(".")[0]
     assert eval(expression, {library: importlib.import_module(library)}) is not None
     written = contents(folder)
+    assert set(form.files) <= written.keys() <= {*form.files, *ALSO}, "what `push` sends"
     form.write(tmp_path / "run", tmp_path / "out")
     assert contents(folder) == written, "the same bytes again"
     assert [*tmp_path.glob(".*"), *folder.rglob(".*")] == [], "nothing of the writing is left"

@@ -23,12 +23,14 @@ from threetowers.commands.arguments import (
     EvaluateArguments,
     ExportArguments,
     PretrainArguments,
+    PushArguments,
     TrainArguments,
     ValidateArguments,
     VectorsArguments,
     parse,
     run_arguments,
     run_folder,
+    spelled_out,
 )
 from threetowers.config import CompareConfig
 from threetowers.errors import STOPPED, ThreeTowersError, UsageError, of_system
@@ -193,8 +195,7 @@ def _reproduce(words: list[str]) -> int:
             return STOPPED
         return 0
 
-    words = [word if word != "--quick" else "--quick=True" for word in words]
-    return parse(reproduce, words, "reproduce")
+    return parse(reproduce, spelled_out(words, "--quick"), "reproduce")
 
 
 def _page(words: list[str]) -> int:
@@ -255,6 +256,16 @@ def _export(words: list[str]) -> int:
     from threetowers.commands.export import export
 
     print(export(arguments))
+    return 0
+
+
+def _push(words: list[str]) -> int:
+    """send an exported folder to the Hugging Face Hub, once you agree: threetowers push FOLDER USER/NAME [--private]"""
+    arguments = parse(PushArguments, spelled_out(words, "--private", "--yes"), "push")
+
+    from threetowers.commands.push import push
+
+    print(push(arguments))
     return 0
 
 
@@ -361,6 +372,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "explore": explore,
     "pretrain": _pretrain,
     "export": _export,
+    "push": _push,
     "average": _average,
     "convert": _convert,
     "embed": _embed,

@@ -88,6 +88,19 @@ def parse(kind: Callable[..., T], words: list[str], verb: str, default: T | None
     return parsed
 
 
+def spelled_out(words: list[str], *flags: str) -> list[str]:
+    """The words with True behind each of these flags that stands alone.
+
+    >>> spelled_out(["--yes", "--private", "False"], "--yes", "--private")
+    ['--yes=True', '--private', 'False']
+    """
+    following = [*words[1:], ""]
+    return [
+        f"{word}=True" if word in flags and after not in ("True", "False") else word
+        for word, after in zip(words, following, strict=True)
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
     """Train a model. Precedence: preset, then file, then flags."""
@@ -263,6 +276,17 @@ class ExportArguments:
             "than 0 the third tower runs at inference. For --to onnx."
         ),
     ] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushArguments:
+    """Send an exported folder to the Hugging Face Hub, after saying what will be sent and asking."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="What `export` has written.")]
+    repository: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help="USER/NAME or ORGANISATION/NAME.")]
+    private: Annotated[bool, tyro.conf.arg(help="Make a new repository private.")] = False
+    revision: Annotated[str, tyro.conf.arg(help="Branch; one that is not there is made.")] = "main"
+    yes: Annotated[bool, tyro.conf.arg(help="Send without asking.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,16 +16,16 @@ QUANTIZED = "onnx/text_model_quantized.onnx"
 MODELS = ("model.json", "open_clip_config.json", "config.json", "model.safetensors", "onnx", QUANTIZED)
 """Files that belong to a model: of a run, and of each export format."""
 HEADING = "# A model trained with threetowers"
-"""How the README.md of every export begins."""
+"""How the README.md of every export begins, behind the metadata."""
 
 
 @contextlib.contextmanager
 def written_whole(out: Path, own: Collection[str]) -> Iterator[Path]:
     """A temporary folder to fill, whose files move to `out` when the block ends; if it fails, `out` stays as it was.
 
-    own: those of MODELS that this format writes. A README.md in `out` that does not begin with HEADING is kept, and the
-    export's is called README-threetowers.md there. Raises UsageError when `out` holds another model, because formats
-    have file names in common, and what this format does not write would remain there.
+    own: those of MODELS that this format writes. A README.md in `out` that no export has written, or that somebody has
+    given a licence, is kept, and the export's is called README-threetowers.md there. Raises UsageError when `out` holds
+    another model, because formats have file names in common, and what this format does not write would remain there.
     """
     for name in MODELS:
         if name not in own and (out / name).exists():
@@ -50,7 +50,13 @@ def written_whole(out: Path, own: Collection[str]) -> Iterator[Path]:
 
 
 def _is_ours(card: Path) -> bool:
-    return card.read_text(encoding="utf-8", errors="replace").startswith(HEADING)
+    """Whether an export has written a card, and nobody has given it a licence since."""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    metadata, rest = "", text
+    if text.startswith("---\n"):
+        metadata, _, rest = text.removeprefix("---\n").partition("\n---\n")
+    licensed = any(line.startswith("license") for line in metadata.splitlines())
+    return rest.startswith(HEADING) and not licensed
 
 
 def write_json(path: Path, value: Any) -> None:

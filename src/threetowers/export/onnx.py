@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from threetowers.data.tokenize import FileTokenizer
 from threetowers.data.transforms import fixed_view, normalise
 from threetowers.errors import UsageError
-from threetowers.export.folder import HEADING, QUANTIZED, listed, write_json, written_whole
+from threetowers.export.card import write_card
+from threetowers.export.folder import QUANTIZED, listed, write_json, written_whole
 from threetowers.export.inputs import (
     CLEANING,
     end_id,
@@ -36,7 +37,6 @@ from threetowers.export.inputs import (
 )
 from threetowers.export.samples import CAPTIONS, check_difference, sample_pictures
 from threetowers.export.towers import Encoders, combined_encoders, main_encoders
-from threetowers.files import write_whole
 from threetowers.run.finished import FinishedRun, load_run
 from threetowers.towers.frozen.base import first_line
 from threetowers.towers.pair import takes_short_text
@@ -47,8 +47,7 @@ LARGEST = 2**31 - 2**20
 """Bytes of weights that fit into one ONNX file, which ends at 2 GiB."""
 BATCHES = (slice(0, 1), slice(1, 4))
 """The samples in batches of one and of three."""
-CARD = """{heading}, as ONNX graphs
-
+USAGE = """\
 `onnx/vision_model.onnx` takes `pixel_values` [batch, 3, {size}, {size}] and returns `image_embeds` [batch, {width}].
 `onnx/text_model.onnx` takes `input_ids` [batch, {sequence}] and returns `text_embeds` [batch, {width}].
 Both are unit vectors. Their products are cosines; times {scale:.4f} they are the logits of training. Opset {opset}.
@@ -91,7 +90,7 @@ What is otherwise than in training:
 """
 SMALLER = """
 `onnx/vision_model_quantized.onnx` and `onnx/text_model_quantized.onnx` have the same inputs and outputs, and weights of
-eight bits; in transformers.js, `dtype: "q8"`.
+eight bits; in transformers.js, `dtype: "q8"`. The results below are not theirs.
 """
 RESIZING = (
     'training resized images with Pillow, as transformers\' image processor does with backend="pil". transformers.js '
@@ -155,9 +154,12 @@ def export_onnx(run: str | Path, out: str | Path, *, quantize: bool = False, alp
             said.append(f"onnxruntime computes the run's {side.name} vectors to {difference:.1e}")
             if quantize:
                 said.append(_write_quantized(side, path))
-        write_whole(
-            folder / "README.md", _card(finished, encoders.width, Path(out).name, differences, quantize)
-        )
+        name = Path(out).absolute().name
+        usage = _usage(finished, encoders.width, name, differences, quantize)
+        write_card(
+            folder, finished, Path(run), library="transformers.js", title="as ONNX graphs", usage=usage, name=name,
+            alpha=alpha, tags=("onnx",),
+        )  # fmt: skip
     for line in [*said, *differences]:
         print(f"note: onnx: {line}", file=sys.stderr)
     return Path(out)
@@ -282,10 +284,11 @@ def _config(finished: FinishedRun, width: int) -> dict[str, Any]:
     }
 
 
-def _card(finished: FinishedRun, width: int, folder: str, differences: Sequence[str], quantized: bool) -> str:
+def _usage(
+    finished: FinishedRun, width: int, folder: str, differences: Sequence[str], quantized: bool
+) -> str:
     dynamic, length = takes_short_text(finished.txt), finished.txt.context_length
-    return CARD.format(
-        heading=HEADING,
+    return USAGE.format(
         folder=folder,
         size=finished.architecture.image.size,
         width=width,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from threetowers.data.transforms import ImageSpec
-from threetowers.export.folder import HEADING, listed, write_json, written_whole
-from threetowers.files import write_whole
+from threetowers.export.card import write_card
+from threetowers.export.folder import listed, write_json, written_whole
 from threetowers.run.finished import load_run
 from threetowers.towers.pair import assemble
 from threetowers.towers.weights import write_safetensors
@@ -23,9 +23,7 @@ IMAGES = (
     "to_rgb(image). Otherwise it sees other pixels than training did of images with transparency, rotation, a palette, "
     "16 bits or CMYK"
 )
-CARD = """{heading}, for open_clip
-
-```python
+USAGE = """```python
 import numpy as np
 import open_clip
 from PIL import Image, ImageOps
@@ -79,8 +77,11 @@ def export_open_clip(run: str | Path, out: str | Path) -> Path:
         finished.tokenizer.save(folder)
         config = {"model_cfg": architecture.model_cfg, "preprocess_cfg": _preprocess_cfg(spec)}
         write_json(folder / "open_clip_config.json", config)
-        card = CARD.format(heading=HEADING, folder=Path(out).name, differences=listed(differences))
-        write_whole(folder / "README.md", card)
+        name = Path(out).absolute().name
+        usage = USAGE.format(folder=name, differences=listed(differences))
+        write_card(
+            folder, finished, Path(run), library="open_clip", title="for open_clip", usage=usage, name=name
+        )
     for line in differences:
         print(f"note: {line}", file=sys.stderr)
     print("note: README.md says how to load the model, and has to_rgb", file=sys.stderr)

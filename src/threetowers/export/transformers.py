@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from threetowers.data.tokenize import marks_in_text
 from threetowers.errors import UsageError
-from threetowers.export.folder import HEADING, listed, write_json, written_whole
+from threetowers.export.card import write_card
+from threetowers.export.folder import listed, write_json, written_whole
 from threetowers.export.inputs import (
     CLEANING,
     end_id,
@@ -32,7 +33,6 @@ from threetowers.export.inputs import (
     write_tokenizer,
 )
 from threetowers.export.samples import CAPTIONS, check_difference, sample_pictures
-from threetowers.files import write_whole
 from threetowers.objective.losses import unit
 from threetowers.run.finished import FinishedRun, load_run
 from threetowers.towers.frozen.base import foreign
@@ -51,9 +51,7 @@ BLOCK = {
 """The modules of a transformer block, but for queries, keys and values: open_clip's name and transformers' name."""
 ARGMAX_ID = 2
 """With this id of the end token, transformers' CLIP pools at the highest id of a text and not at its end token."""
-CARD = """{heading}, for transformers
-
-```python
+USAGE = """```python
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
@@ -113,8 +111,12 @@ def export_transformers(run: str | Path, out: str | Path) -> Path:
         differences = [BACKEND, *preprocessing_differences(spec), CLEANING]
         if marks:
             differences.append(f"inside a text it takes {' and '.join(marks)} for special tokens")
-        card = CARD.format(heading=HEADING, folder=Path(out).name, differences=listed(differences))
-        write_whole(folder / "README.md", card)
+        name = Path(out).absolute().name
+        usage = USAGE.format(folder=name, differences=listed(differences))
+        write_card(
+            folder, finished, Path(run), library="transformers", title="for transformers", usage=usage, name=name,
+            tags=("sentence-transformers",),
+        )  # fmt: skip
     print(
         f"note: transformers computes the run's vectors, of images to {image:.1e}, of texts to {text:.1e}",
         file=sys.stderr,
