@@ -237,8 +237,9 @@ class _Cell:
         self._place: Any = None
 
     def __call__(self, state: _State) -> None:
-        from IPython.display import display
+        import IPython.display
 
+        display: Any = IPython.display.display  # it has no types
         bar = (
             f'<progress value="{state.done}" max="{max(state.total, 1)}" aria-label="{html.escape(state.title)}" '
             'style="width: 16em; vertical-align: middle"></progress>'

@@ -58,7 +58,8 @@ FORMATS = {
         'open_clip.create_model_and_transforms("local-dir:{folder}")',
     ),
     "transformers": Format(
-        "a folder for transformers' CLIPModel and sentence-transformers, of open_clip's own ViT and text transformer",
+        "a folder for transformers and sentence-transformers, of open_clip's own text transformer, and its own ViT "
+        "or a timm network",
         _transformers,
         'transformers.AutoModel.from_pretrained("{folder}")',
     ),
