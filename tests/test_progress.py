@@ -224,7 +224,9 @@ def test_what_a_terminal_shows_at_the_end() -> None:
 
 def test_an_interrupted_command_ends_on_a_line_of_its_own() -> None:
     end = """
+import signal
 from threetowers import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 def wait(words):
     bar = Progress("waiting", 10, "steps")
     bar.update(5, force=True)

@@ -172,9 +172,12 @@ class _Terminal:
 
     def __call__(self, state: _State) -> None:
         global _shown
-        self._stream.write("\r\x1b[K" + self._drawn(state) + ("\n" if state.finished else ""))
+        drawn = self._drawn(state)
+        _shown = self._stream  # before it is true, for an interrupt in the midst of the next line
+        self._stream.write("\r\x1b[K" + drawn + ("\n" if state.finished else ""))
         self._stream.flush()
-        _shown = None if state.finished else self._stream
+        if state.finished:
+            _shown = None
 
     def _drawn(self, state: _State) -> str:
         """The state with the colours of the terminal.
