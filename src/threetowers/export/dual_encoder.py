@@ -63,10 +63,11 @@ def network_arguments(finished: FinishedRun) -> dict[str, Any] | None:
 
 def dual_encoder(transformers: Any, finished: FinishedRun, clip: dict[str, Any]) -> nn.Module:
     """The network with random weights; call `vision_obstacles` first. clip: the keys of CLIPConfig but for images."""
+    trunk: Any = finished.img.trunk
     vision = transformers.TimmWrapperConfig(
         architecture=finished.architecture.model_cfg["vision_cfg"]["timm_model_name"],
         model_args=network_arguments(finished),
-        hidden_size=finished.img.trunk.num_features,
+        hidden_size=trunk.num_features,
         num_labels=0,
     )
     config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
@@ -81,7 +82,8 @@ def dual_encoder(transformers: Any, finished: FinishedRun, clip: dict[str, Any])
 
 def vision_weights(finished: FinishedRun) -> dict[str, Tensor]:
     """The image tower's weights under the names of VisionTextDualEncoderModel; its projection is [D, W]."""
-    state = {VISION + key: value for key, value in finished.img.trunk.state_dict().items()}
-    projection = finished.img.head.state_dict().get("proj.weight")  # without one, W is D
+    img: Any = finished.img
+    state = {VISION + key: value for key, value in img.trunk.state_dict().items()}
+    projection = img.head.state_dict().get("proj.weight")  # without one, W is D
     state["visual_projection.weight"] = torch.eye(finished.embed_dim) if projection is None else projection
     return state

@@ -189,6 +189,7 @@ def _write_model(
     """Writes config.json and model.safetensors; moved: the two ids of tokens that were exchanged."""
     with torch.random.fork_rng(), quiet(transformers):  # building a network draws random numbers
         config = clip_config(finished, moved)
+        model: Any
         if isinstance(finished.img, TimmModel):
             model = dual_encoder(transformers, finished, config)
         else:
