@@ -197,8 +197,6 @@ def test_a_locked_image_tower_of_open_clips_own_is_exported(
 
 
 REFUSED: dict[str, tuple[Callable[[RunConfig], RunConfig], str]] = {
-    "timm": (lambda config: config, "image tower is test_convnext2, not open_clip's own ViT"),
-    "LiT on timm": (lambda config: replace(config, method="lit"), "image tower is test_convnext2"),
     "mean of tokens": (lambda config: with_vit(config, pool_type="avg"), "does not end in its class token"),  # type: ignore[arg-type]
     "no first norm": (lambda config: with_vit(config, no_ln_pre=True), "no layer norm before its blocks"),
     "layer scale": (lambda config: with_vit(config, ls_init_value=0.1), "the image tower has .* a layer scale"),

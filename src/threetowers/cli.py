@@ -35,6 +35,7 @@ from threetowers.commands.arguments import (
 from threetowers.config import CompareConfig
 from threetowers.errors import STOPPED, ThreeTowersError, UsageError, of_system
 from threetowers.explore.start import explore
+from threetowers.progress import say
 from threetowers.recipes import PRESETS
 from threetowers.settings import did_you_mean
 
@@ -66,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UsageError(f"{words[0]}: no such command{did_you_mean(words[0], VERBS)}")
         sys.exit(verb(words[1:]) or 0)
     except ThreeTowersError as error:
-        print(f"threetowers: {error}", file=sys.stderr)
+        say(str(error))
         sys.exit(error.exit_code)
     except OSError as error:
-        print(f"threetowers: {of_system(error)}", file=sys.stderr)
+        say(f"{of_system(error)}")
         sys.exit(3)
     except KeyboardInterrupt:
-        print("threetowers: interrupted; the same command continues", file=sys.stderr)
+        say("interrupted; the same command continues")
         sys.exit(STOPPED)
 
 

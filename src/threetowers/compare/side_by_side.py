@@ -147,6 +147,7 @@ def side_by_side(
                 # the last step of a run counts when it is evaluated
                 bar.update(finished_steps + sum(min(last_step(t.folder), t.steps - 1) for t in running))
     finally:
+        bar.clear()
         for worker in workers:
             worker.connection.close()
         for worker in workers:

@@ -66,7 +66,8 @@ FORMATS = {
         ("README.md", "open_clip_config.json", "open_clip_model.safetensors"),
     ),
     "transformers": Format(
-        "a folder for transformers' CLIPModel and sentence-transformers, of open_clip's own ViT and text transformer",
+        "a folder for transformers and sentence-transformers, of open_clip's own text transformer, and its own ViT "
+        "or a timm network",
         _transformers,
         'transformers.AutoModel.from_pretrained("{folder}")',
         (*_READ_BY_TRANSFORMERS, "model.safetensors"),

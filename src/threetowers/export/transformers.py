@@ -1,10 +1,12 @@
-"""A finished run as a folder for transformers and sentence-transformers, in the layout of transformers' CLIPModel.
+"""A finished run as a folder for transformers and sentence-transformers.
 
     export_transformers("runs/mine", "exported")
     # transformers.AutoModel.from_pretrained("exported")
 
 open_clip's own image and text transformers are the networks of CLIP with other parameter names, so the weights are
-renamed. transformers loads the folder again before it gets its name, and its features are compared with the run's.
+renamed and the folder holds a CLIPModel. With a timm network as image tower it holds a VisionTextDualEncoderModel
+(export/dual_encoder.py), whose text model is that of CLIP.
+transformers loads the folder again before it gets its name, and its features are compared with the run's.
 Legend: V tokens of the vocabulary, W width of a tower, D embedding.
 """
 
@@ -17,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from threetowers.data.tokenize import marks_in_text
 from threetowers.errors import UsageError
 from threetowers.export.card import write_card
+from threetowers.export.dual_encoder import dual_encoder, vision_obstacles, vision_weights
 from threetowers.export.folder import listed, write_json, written_whole
 from threetowers.export.inputs import (
     CLEANING,
@@ -94,7 +98,7 @@ def export_transformers(run: str | Path, out: str | Path) -> Path:
     """Writes config.json, model.safetensors, the tokenizer, preprocessor_config.json and README.md; returns the folder.
 
     The export holds the two main towers and the scale. Raises UsageError for towers or preprocessing that
-    transformers' CLIP does not have. Raises CheckpointError for an unfinished run, and when the features that
+    transformers does not have. Raises CheckpointError for an unfinished run, and when the features that
     transformers computes differ from the run's by more than `TOLERANCE`. Nothing is written then.
     """
     finished = load_run(run)
@@ -130,27 +134,31 @@ def export_transformers(run: str | Path, out: str | Path) -> Path:
 
 
 def check_expressible(finished: FinishedRun) -> None:
-    """Raises UsageError when transformers' CLIP cannot express the towers; it says why, and what to do instead."""
+    """Raises UsageError when transformers cannot express the towers; it says why, and what to do instead."""
     reason = next(_obstacles(finished), None)
     if reason is not None:
+        model = "VisionTextDualEncoder" if isinstance(finished.img, TimmModel) else "CLIP"
         raise UsageError(
-            f"--to transformers: {reason}, which transformers' CLIP cannot express; export --to open_clip"
+            f"--to transformers: {reason}, which transformers' {model} cannot express; export --to open_clip"
         )
 
 
 def _obstacles(finished: FinishedRun) -> Iterator[str]:
     img, txt = finished.img, finished.txt
-    vision = finished.architecture.model_cfg["vision_cfg"]
-    if not isinstance(img, VisionTransformer):
-        yield f"the image tower is {vision.get('timm_model_name') or type(img).__name__}, not open_clip's own ViT"
+    if not isinstance(img, VisionTransformer | TimmModel):
+        yield f"the image tower is {type(img).__name__}, neither open_clip's own ViT nor a timm network"
         return
     if not isinstance(txt, TextTransformer):
         yield f"the text tower is {type(txt).__name__}, not open_clip's own"
         return
-    if img.attn_pool is not None or img.pool_type != "tok":
-        yield "the image tower does not end in its class token (vision.pool_type, vision.attentional_pool)"
-    if isinstance(img.ln_pre, nn.Identity):
-        yield "the image tower has no layer norm before its blocks (vision.no_ln_pre)"
+    if isinstance(img, TimmModel):
+        yield from vision_obstacles(finished)
+    else:
+        if img.attn_pool is not None or img.pool_type != "tok":
+            yield "the image tower does not end in its class token (vision.pool_type, vision.attentional_pool)"
+        if isinstance(img.ln_pre, nn.Identity):
+            yield "the image tower has no layer norm before its blocks (vision.no_ln_pre)"
+        yield from _block_obstacles("image", img)
     if not takes_short_text(txt):
         yield "the text tower is not causal with its features at the end token (pair.text)"
     if isinstance(txt.text_projection, nn.Linear):
@@ -158,12 +166,15 @@ def _obstacles(finished: FinishedRun) -> Iterator[str]:
     end = end_id(finished.tokenizer)
     if txt.pool_type == "argmax" and end != txt.vocab_size - 1:
         yield "the text tower pools at the highest id, which is not that of the end token (text.pool_type)"
-    for name, tower in (("image", img), ("text", txt)):
-        for block in tower.transformer.resblocks:
-            if type(block) is not ResidualAttentionBlock or not isinstance(block.ls_1, nn.Identity):
-                yield f"the {name} tower has blocks that CLIP does not have, or a layer scale (ls_init_value)"
-            elif _activation(block) is None:
-                yield f"the {name} tower has the activation {type(block.mlp.gelu).__name__} (act_kwargs)"
+    yield from _block_obstacles("text", txt)
+
+
+def _block_obstacles(name: str, tower: Any) -> Iterator[str]:
+    for block in tower.transformer.resblocks:
+        if type(block) is not ResidualAttentionBlock or not isinstance(block.ls_1, nn.Identity):
+            yield f"the {name} tower has blocks that CLIP does not have, or a layer scale (ls_init_value)"
+        elif _activation(block) is None:
+            yield f"the {name} tower has the activation {type(block.mlp.gelu).__name__} (act_kwargs)"
 
 
 def _activation(block: Any) -> str | None:
@@ -179,13 +190,18 @@ def _write_model(
 ) -> None:
     """Writes config.json and model.safetensors; moved: the two ids of tokens that were exchanged."""
     with torch.random.fork_rng(), quiet(transformers):  # building a network draws random numbers
-        model = transformers.CLIPModel(transformers.CLIPConfig(**clip_config(finished, moved)))
+        config = clip_config(finished, moved)
+        model: Any
+        if isinstance(finished.img, TimmModel):
+            model = dual_encoder(transformers, finished, config)
+        else:
+            model = transformers.CLIPModel(transformers.CLIPConfig(**config))
         load_strictly(model, clip_weights(finished, moved), "--to transformers")
         model.save_pretrained(folder)
 
 
 def clip_config(finished: FinishedRun, moved: tuple[int, int] | None = None) -> dict[str, Any]:
-    """The keys of transformers' CLIPConfig for the two towers; call `check_expressible` first."""
+    """The keys of transformers' CLIPConfig; call `check_expressible` first. A timm network is not among them."""
     img: Any = finished.img
     txt: Any = finished.txt
     other = dict(zip(moved, reversed(moved), strict=True)) if moved else {}
@@ -197,14 +213,16 @@ def clip_config(finished: FinishedRun, moved: tuple[int, int] | None = None) -> 
         "bos_token_id": None,
         "pad_token_id": other.get(pad, pad),
     }
-    vision = {"image_size": img.image_size[0], "patch_size": img.patch_size[0]}
     embed_dim = finished.embed_dim
-    return {
+    config = {
         "projection_dim": embed_dim,
         "logit_scale_init_value": float(np.log(finished.scale)),
         "text_config": {**_blocks_config(txt, txt.ln_final), **text, "projection_dim": embed_dim},
-        "vision_config": {**_blocks_config(img, img.ln_post), **vision, "projection_dim": embed_dim},
     }
+    if isinstance(img, VisionTransformer):
+        vision = {"image_size": img.image_size[0], "patch_size": img.patch_size[0]}
+        config["vision_config"] = {**_blocks_config(img, img.ln_post), **vision, "projection_dim": embed_dim}
+    return config
 
 
 def _blocks_config(tower: Any, norm: Any) -> dict[str, Any]:
@@ -220,8 +238,8 @@ def _blocks_config(tower: Any, norm: Any) -> dict[str, Any]:
 
 
 def clip_weights(finished: FinishedRun, moved: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """The towers' weights under the names of transformers' CLIPModel. Projections are [D, W] there, and [W, D] here."""
-    img, txt = finished.img.state_dict(), finished.txt.state_dict()
+    """The towers' weights under transformers' names. Projections are [D, W] there, and [W, D] in open_clip's own."""
+    txt = finished.txt.state_dict()
     tokens = txt["token_embedding.weight"].clone()  # [V, W]
     if moved is not None:
         tokens[list(moved)] = tokens[list(reversed(moved))]
@@ -231,18 +249,26 @@ def clip_weights(finished: FinishedRun, moved: tuple[int, int] | None = None) ->
         "text_projection.weight": torch.eye(tokens.shape[1]) if projection is None else projection.T,
         "text_model.embeddings.token_embedding.weight": tokens,
         "text_model.embeddings.position_embedding.weight": txt["positional_embedding"],
+    }
+    for part in ("weight", "bias"):
+        state[f"text_model.final_layer_norm.{part}"] = txt[f"ln_final.{part}"]
+    state |= {f"text_model.{key}": value for key, value in _block_weights(txt)}
+    state |= vision_weights(finished) if isinstance(finished.img, TimmModel) else _vit_weights(finished.img)
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def _vit_weights(tower: nn.Module) -> dict[str, Tensor]:
+    img = tower.state_dict()
+    state = {
         "visual_projection.weight": img["proj"].T,
         "vision_model.embeddings.class_embedding": img["class_embedding"],
         "vision_model.embeddings.patch_embedding.weight": img["conv1.weight"],
         "vision_model.embeddings.position_embedding.weight": img["positional_embedding"],
     }
     for part in ("weight", "bias"):
-        state[f"text_model.final_layer_norm.{part}"] = txt[f"ln_final.{part}"]
         state[f"vision_model.pre_layrnorm.{part}"] = img[f"ln_pre.{part}"]  # their spelling
         state[f"vision_model.post_layernorm.{part}"] = img[f"ln_post.{part}"]
-    state |= {f"vision_model.{key}": value for key, value in _block_weights(img)}
-    state |= {f"text_model.{key}": value for key, value in _block_weights(txt)}
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    return state | {f"vision_model.{key}": value for key, value in _block_weights(img)}
 
 
 def _block_weights(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -163,6 +163,7 @@ def _steps(session: Session) -> bool:
         if stop or session.patience_over:
             break
         clock.lap()
+    bar.clear()
     return False
 
 
