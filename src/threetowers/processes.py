@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from threetowers.errors import LostProcessError, UsageError
+from threetowers.heartbeats import PLACE, told
 
 PATIENCE = timedelta(days=7)
 """What a collective waits for the other processes. It is long, since they wait while rank 0 embeds a data set or
@@ -166,7 +167,8 @@ def joined(device: str = "auto") -> Iterator[Processes]:
             )
         torch.cuda.set_device(processes.local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
-    yield processes
+    with told(dist.distributed_c10d._get_default_store(), processes.rank, processes.size):
+        yield processes
     dist.destroy_process_group()  # not after an error, when another process may never answer
 
 
@@ -201,9 +203,10 @@ def is_first_to_say(text: str) -> bool:
 
 @contextmanager
 def _all_there() -> Iterator[None]:
-    """Turns what a collective says when a process is gone into LostProcessError."""
+    """Around a collective: where others wait for this process, and LostProcessError when one of them is gone."""
     try:
-        yield
+        with PLACE.collective():
+            yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)):
             raise
