@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kit.processes import Processes as Group
 from kit.processes import processes as group_of
 from kit.runs import Config, assert_same_weights
-from kit.started import LINUX, Started, command
+from kit.started import LINUX, TORCHRUN, Started, command
 from threetowers import heartbeats
 from threetowers.heartbeats import EVERY, LATE, PATIENT, Beat, Place, Watch
 from threetowers.processes import Processes
@@ -259,18 +259,8 @@ def test_a_loader_that_hangs_is_named(tiny_config: Config, tmp_path: Path) -> No
     words = command(tiny_config(method="baseline"), tmp_path / "run")
     script = tmp_path / "sleeps.py"
     script.write_text(SLEEPS)
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    done = subprocess.run(
-        [*torchrun, *words[words.index("train") :]], capture_output=True, text=True, timeout=480
-    )
+    words = [*TORCHRUN, str(script), *words[words.index("train") :]]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr
     assert re.search(
         r"the others have waited 2\d s for rank 1 .* reading its batch after step 2", done.stderr

@@ -31,7 +31,7 @@ from kit.runs import (
     weights,
     with_vit,
 )
-from kit.started import LINUX, Started, command
+from kit.started import LINUX, TORCHRUN, Started, command
 from threetowers import processes
 from threetowers.cli import main
 from threetowers.config import ObjectiveConfig, RunConfig
@@ -373,7 +373,7 @@ def test_processes_that_are_stopped_and_killed_finish_with_the_weights_of_an_und
     tiny_config: Config, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """SIGTERM to one, which stops both, and SIGKILL to either at random steps, twenty times."""
-    config = tiny_config(steps=150, log_every_steps=1, checkpoint_every_steps=3)
+    config = tiny_config(steps=300, log_every_steps=1, checkpoint_every_steps=3)
     folder, whole = tmp_path / "run", Started(config, tmp_path / "whole")
     assert whole.end()[0] == 0
     run = Started(config, folder)
@@ -386,19 +386,33 @@ def test_processes_that_are_stopped_and_killed_finish_with_the_weights_of_an_und
     ends: list[tuple[int, int, float]] = []
     for _ in range(20):
         run, rank = Started(config, folder), draw.randrange(2)
-        run.wait_for(min(step + draw.randint(1, 7), 140))
-        start = time.monotonic()
-        os.kill(run.rank(rank), signal.SIGKILL)
+        run.wait_for(step + draw.randint(1, 7))
+        killed, start = run.rank(rank), time.monotonic()
+        os.kill(killed, signal.SIGKILL)
         code, said = run.end()
-        ends.append((rank, max(logged(folder)), round(time.monotonic() - start, 1)))
-        print(ends, flush=True)
-        assert code == 1 and ends[-1][-1] < 30, said
-        assert (
-            re.search(rf"rank {rank} \(process \d+\) was ended by SIGKILL", said) and "Traceback" not in said
-        )
         step = max(logged(folder))
+        ends.append((rank, step, round(time.monotonic() - start, 1)))
+        print(f"rank {rank} killed at step {step}: the end after {ends[-1][-1]} s", flush=True)
+        assert code == 1 and ends[-1][-1] < 30 and step < config.steps, said
+        assert f"rank {rank} (process {killed}) was ended by SIGKILL" in said and "Traceback" not in said
     record_property("rank, step and seconds until the end", ends)
     assert Started(config, folder).end()[0] == 0
+    assert_same_weights(folder, tmp_path / "whole")
+
+
+@LINUX
+@pytest.mark.slow
+def test_torchrun_starts_again_by_itself(tiny_config: Config, tmp_path: Path) -> None:
+    config = tiny_config(steps=100, log_every_steps=1, checkpoint_every_steps=3)
+    folder = tmp_path / "run"
+    run = Started(config, folder, (*TORCHRUN, "--max-restarts", "2"))
+    for rank, step in enumerate((4, 20)):
+        run.wait_for(step)
+        os.kill(run.rank(rank), signal.SIGKILL)
+    code, said = run.end()
+    assert code == 0, said
+    assert (folder / "events.log").read_text(encoding="utf-8").count("continuing from step") == 2
+    assert Started(config, tmp_path / "whole").end()[0] == 0
     assert_same_weights(folder, tmp_path / "whole")
 
 

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,16 +23,23 @@ def command(config: RunConfig, folder: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "threetowers", "train", str(file), "--out", str(folder), *words]
 
 
-class Started:
-    """`threetowers train` with two processes, and what it prints."""
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
+
+class Started:
+    """`threetowers train` with two processes, and what it prints.
+
+    launcher: the program and the options that start them, instead of --processes.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, launcher: Sequence[str] = ()) -> None:
+        words = command(config, folder, *(() if launcher else ("--processes", "2")))
+        if launcher:
+            words = [*launcher, *words[1:]]
         self.folder, self._said = folder, folder.with_suffix(".out")
         with self._said.open("a", encoding="utf-8") as file:
             self._before = file.tell()
-            self.process = subprocess.Popen(
-                command(config, folder, "--processes", "2"), stdout=file, stderr=subprocess.STDOUT
-            )
+            self.process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
 
     @property
     def said(self) -> str:
