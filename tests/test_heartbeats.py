@@ -255,7 +255,7 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_a_loader_that_hangs_is_named(tiny_config: Config, tmp_path: Path) -> None:
-    words = command(tiny_config(method="baseline"), tmp_path / "run")
+    words = command(tiny_config(steps=300, method="baseline"), tmp_path / "run")
     script = tmp_path / "sleeps.py"
     script.write_text(SLEEPS)
     words = [*TORCHRUN, str(script), *words[words.index("train") :]]
