@@ -40,6 +40,9 @@ from threetowers.towers.pair import (
 )
 from threetowers.train.room import amount
 
+PASSES = 3
+"""What a tower's forward and backward pass cost, in forward passes. torch's counter is not asked for the backward pass,
+since it counts that of a convolution in groups as if it had none."""
 PAIRS = 1e9
 """Samples that a run of the table sees."""
 
@@ -81,13 +84,12 @@ class RowCost:
 class ModelCost:
     """What is counted of a model. Operations and bytes are those of one sample, in fp32.
 
-    image, text: operations of a forward and a backward pass; forward: those of both forward passes alone. heads: of the
-    heads, both ways. saved: bytes kept for the backward pass. pixels: bytes of an image.
+    image, text: operations of the towers' forward passes. heads: of the heads, forward and backward. saved: bytes kept
+    for the backward pass. pixels: bytes of an image.
     """
 
     image: float
     text: float
-    forward: float
     heads: float
     saved: float
     pixels: int
@@ -119,8 +121,8 @@ def counted(config: RunConfig, third_width: int = 768) -> ModelCost:
         checkpoint_activations(image, text)
     pixels = torch.empty(1, 3, spec.size, spec.size, dtype=torch.uint8, device="meta")
     tokens = torch.zeros(1, model.txt.context_length, dtype=torch.long, device="meta")  # type: ignore[arg-type]
-    of_image, image_forward, image_saved = _passes(model, pixels=pixels)
-    of_text, text_forward, text_saved = _passes(model, tokens=tokens)
+    of_image, image_saved = _forward(model, pixels=pixels)
+    of_text, text_saved = _forward(model, tokens=tokens)
     feats = model.features(pixels=pixels, tokens=tokens, thirds={
         name: torch.empty(1, width, device="meta") for name, width in thirds.items()
     })  # fmt: skip
@@ -135,7 +137,7 @@ def counted(config: RunConfig, third_width: int = 768) -> ModelCost:
     )
     parameters = list(model.parameters())
     return ModelCost(
-        of_image, of_text, image_forward + text_forward, heads.get_total_flops(), image_saved + text_saved,
+        of_image, of_text, heads.get_total_flops(), image_saved + text_saved,
         pixels.numel() if image is not None else 0, _numel(parameters), model.num_trainable(), rows,
     )  # fmt: skip
 
@@ -144,8 +146,8 @@ def _numel(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _passes(model: ThreeTowers, **inputs: Tensor) -> tuple[float, float, float]:
-    """Operations of both passes and of the forward pass, and bytes that it keeps, of a sample through one tower."""
+def _forward(model: ThreeTowers, **inputs: Tensor) -> tuple[float, float]:
+    """Operations of a sample's way through a tower, and the bytes that are kept for the way back."""
     kept: dict[int, Tensor] = {}
     own = {_storage(parameter) for parameter in model.parameters()}
 
@@ -154,15 +156,10 @@ def _passes(model: ThreeTowers, **inputs: Tensor) -> tuple[float, float, float]:
             kept[_storage(tensor)] = tensor
         return tensor
 
-    with FlopCounterMode(display=False) as count:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            feats = model.features(**inputs)  # type: ignore[arg-type]
-        forward = count.get_total_flops()
-        saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        for each in feats.values():
-            if each.requires_grad:
-                each.sum().backward()
-    return count.get_total_flops(), forward, saved
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as count, hooks:
+        model.features(**inputs)  # type: ignore[arg-type]
+    return count.get_total_flops(), sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def _storage(tensor: Tensor) -> int:
@@ -267,10 +264,9 @@ def cost(config: RunConfig, model: ModelCost, processes: int, hardware: Hardware
         )
     own = config.batch_size // processes
     bf16 = config.precision != "fp32"
-    again = 1.0 if 0 < config.micro_batch_size < own else 0.0
+    passes = PASSES + (0 < config.micro_batch_size < own) + config.grad_checkpointing
     loss = loss_operations(config, model, processes, bf16=bf16) + own * model.heads
-    forward_share = model.forward / (model.image + model.text)
-    image, text = (own * each * (1 + again * forward_share) for each in (model.image, model.text))
+    image, text = own * passes * model.image, own * passes * model.text
     sent = sum(each.sent(processes) for each in collectives(config, model, processes, bf16=bf16))
     speed = hardware.peak * hardware.used
     link = (hardware.near if processes <= hardware.per_machine else hardware.link) * hardware.reached
@@ -298,12 +294,12 @@ def lines(config: RunConfig, model: ModelCost, processes: int, hardware: Hardwar
     per_pair = (
         max(row.width for row in model.rows) * 2.0 * 4 * len([row for row in model.rows if row.contrastive])
     )
-    towers = model.image + model.text
+    towers, share = PASSES * (model.image + model.text), model.text / (model.image + model.text)
     return [
         f"{config.method}, {processes:,} processes × {own:,} samples = batches of {config.batch_size:,}; "
         f"{model.parameters / 1e6:.1f} M parameters, of which {model.trained / 1e6:.1f} M train",
         f"operations of a process in a step: {found.operations / 1e12:.3g} T, of which {found.loss / 1e12:.3g} T in "
-        f"heads and loss; a sample takes {towers / 1e9:.3g} G in the towers, {model.text / towers:.0%} for the text",
+        f"heads and loss; a sample takes {towers / 1e9:.3g} G in the towers, {share:.0%} for the text",
         f"sent by a process in a step: {amount(found.sent)}" + (f" ({', '.join(sent)})" if sent else ""),
         f"memory of a process: {amount(found.memory)} ("
         + ", ".join(f"{name} {amount(size)}" for name, size in parts.items())
