@@ -120,7 +120,8 @@ def counted(config: RunConfig, third_width: int = 768) -> ModelCost:
     if config.grad_checkpointing:
         checkpoint_activations(image, text)
     pixels = torch.empty(1, 3, spec.size, spec.size, dtype=torch.uint8, device="meta")
-    tokens = torch.zeros(1, model.txt.context_length, dtype=torch.long, device="meta")  # type: ignore[arg-type]
+    context = int(model.txt.context_length)  # type: ignore[arg-type]
+    tokens = torch.zeros(1, context, dtype=torch.long, device="meta")
     of_image, image_saved = _forward(model, pixels=pixels)
     of_text, text_saved = _forward(model, tokens=tokens)
     feats = model.features(pixels=pixels, tokens=tokens, thirds={
@@ -163,7 +164,7 @@ def _forward(model: ThreeTowers, **inputs: Tensor) -> tuple[float, float]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ SIZES = ((8, 4_096), (64, 32_768), (1_024, 65_536), (1_024, 524_288))
 
 def rows(config: RunConfig, methods: Sequence[str] = ("baseline", "lit", "3t")) -> list[tuple[str, ...]]:
     """The table of docs/scaling.md: methods by sizes, with the assumptions of Hardware."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for method in methods:
         third = () if method == "baseline" else ("timm:NAME",)
         each = replace(config, method=method, third=third)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -88,6 +88,7 @@ def stepped(config: RunConfig) -> dict[str, Any]:
     context = int(model.txt.context_length)  # type: ignore[arg-type]
     tokens = torch.randint(1, 299, (own, context))
     tokens[:, -1] = 299
+    heads = [cast(nn.Linear, head) for head in model.heads.values()]
     batch = Batch(
         ids, tokens, torch.randint(0, 256, (own, 3, side, side), dtype=torch.uint8),
         {name: torch.randn(own, width) for name in thirds}, {}, ids, ids,
@@ -114,8 +115,7 @@ def stepped(config: RunConfig) -> dict[str, Any]:
     return {
         "sent": traffic.seen,
         "operations": operations.get_total_flops(),
-        "loss": of_loss.get_total_flops()
-        - own * sum(2 * head.weight.numel() for head in model.heads.values()),
+        "loss": of_loss.get_total_flops() - own * sum(2 * head.weight.numel() for head in heads),
         "memory": resident("VmHWM") - before,
     }
 

@@ -66,7 +66,7 @@ def main() -> int:
         whole(run).options(scheduling_strategy=place).remote(command(options, name, host, number, words))
         for number, place in enumerate(places)
     ]
-    return max(ray.get(started))
+    return int(max(ray.get(started)))
 
 
 if __name__ == "__main__":

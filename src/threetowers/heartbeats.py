@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from threetowers.progress import duration
 
@@ -296,7 +296,7 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def told(store: dist.Store, rank: int, size: int) -> Iterator[None]:
+def told(store: Store, rank: int, size: int) -> Iterator[None]:
     """Tells the place of this process, and names processes that are missing or slow, while the block lasts.
 
     store: that of the process group; a clone of it is used, since one blocked call would hold up all others.
@@ -313,7 +313,7 @@ def told(store: dist.Store, rank: int, size: int) -> Iterator[None]:
         thread.join(LATE)
 
 
-def _beat(store: dist.Store, rank: int, size: int, end: threading.Event) -> None:
+def _beat(store: Store, rank: int, size: int, end: threading.Event) -> None:
     """The thread: until the end, or until the store is gone with the launcher."""
     watch, count = Watch(rank), 0
     with suppress(RuntimeError):
@@ -326,7 +326,7 @@ def _beat(store: dist.Store, rank: int, size: int, end: threading.Event) -> None
         _tell(store, rank, count, ended=True)
 
 
-def _tell(store: dist.Store, rank: int, count: int, ended: bool = False) -> None:
+def _tell(store: Store, rank: int, count: int, ended: bool = False) -> None:
     at = PLACE
     beat = Beat(
         count, platform.node(), os.getpid(), at.step, at.phase, (at.collectives, at.phases), at.inside,
@@ -335,7 +335,7 @@ def _tell(store: dist.Store, rank: int, count: int, ended: bool = False) -> None
     store.set(_key(rank), json.dumps(asdict(beat)))
 
 
-def _looked(store: dist.Store, watch: Watch, size: int) -> list[str]:
+def _looked(store: Store, watch: Watch, size: int) -> list[str]:
     """Reads the heartbeats that matter to this process, and what it has to say of them."""
     watch.woke(time.monotonic())
     for rank in range(watch.rank):
@@ -349,7 +349,7 @@ def _looked(store: dist.Store, watch: Watch, size: int) -> list[str]:
     return watch.look(time.monotonic())
 
 
-def _heard(store: dist.Store, watch: Watch, ranks: list[int]) -> bool:
+def _heard(store: Store, watch: Watch, ranks: list[int]) -> bool:
     """Hears the heartbeats of these ranks; False while one of them has not told its first."""
     keys = [_key(rank) for rank in ranks]
     if not store.check(keys):

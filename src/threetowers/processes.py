@@ -166,10 +166,24 @@ def joined(device: str = "auto") -> Iterator[Processes]:
                 "devices; give as many processes as devices, or --device cpu"
             )
         torch.cuda.set_device(processes.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE, **_meeting())
     with told(dist.distributed_c10d._get_default_store(), processes.rank, processes.size):
         yield processes
     dist.destroy_process_group()  # not after an error, when another process may never answer
+
+
+def _meeting() -> dict[str, Any]:
+    """Where the processes meet, by the names of arguments.
+
+    torchrun keeps its store when it starts the processes again, and a process that reads the address of one that has
+    ended cannot connect. So each start has its own keys. Those of several machines do not count starts alike, and
+    meet where torch says.
+    """
+    if os.environ["GROUP_WORLD_SIZE"] != "1":
+        return {}
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return {"store": dist.PrefixStore(f"start-{attempt}", store), "rank": rank, "world_size": size}
 
 
 def named_by_environment() -> Processes:
