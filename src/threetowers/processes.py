@@ -181,9 +181,10 @@ def _meeting() -> dict[str, Any]:
     """
     if os.environ["GROUP_WORLD_SIZE"] != "1":
         return {}
-    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    return {"store": dist.PrefixStore(f"start-{attempt}", store), "rank": rank, "world_size": size}
+    own = dist.PrefixStore(f"start-{attempt}", store)  # type: ignore[attr-defined]
+    return {"store": own, "rank": rank, "world_size": size}
 
 
 def named_by_environment() -> Processes:
