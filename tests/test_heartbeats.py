@@ -152,6 +152,9 @@ def test_one_that_is_slow_for_long_is_named_once() -> None:
     assert line.startswith(
         "rank 3 (process 103 on node-a) takes 0.9 s for its part of a step, where 0.5 s are usual"
     )
+    world = World(2)
+    steps(world, [0.5, 0.5], 1.0, 20)
+    assert not steps(world, [0.5, 25.0], 25.0, 1) and not steps(world, [0.5, 0.5], 1.0, 40), "one long step"
     assert not steps(World(4), [0.5, 0.6, 0.5, 0.74], 1.0, 40), "differences are normal"
     assert not steps(World(2), [0.001, 0.003], 1.0, 40), "what is small beside the step does not matter"
 

@@ -39,9 +39,9 @@ LATE = 20.0
 that is less than 30."""
 PATIENT = 300.0
 """The same for what only rank 0 does, and may do for long."""
-SLOW_STEPS, SLOW_RATIO, SLOW_SHARE = 100, 1.5, 0.1
-"""A process is slow when over so many steps its own part took so many times the median, and the
-difference is more than this share of a step."""
+SLOW_STEPS, SLOW_ROW, SLOW_RATIO, SLOW_SHARE = 40, 3, 1.5, 0.1
+"""A process is slow when over so many steps, so many times in a row, its own part took so many times the median and the
+difference is more than this share of a step. One long step, after which all goes well, is in one of these alone."""
 MOST_LINES = 4  # at a time; a stalled file system may hold up a thousand processes
 
 DOING = {
@@ -168,7 +168,8 @@ class Watch:
     heard: dict[int, _Heard] = field(default_factory=dict)
     said: dict[int, tuple[str, float]] = field(default_factory=dict)
     """Of each rank that was named and has not recovered, why, and since when it is so."""
-    slow: set[int] = field(default_factory=set)
+    slow: dict[int, int] = field(default_factory=dict)
+    """How many times in a row each rank was slow."""
     looked: float | None = None
 
     def hear(self, rank: int, beat: Beat, now: float) -> None:
@@ -259,9 +260,13 @@ class Watch:
             known.first = known.beat
         usual = statistics.median_low(own.values())
         lines = []
-        for rank in own.keys() - self.slow:
-            if own[rank] > SLOW_RATIO * usual and own[rank] - usual > SLOW_SHARE * whole[rank]:
-                self.slow.add(rank)
+        for rank in own:
+            if not (own[rank] > SLOW_RATIO * usual and own[rank] - usual > SLOW_SHARE * whole[rank]):
+                if self.slow.get(rank, 0) < SLOW_ROW:  # one that was named stays so
+                    self.slow[rank] = 0
+                continue
+            self.slow[rank] = self.slow.get(rank, 0) + 1
+            if self.slow[rank] == SLOW_ROW:
                 lines.append(
                     f"{heard[rank].beat.who(rank)} takes {own[rank]:.3g} s for its part of a step, where "
                     f"{usual:.3g} s are usual, and the others wait for it. Look for other "
