@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import cost
 import hours
 from threetowers.config import Method, RunConfig
 from threetowers.data.open import FORMATS
@@ -77,6 +78,21 @@ def tables() -> dict[str, str]:
         "hours": markdown(
             ("recipe", "images", "samples seen by a run", "hours for embedding", "hours of a 3T run"),
             hours.rows(),
+        ),
+        "cost": markdown(
+            (
+                "method",
+                "GPUs",
+                "batch",
+                "TFLOP of a GPU",
+                "of it heads and loss",
+                "MB sent",
+                "GB of memory",
+                "ms a step",
+                "most of it",
+                "hours for a billion pairs",
+            ),
+            cost.rows(PRESETS["vit-b-32"]()),
         ),
         "phases": markdown(("phase", "what it is"), PHASES.items()),
         "claims": claims(study),

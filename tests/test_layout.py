@@ -18,6 +18,7 @@ ROOT = SOURCE.parents[1]
 # From the ground up. A part may import parts that stand before its line, never one beside it or behind it.
 ORDER = [
     {"errors", "progress", "files", "paths", "system"},
+    {"heartbeats"},
     {"config", "processes"},
     {"settings"},
     {"data", "objective", "recipes"},

@@ -5,10 +5,8 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kit.processes import SECONDS
 from kit.processes import Processes as Group
 from kit.processes import processes as group_of
 from kit.runs import (
@@ -34,13 +31,14 @@ from kit.runs import (
     weights,
     with_vit,
 )
+from kit.started import LINUX, TORCHRUN, Started, command
 from threetowers import processes
 from threetowers.cli import main
 from threetowers.config import ObjectiveConfig, RunConfig
 from threetowers.data import loader
 from threetowers.errors import ThreeTowersError, UsageError
 from threetowers.processes import Processes
-from threetowers.settings import read_config, write_config
+from threetowers.settings import read_config
 from threetowers.train import loop, together
 from threetowers.train.guards import StopRequest
 from threetowers.train.loop import train
@@ -348,49 +346,6 @@ def test_what_cannot_be_trained_together_is_refused(
     assert "BatchNorm that follows each batch" in told.error and "--start.batchnorm frozen" in told.error
 
 
-def command(config: RunConfig, folder: Path, *words: str) -> list[str]:
-    file = folder.with_suffix(".toml")
-    write_config(config, file)
-    return [sys.executable, "-m", "threetowers", "train", str(file), "--out", str(folder), *words]
-
-
-class Started:
-    """`threetowers train` with two processes, and what it prints."""
-
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.folder = folder
-        self.process = subprocess.Popen(
-            command(config, folder, "--processes", "2"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def wait_for(self, step: int) -> None:
-        """Until a step is in the log."""
-        deadline = time.monotonic() + 4 * SECONDS
-        path = self.folder / "metrics.jsonl"
-        while not path.is_file() or max(logged(self.folder).keys() or {0}) < step:
-            assert self.process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-
-    def rank(self, rank: int) -> int:
-        """The process id of a rank."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for child in children:
-            if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
-                return int(child)
-        raise AssertionError(f"no process of rank {rank} among {children}")
-
-    def end(self) -> tuple[int, str]:
-        """Exit code, and what was printed."""
-        said, _ = self.process.communicate(timeout=4 * SECONDS)
-        return self.process.returncode, said
-
-
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
-
-
 @LINUX
 def test_a_process_that_is_killed_is_named_and_the_same_command_continues(
     tiny_config: Config, tmp_path: Path
@@ -415,10 +370,10 @@ def test_a_process_that_is_killed_is_named_and_the_same_command_continues(
 @LINUX
 @pytest.mark.slow
 def test_processes_that_are_stopped_and_killed_finish_with_the_weights_of_an_undisturbed_run(
-    tiny_config: Config, tmp_path: Path
+    tiny_config: Config, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """SIGTERM to one, which stops both, and SIGKILL to either at random steps, twenty times."""
-    config = tiny_config(steps=150, log_every_steps=1, checkpoint_every_steps=3)
+    config = tiny_config(steps=300, log_every_steps=1, checkpoint_every_steps=3)
     folder, whole = tmp_path / "run", Started(config, tmp_path / "whole")
     assert whole.end()[0] == 0
     run = Started(config, folder)
@@ -428,18 +383,36 @@ def test_processes_that_are_stopped_and_killed_finish_with_the_weights_of_an_und
     step = int(re.findall(r"stopped at step (\d+); the same command continues", said)[0])
     assert code == 75 and f"step-{step:08d}" in {path.name for path in (folder / "checkpoints").iterdir()}
     draw = random.Random(0)
+    ends: list[tuple[int, int, float]] = []
     for _ in range(20):
         run, rank = Started(config, folder), draw.randrange(2)
-        run.wait_for(min(step + draw.randint(1, 7), 140))
-        start = time.monotonic()
-        os.kill(run.rank(rank), signal.SIGKILL)
+        run.wait_for(step + draw.randint(1, 7))
+        killed, start = run.rank(rank), time.monotonic()
+        os.kill(killed, signal.SIGKILL)
         code, said = run.end()
-        assert code == 1 and time.monotonic() - start < 30, said
-        assert (
-            re.search(rf"rank {rank} \(process \d+\) was ended by SIGKILL", said) and "Traceback" not in said
-        )
         step = max(logged(folder))
+        ends.append((rank, step, round(time.monotonic() - start, 1)))
+        print(f"rank {rank} killed at step {step}: the end after {ends[-1][-1]} s", flush=True)
+        assert code == 1 and ends[-1][-1] < 30 and step < config.steps, said
+        assert f"rank {rank} (process {killed}) was ended by SIGKILL" in said and "Traceback" not in said
+    record_property("rank, step and seconds until the end", ends)
     assert Started(config, folder).end()[0] == 0
+    assert_same_weights(folder, tmp_path / "whole")
+
+
+@LINUX
+@pytest.mark.slow
+def test_torchrun_starts_again_by_itself(tiny_config: Config, tmp_path: Path) -> None:
+    config = tiny_config(steps=100, log_every_steps=1, checkpoint_every_steps=3)
+    folder = tmp_path / "run"
+    run = Started(config, folder, (*TORCHRUN, "--max-restarts", "2"))
+    for rank, step in enumerate((4, 20)):
+        run.wait_for(step)
+        os.kill(run.rank(rank), signal.SIGKILL)
+    code, said = run.end()
+    assert code == 0, said
+    assert (folder / "events.log").read_text(encoding="utf-8").count("continuing from step") == 2
+    assert Started(config, tmp_path / "whole").end()[0] == 0
     assert_same_weights(folder, tmp_path / "whole")
 
 

@@ -3,7 +3,9 @@
 Nothing heavy is imported before a verb is known, so that --help is immediate.
 """
 
+import atexit
 import dataclasses
+import gc
 import os
 import signal
 import sys
@@ -48,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `threetowers`; exits with 0 or the code of what went wrong, without a traceback of a mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
+        atexit.register(
+            gc.freeze
+        )  # a last search for cycles among all modules takes seconds on a busy machine
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read once, when torch is imported
         # as an interrupt from the keyboard, until a training run handles them

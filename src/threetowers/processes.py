@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from threetowers.errors import LostProcessError, UsageError
+from threetowers.heartbeats import PLACE, told
 
 PATIENCE = timedelta(days=7)
 """What a collective waits for the other processes. It is long, since they wait while rank 0 embeds a data set or
@@ -165,9 +166,25 @@ def joined(device: str = "auto") -> Iterator[Processes]:
                 "devices; give as many processes as devices, or --device cpu"
             )
         torch.cuda.set_device(processes.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
-    yield processes
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE, **_meeting())
+    with told(dist.distributed_c10d._get_default_store(), processes.rank, processes.size):
+        yield processes
     dist.destroy_process_group()  # not after an error, when another process may never answer
+
+
+def _meeting() -> dict[str, Any]:
+    """Where the processes meet, by the names of arguments.
+
+    torchrun keeps its store when it starts the processes again, and a process that reads the address of one that has
+    ended cannot connect. So each start has its own keys. Those of several machines do not count starts alike, and
+    meet where torch says.
+    """
+    if os.environ["GROUP_WORLD_SIZE"] != "1":
+        return {}
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    own = dist.PrefixStore(f"start-{attempt}", store)  # type: ignore[attr-defined]
+    return {"store": own, "rank": rank, "world_size": size}
 
 
 def named_by_environment() -> Processes:
@@ -201,9 +218,10 @@ def is_first_to_say(text: str) -> bool:
 
 @contextmanager
 def _all_there() -> Iterator[None]:
-    """Turns what a collective says when a process is gone into LostProcessError."""
+    """Around a collective: where others wait for this process, and LostProcessError when one of them is gone."""
     try:
-        yield
+        with PLACE.collective():
+            yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)):
             raise

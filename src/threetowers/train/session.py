@@ -18,6 +18,7 @@ from threetowers.evaluate.retrieval import METRICS
 from threetowers.evaluate.suite.live import open_watched, suite_metrics
 from threetowers.evaluate.suite.sets import OpenSet
 from threetowers.files import write_whole
+from threetowers.heartbeats import PLACE, phases_told
 from threetowers.processes import ALONE, Processes
 from threetowers.run.finished import changed_parts
 from threetowers.run.setup import Setup, prepare
@@ -115,6 +116,7 @@ class Session:
                 named = self.processes.exchange([[each.id, each.reason, each.detail] for each in bad])
                 bad = [BadSample(*words) for of_one in named for words in of_one]
         self.bad.add(bad, seen=len(batch.index) * self.processes.size)
+        PLACE.step_done(self.state.step + 1)
         return stop
 
     def save(self, *, final: bool = False) -> None:
@@ -185,9 +187,10 @@ def open_session(
     if processes.first:
         _check_keep_best(setup, watched)
     own = Profile(setup.device, found.step if found else 0, config.steps) if profile else None
-    take_step = TrainingStep(
-        config, setup.model, setup.device, setup.thirds.features, own.phase if own else no_phase, processes
-    )
+    phase = own.phase if own else no_phase
+    if processes.size > 1:
+        PLACE.step, phase = found.step if found else 0, phases_told(phase)
+    take_step = TrainingStep(config, setup.model, setup.device, setup.thirds.features, phase, processes)
     bad = BadSamples(folder, config.inputs.max_bad_share, len(setup.train), writes=processes.first)
     bad.add(problem for source in (setup.train, setup.val, setup.test) for problem in source.problems)
     if processes.first:
