@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kit.processes import SECONDS
 from kit.processes import Processes as Group
@@ -95,8 +96,16 @@ def trained(
             result = train(config, folder, stop=request, processes=Processes(rank, size, rank, size))
         except ThreeTowersError as error:
             return Told(error=f"{type(error).__name__}: {error}")
-    digest = together._digest(sessions[0].setup.model.state_dict()) if sessions else ""
-    return Told(result.step, digest)
+    return Told(result.step, digest_of(sessions[0].setup.model) if sessions else "")
+
+
+def digest_of(model: torch.nn.Module) -> str:
+    """Of the whole weights, which this process gathers where they are cut up; all processes call it."""
+    values = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in model.state_dict().items()
+    }
+    return together._digest(values)
 
 
 def alike(told: list[Told]) -> Told:
@@ -203,6 +212,7 @@ CASES: dict[str, Any] = {
     "3t": replace,
     "3t live": partial(with_inputs, third_view="same"),
     "3t in micro-batches": partial(replace, micro_batch_size=3),
+    "3t in micro-batches, vit": lambda config: with_vit(replace(config, micro_batch_size=3, grad_checkpointing=True)),
     "3t, weights that move": schedule,
     "3t, duplicates masked": partial(with_inputs, mask_duplicates=True),
     "3t sigmoid": partial(with_objective, kind="sigmoid", scale="per-row"),
@@ -211,6 +221,9 @@ CASES: dict[str, Any] = {
 }
 QUICK = ("lit", "3t live", "3t in micro-batches", "3t sigmoid", "regression")
 """What the default tests train; the others are among the slow ones, with four processes too."""
+
+
+SHARDED_QUICK = ("lit", "3t in micro-batches, vit")
 
 
 def case(name: str, tiny_config: Config) -> RunConfig:
@@ -227,13 +240,26 @@ def test_two_processes_train_as_one(name: str, group: Group, tiny_config: Config
     assert_near(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize("name", SHARDED_QUICK)
+def test_two_processes_that_share_the_towers_train_as_one(
+    name: str, group: Group, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = case(name, tiny_config)
+    train(config, tmp_path / "one")
+    told = alike(group.run(trained, replace(config, shard="blocks"), tmp_path / "two"))
+    assert told.step == config.steps and told.weights
+    assert_near(tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "blocks"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_and_four_processes_train_as_one(
-    name: str, group: Group, group_of_four: Group, tiny_config: Config, tmp_path: Path
+    name: str, shard: Any, group: Group, group_of_four: Group, tiny_config: Config, tmp_path: Path
 ) -> None:
     config = replace(case(name, tiny_config), steps=20)
     train(config, tmp_path / "one")
+    config = replace(config, shard=shard)
     for several in (group, group_of_four):
         folder = tmp_path / str(len(several.pipes))
         assert alike(several.run(trained, config, folder)).step == 20

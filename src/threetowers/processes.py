@@ -130,6 +130,19 @@ class Processes:
         if self.first:
             self.exchange(None)
 
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A block whose OSError in one process is raised in all of them, once every process has left the block."""
+        own: OSError | None = None
+        try:
+            yield
+        except OSError as error:
+            own = error
+        told = None if own is None else [own.errno, own.strerror or str(own), str(own.filename or "")]
+        for found in self.exchange(told):
+            if found is not None:
+                raise own or OSError(*found)
+
     def seed(self, *key: int) -> None:
         """Random numbers of torch that depend on the key and the rank; one process goes on with those that it has."""
         if self.size > 1:
