@@ -212,7 +212,9 @@ CASES: dict[str, Any] = {
     "3t": replace,
     "3t live": partial(with_inputs, third_view="same"),
     "3t in micro-batches": partial(replace, micro_batch_size=3),
-    "3t in micro-batches, vit": lambda config: with_vit(replace(config, micro_batch_size=3, grad_checkpointing=True)),
+    "3t in micro-batches, vit": lambda config: with_vit(
+        replace(config, micro_batch_size=3, grad_checkpointing=True)
+    ),
     "3t, weights that move": schedule,
     "3t, duplicates masked": partial(with_inputs, mask_duplicates=True),
     "3t sigmoid": partial(with_objective, kind="sigmoid", scale="per-row"),
@@ -294,14 +296,15 @@ def test_a_continued_run_of_two_processes_is_the_uninterrupted_one_to_the_bit(
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize("shard", ["none", "blocks"])
 def test_steps_that_are_not_finite_in_one_process_are_skipped_by_all(
-    group: Group, tiny_config: Config, tmp_path: Path
+    shard: Any, group: Group, tiny_config: Config, tmp_path: Path
 ) -> None:
     """Five in a row send all of them back to the last checkpoint, and on with the batches after them."""
     config = tiny_config(steps=8, log_every_steps=1, checkpoint_every_steps=1)
     with mock.patch.object(loop, "batches", poisoned(set(range(2, 7)))):
         train(config, tmp_path / "one")
-    told = alike(group.run(trained, config, tmp_path / "two", None, 1))
+    told = alike(group.run(trained, replace(config, shard=shard), tmp_path / "two", None, 1))
     assert told.step == 8
     assert_near(tmp_path / "one", tmp_path / "two")
     events = (tmp_path / "two" / "events.log").read_text(encoding="utf-8")

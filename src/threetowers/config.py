@@ -321,7 +321,7 @@ def check(config: RunConfig) -> None:
             raise UsageError(f"{key}: {attrgetter(key)(config)!r} is out of range; it must be {allowed}")
     if config.shard == "blocks" and config.compile:
         raise UsageError(
-            "shard: blocks and compile exclude each other; give --shard none, or --no-compile"
+            "shard: blocks and compile exclude each other; give --shard none, or --compile False"
         )
     if config.patience and config.keep_best is None:
         raise UsageError("patience: name the metric in keep_best, for example --keep-best val/mean_r@1")

@@ -111,7 +111,9 @@ def save(
             partial.mkdir()
     try:
         with writers.failing_together():
-            own = {name: _write_tensors(partial / name, content, metadata) for name, content in tensors.items()}
+            own = {
+                name: _write_tensors(partial / name, content, metadata) for name, content in tensors.items()
+            }
         files = {name: described for each in writers.exchange(own) for name, described in each.items()}
         with writers.failing_together():
             if writers.first:
@@ -136,7 +138,9 @@ def save(
 
 def _need_room(root: Path, tensors: Snapshot, writers: int) -> None:
     """Raises OSError before anything is written when the disk cannot take it; writers: how many write as much."""
-    needed = writers * sum(value.nbytes for content in tensors.values() for value in content.values()) + (1 << 20)
+    needed = writers * sum(value.nbytes for content in tensors.values() for value in content.values()) + (
+        1 << 20
+    )
     free = shutil.disk_usage(root).free
     if free < needed:
         raise OSError(

@@ -16,6 +16,7 @@ AdamW of the whole; and its fused kernel refuses a list in which DTensors stand 
 Legend: W processes.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -48,9 +49,9 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     blocks: dict[nn.Module, None] = {}
     for module in tower.modules():
         children = list(module.children())
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(children) > 1:
-            if len(set(map(type, children))) == 1:
-                blocks |= {child: None for child in children if any(True for _ in child.parameters())}
+        alike = len(children) > 1 and len(set(map(type, children))) == 1
+        if alike and isinstance(module, nn.ModuleList | nn.Sequential):
+            blocks |= {child: None for child in children if any(True for _ in child.parameters())}
     return [module for module in reversed(list(tower.modules())) if module in blocks]
 
 
@@ -64,6 +65,8 @@ def shard(model: ThreeTowers, device: torch.device, processes: Processes, *, bf1
 
     Every process calls it with equal weights. `model.features` is the forward pass that gathers weights.
     """
+    # pooled features may be views; FSDP warns, since writing into one would go unnoticed, and nothing here does
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(device.type, (processes.size,))
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP takes no channels_last

@@ -47,7 +47,8 @@ class TrainingStep:
     third_features: the frozen features [B, P] of a batch by view name, stored or computed on the spot. phase: the
     context in which each part of the step is taken. processes: those that take the step together, each with its part of
     the batch; all end with the same weights. Puts the model into train mode, takes frozen parameters out of
-    training and, when the configuration says so, compiles the towers or cuts them up. Raises UsageError as `adamw` does.
+    training and, when the configuration says so, compiles the towers, or cuts them up over the processes. Raises
+    UsageError as `adamw` does.
     """
 
     def __init__(
