@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
 from threetowers.train.shards import cut_parameters, first_row, of_rows
@@ -70,7 +70,7 @@ def read(
             tensors[name] = torch.empty(described.size, dtype=described.properties.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of loading in one process
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
