@@ -40,7 +40,9 @@ from threetowers.cli import main
 from threetowers.config import ObjectiveConfig, RunConfig
 from threetowers.data import loader
 from threetowers.errors import ThreeTowersError, UsageError
-from threetowers.processes import Processes
+from threetowers.evaluate.encode import encode
+from threetowers.processes import ALONE, Processes
+from threetowers.run.setup import prepare
 from threetowers.settings import read_config, write_config
 from threetowers.train import loop, together
 from threetowers.train.guards import StopRequest
@@ -322,6 +324,45 @@ def damaged(photos: Path, tmp_path: Path) -> Path:
         (folder / path.name).write_bytes(path.read_bytes() if number % 16 else b"no image")
     (folder / photos.name).write_bytes(photos.read_bytes())
     return folder / photos.name
+
+
+def encoded(config: RunConfig, folder: Path, batch_size: int) -> Any:
+    """The validation data as the processes of a group encode it together, and its metrics."""
+    own = Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
+    with own.one_before_all():
+        setup = prepare(config, folder, saved_tokenizer=folder)
+        stores = setup.thirds.stores(setup.val)
+    found = encode(
+        setup.model, setup.val, setup.tokenizer, stores, setup.device, batch_size=batch_size, processes=own
+    )
+    bad = [(each.id, each.reason) for each in found.bad]
+    return (
+        found.views,
+        found.index.tolist(),
+        found.text_image.tolist(),
+        found.captions,
+        bad,
+        loop.validate(setup, own),
+    )
+
+
+@pytest.mark.parametrize("method", ["3t", "lit"])
+@pytest.mark.parametrize("share", [0.7, 0.02])
+def test_processes_that_encode_together_have_what_one_has(
+    share: float, method: Any, group: Group, damaged: Path, tiny_config: Config, tmp_path: Path
+) -> None:
+    """Of uneven shares, some without an image or with one that cannot be read."""
+    inputs = replace(TINY_INPUTS, max_bad_share=0.5, val_fraction=share)
+    for path in sorted(damaged.parent.glob("*.png"))[3::5]:
+        path.write_bytes(path.read_bytes()[:-900])  # whole up to its last rows
+    config = tiny_config(data=str(damaged), method=method, inputs=inputs)
+    views, *rest, metrics = encoded(config, tmp_path / "one", 3)
+    assert method == "lit" or share < 0.1 or rest[-1], "some are unreadable"
+    for found, *other, values in group.run(encoded, config, tmp_path / "two", 3):
+        assert other == rest and values == pytest.approx(metrics)
+        assert found.keys() == views.keys()
+        for name, value in views.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_bad_samples_are_counted_over_all_processes(

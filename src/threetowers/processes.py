@@ -52,7 +52,7 @@ class Processes:
         return self.rank == 0
 
     def own(self, num: int) -> slice:
-        """The places of this process's samples among `num`, a multiple of the number of processes."""
+        """The places of this process's samples among `num`, as many as every other's where they can be."""
         return slice(self.rank * num // self.size, (self.rank + 1) * num // self.size)
 
     def add(self, values: Tensor) -> Tensor:
@@ -91,6 +91,16 @@ class Processes:
             part.clone(memory_format=torch.contiguous_format).view(tensor.dtype).view(-1, *tensor.shape[1:])
             for part, tensor in zip(gathered.split(widths, dim=1), tensors, strict=True)
         ]
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The [n, D] rows of all processes in the order of the ranks, where each may have another number, or none."""
+        if self.size == 1:
+            return rows
+        counts = self.exchange(len(rows))
+        padded = rows.new_zeros(max(counts), rows.shape[1])
+        padded[: len(rows)] = rows
+        parts = self.gather([padded])[0].chunk(self.size)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def add_scattered(self, values: Tensor) -> Tensor:
         """Of [G, D] the sum over the processes of the B rows that belong to this one."""
