@@ -346,7 +346,7 @@ def encoded(config: RunConfig, folder: Path, batch_size: int) -> Any:
     )
 
 
-@pytest.mark.parametrize("method", ["3t", "lit"])
+@pytest.mark.parametrize("method", ["baseline", "3t", "lit"])
 @pytest.mark.parametrize("share", [0.7, 0.02])
 def test_processes_that_encode_together_have_what_one_has(
     share: float, method: Any, group: Group, damaged: Path, tiny_config: Config, tmp_path: Path

@@ -151,9 +151,10 @@ def in_bf16(config: RunConfig, folder: Path) -> dict[str, float]:
             found |= validate(setup)
         if processes.size > 1:
             dist.barrier()
+    held = {name for name, each in setup.model.named_parameters() if isinstance(each, DTensor)}
+    assert held == set(cut_parameters(setup.model)), "the weights are cut up again"
+    assert bool(held) == (processes.size > 1)
     found["4"] = take_step(batch, 1e-3, step=4).loss.item()
-    held = sum(isinstance(each, DTensor) for each in setup.model.parameters())
-    assert held == (processes.size > 1) * len(cut_parameters(setup.model)), "the weights are cut up again"
     return found
 
 
