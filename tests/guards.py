@@ -47,6 +47,7 @@ REASONS = "test_decode.py::test_reasons"
 RESUMED = "test_guarded.py::test_rows_and_counters_of_a_killed_run_are_those_of_an_uninterrupted_one"
 SAVE = "test_guarded.py::test_all_is_on_the_disk_before_the_rename_and_older_ones_go_after_it"
 TOGETHER = "test_processes.py"
+SHARES = "test_shards.py"
 SIDE = "test_side_by_side.py"
 STEP = "test_guarded.py::test_gradients_are_clipped_and_the_scale_is_clamped_in_every_step"
 STRICT = "test_towers.py::test_a_weights_file_beside_a_timm_name_is_loaded_strictly"
@@ -73,7 +74,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
               never(raises="KeyError"), "test_guarded.py::test_moments_of_unknown_parameters_are_refused"),
         Guard("moments-laid-out", "moments come back in another memory format than their parameter",
               "load_optimizer_tensors", instead("laid_out_as", "{1}"), BITS),
-        Guard("best-verified", "the best checkpoint becomes the result unread", "restore_model", drop("verify"),
+        Guard("best-verified", "the best checkpoint becomes the result unread", "read_model", drop("verify"),
               "test_guarded.py::test_a_damaged_best_checkpoint_never_becomes_the_result"),
         Guard("result-verified", "a finished model whose weights have changed is loaded", "read_weights",
               never("sha256"), "test_train.py::test_a_changed_weights_file_is_refused"),
@@ -179,7 +180,7 @@ GUARDS: dict[str, Sequence[Guard]] = {
         Guard("stop-after-three", "a run returns again and again", "too_many_skipped", never("MAX_RETURNS"),
               f"{POISONED}[50]"),
         Guard("gradients-clipped", "one batch moves the weights as far as it likes", "TrainingStep.__call__",
-              argument("clip_grad_norm_", 1, 'float("inf")'), STEP),
+              argument("clip_grads_with_norm_", 1, 'float("inf")'), STEP),
         Guard("scale-clamped", "the scale grows until exponentials overflow", "TrainingStep.__call__",
               drop("clamp_scale"), STEP),
         Guard("same-dropout", "the second pass of a micro-batch drops other patches than the first",
@@ -338,10 +339,18 @@ GUARDS: dict[str, Sequence[Guard]] = {
               never(raises="UsageError"), f"{TOGETHER}::test_what_cannot_be_trained_together_is_refused"),
         Guard("equal-start", "processes train different models, and average them", "check_equal",
               never(raises="CheckpointError"), f"{TOGETHER}::test_what_cannot_be_trained_together_is_refused"),
-        Guard("gradients-added", "each process moves its weights by its own gradient", "TrainingStep.__call__",
+        Guard("gradients-added", "each process moves its weights by its own gradient", "Gradients.collect",
               drop("add_gradients"), f"{TOGETHER}::test_two_processes_train_as_one[lit]"),
         Guard("scattered", "a gathered view has the gradient of one process's logits alone", "Processes.add_scattered",
               drop("reduce_scatter_single"), f"{TOGETHER}::test_two_processes_train_as_one[lit]"),
+        Guard("shares-added", "the gradients of towers that are cut up are averaged, and those of heads added",
+              "shards.shard", drop("set_gradient_divide_factor"),
+              f"{SHARES}::test_a_step_of_shares_is_the_step_of_one[False]"),
+        Guard("norm-of-all", "each process clips by the norm of its own shares", "Gradients.norm",
+              instead("add", "{0}"), f"{SHARES}::test_a_step_of_shares_is_the_step_of_one[False]"),
+        Guard("disk-of-all", "a disk that refuses one process's shares leaves the others waiting",
+              "Processes.failing_together", never("found"),
+              f"{SHARES}::test_a_disk_that_refuses_one_process_refuses_all"),
         Guard("own-dropout", "a continued run of several processes draws other random numbers", "Processes.seed",
               drop("manual_seed"),
               f"{TOGETHER}::test_a_continued_run_of_two_processes_is_the_uninterrupted_one_to_the_bit"),

@@ -111,9 +111,9 @@ def test_a_background_save_holds_the_weights_of_its_own_step(
 ) -> None:
     (model, optimizer), trained_on, real = layer(), threading.Event(), checkpoint.save
 
-    def slow(*arguments: Any) -> Path:
+    def slow(*arguments: Any, **options: Any) -> Path:
         assert trained_on.wait(60)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(checkpoint, "save", slow)
     saver, before = Saver(tmp_path, 1, RunLog(tmp_path), {}, background=True), model.weight.detach().clone()

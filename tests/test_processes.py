@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kit.processes import Processes as Group
 from kit.processes import processes as group_of
@@ -37,8 +38,10 @@ from threetowers.cli import main
 from threetowers.config import ObjectiveConfig, RunConfig
 from threetowers.data import loader
 from threetowers.errors import ThreeTowersError, UsageError
-from threetowers.processes import Processes
-from threetowers.settings import read_config
+from threetowers.evaluate.encode import encode
+from threetowers.processes import ALONE, Processes
+from threetowers.run.setup import prepare
+from threetowers.settings import read_config, write_config
 from threetowers.train import loop, together
 from threetowers.train.guards import StopRequest
 from threetowers.train.loop import train
@@ -93,8 +96,16 @@ def trained(
             result = train(config, folder, stop=request, processes=Processes(rank, size, rank, size))
         except ThreeTowersError as error:
             return Told(error=f"{type(error).__name__}: {error}")
-    digest = together._digest(sessions[0].setup.model.state_dict()) if sessions else ""
-    return Told(result.step, digest)
+    return Told(result.step, digest_of(sessions[0].setup.model) if sessions else "")
+
+
+def digest_of(model: torch.nn.Module) -> str:
+    """Of the whole weights, which this process gathers where they are cut up; all processes call it."""
+    values = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in model.state_dict().items()
+    }
+    return together._digest(values)
 
 
 def alike(told: list[Told]) -> Told:
@@ -201,6 +212,9 @@ CASES: dict[str, Any] = {
     "3t": replace,
     "3t live": partial(with_inputs, third_view="same"),
     "3t in micro-batches": partial(replace, micro_batch_size=3),
+    "3t in micro-batches, vit": lambda config: with_vit(
+        replace(config, micro_batch_size=3, grad_checkpointing=True)
+    ),
     "3t, weights that move": schedule,
     "3t, duplicates masked": partial(with_inputs, mask_duplicates=True),
     "3t sigmoid": partial(with_objective, kind="sigmoid", scale="per-row"),
@@ -209,6 +223,9 @@ CASES: dict[str, Any] = {
 }
 QUICK = ("lit", "3t live", "3t in micro-batches", "3t sigmoid", "regression")
 """What the default tests train; the others are among the slow ones, with four processes too."""
+
+
+SHARDED_QUICK = ("lit", "3t in micro-batches, vit")
 
 
 def case(name: str, tiny_config: Config) -> RunConfig:
@@ -225,13 +242,26 @@ def test_two_processes_train_as_one(name: str, group: Group, tiny_config: Config
     assert_near(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize("name", SHARDED_QUICK)
+def test_two_processes_that_share_the_towers_train_as_one(
+    name: str, group: Group, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = case(name, tiny_config)
+    train(config, tmp_path / "one")
+    told = alike(group.run(trained, replace(config, shard="blocks"), tmp_path / "two"))
+    assert told.step == config.steps and told.weights
+    assert_near(tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "blocks"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_and_four_processes_train_as_one(
-    name: str, group: Group, group_of_four: Group, tiny_config: Config, tmp_path: Path
+    name: str, shard: Any, group: Group, group_of_four: Group, tiny_config: Config, tmp_path: Path
 ) -> None:
     config = replace(case(name, tiny_config), steps=20)
     train(config, tmp_path / "one")
+    config = replace(config, shard=shard)
     for several in (group, group_of_four):
         folder = tmp_path / str(len(several.pipes))
         assert alike(several.run(trained, config, folder)).step == 20
@@ -266,14 +296,15 @@ def test_a_continued_run_of_two_processes_is_the_uninterrupted_one_to_the_bit(
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize("shard", ["none", "blocks"])
 def test_steps_that_are_not_finite_in_one_process_are_skipped_by_all(
-    group: Group, tiny_config: Config, tmp_path: Path
+    shard: Any, group: Group, tiny_config: Config, tmp_path: Path
 ) -> None:
     """Five in a row send all of them back to the last checkpoint, and on with the batches after them."""
     config = tiny_config(steps=8, log_every_steps=1, checkpoint_every_steps=1)
     with mock.patch.object(loop, "batches", poisoned(set(range(2, 7)))):
         train(config, tmp_path / "one")
-    told = alike(group.run(trained, config, tmp_path / "two", None, 1))
+    told = alike(group.run(trained, replace(config, shard=shard), tmp_path / "two", None, 1))
     assert told.step == 8
     assert_near(tmp_path / "one", tmp_path / "two")
     events = (tmp_path / "two" / "events.log").read_text(encoding="utf-8")
@@ -291,6 +322,45 @@ def damaged(photos: Path, tmp_path: Path) -> Path:
         (folder / path.name).write_bytes(path.read_bytes() if number % 16 else b"no image")
     (folder / photos.name).write_bytes(photos.read_bytes())
     return folder / photos.name
+
+
+def encoded(config: RunConfig, folder: Path, batch_size: int) -> Any:
+    """The validation data as the processes of a group encode it together, and its metrics."""
+    own = Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
+    with own.one_before_all():
+        setup = prepare(config, folder, saved_tokenizer=folder)
+        stores = setup.thirds.stores(setup.val)
+    found = encode(
+        setup.model, setup.val, setup.tokenizer, stores, setup.device, batch_size=batch_size, processes=own
+    )
+    bad = [(each.id, each.reason) for each in found.bad]
+    return (
+        found.views,
+        found.index.tolist(),
+        found.text_image.tolist(),
+        found.captions,
+        bad,
+        loop.validate(setup, own),
+    )
+
+
+@pytest.mark.parametrize("method", ["baseline", "3t", "lit"])
+@pytest.mark.parametrize("share", [0.7, 0.02])
+def test_processes_that_encode_together_have_what_one_has(
+    share: float, method: Any, group: Group, damaged: Path, tiny_config: Config, tmp_path: Path
+) -> None:
+    """Of uneven shares, some without an image or with one that cannot be read."""
+    inputs = replace(TINY_INPUTS, max_bad_share=0.5, val_fraction=share)
+    for path in sorted(damaged.parent.glob("*.png"))[3::5]:
+        path.write_bytes(path.read_bytes()[:-900])  # whole up to its last rows
+    config = tiny_config(data=str(damaged), method=method, inputs=inputs)
+    views, *rest, metrics = encoded(config, tmp_path / "one", 3)
+    assert method == "lit" or share < 0.1 or rest[-1], "some are unreadable"
+    for found, *other, values in group.run(encoded, config, tmp_path / "two", 3):
+        assert other == rest and values == pytest.approx(metrics)
+        assert found.keys() == views.keys()
+        for name, value in views.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_bad_samples_are_counted_over_all_processes(

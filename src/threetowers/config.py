@@ -199,6 +199,9 @@ class RunConfig:
     """Keep fewer activations and compute them again for the gradient: less memory, about a third more time."""
     compile: bool = False
     """Run the trained towers through torch.compile: the first steps take minutes; measure whether later ones gain."""
+    shard: Literal["none", "blocks"] = "none"
+    """How several processes keep the towers: `none` gives each a copy; `blocks` gives each a share of the weights, the
+    gradients and the moments, and gathers one block of layers at a time (FSDP2). For models that do not fit one GPU."""
     third_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the frozen towers' weights and arithmetic; bf16 is faster where the device has it."""
     third_features: Literal["pooled", "cls", "mean"] = "pooled"
@@ -316,6 +319,10 @@ def check(config: RunConfig) -> None:
     for key, (fits, allowed) in rules.items():
         if not fits:
             raise UsageError(f"{key}: {attrgetter(key)(config)!r} is out of range; it must be {allowed}")
+    if config.shard == "blocks" and config.compile:
+        raise UsageError(
+            "shard: blocks and compile exclude each other; give --shard none, or --compile False"
+        )
     if config.patience and config.keep_best is None:
         raise UsageError("patience: name the metric in keep_best, for example --keep-best val/mean_r@1")
     if config.keep_best is not None and not config.eval_every_steps:

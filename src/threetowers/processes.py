@@ -53,7 +53,7 @@ class Processes:
         return self.rank == 0
 
     def own(self, num: int) -> slice:
-        """The places of this process's samples among `num`, a multiple of the number of processes."""
+        """The places of this process's samples among `num`, as many as every other's where they can be."""
         return slice(self.rank * num // self.size, (self.rank + 1) * num // self.size)
 
     def add(self, values: Tensor) -> Tensor:
@@ -93,6 +93,16 @@ class Processes:
             for part, tensor in zip(gathered.split(widths, dim=1), tensors, strict=True)
         ]
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The [n, D] rows of all processes in the order of the ranks, where each may have another number, or none."""
+        if self.size == 1:
+            return rows
+        counts = self.exchange(len(rows))
+        padded = rows.new_zeros(max(counts), rows.shape[1])
+        padded[: len(rows)] = rows
+        parts = self.gather([padded])[0].chunk(self.size)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
     def add_scattered(self, values: Tensor) -> Tensor:
         """Of [G, D] the sum over the processes of the B rows that belong to this one."""
         if self.size == 1:
@@ -130,6 +140,19 @@ class Processes:
         yield
         if self.first:
             self.exchange(None)
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A block whose OSError in one process is raised in all of them, once every process has left the block."""
+        own: OSError | None = None
+        try:
+            yield
+        except OSError as error:
+            own = error
+        told = None if own is None else [own.errno, own.strerror or str(own), str(own.filename or "")]
+        for found in self.exchange(told):
+            if found is not None:
+                raise own or OSError(*found)
 
     def seed(self, *key: int) -> None:
         """Random numbers of torch that depend on the key and the rank; one process goes on with those that it has."""

@@ -67,8 +67,8 @@ def install(fault: Fault) -> None:
         fault.saves += 1
         return save(*arguments, **options)
 
-    def saved(path: Path, tensors: Any) -> Any:
-        return fault.at(path.name, path, lambda: tensors_to(path, tensors))
+    def saved(path: Path, tensors: Any, metadata: Any) -> Any:
+        return fault.at(path.name, path, lambda: tensors_to(path, tensors, metadata))
 
     def written(path: Path, content: bytes) -> int:
         return fault.at(path.name, path, lambda: write(path, content))  # type: ignore[no-any-return]

@@ -64,8 +64,9 @@ def processes(world: int, folder: Path) -> Iterator[Processes]:
         context.Process(target=_serve, args=(rank, world, folder / f"group-{world}", end), daemon=True)
         for rank, (_, end) in enumerate(ends)
     ]
-    for process in started:
+    for process, (_, theirs) in zip(started, ends, strict=True):
         process.start()
+        theirs.close()  # so that the end of a process is the end of its pipe
     try:
         yield Processes([own for own, _ in ends])
         for own, _ in ends:

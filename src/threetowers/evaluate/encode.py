@@ -21,6 +21,7 @@ from threetowers.errors import BadSample, DataError
 from threetowers.model import ThreeTowers
 from threetowers.objective.losses import unit
 from threetowers.objective.pairs import tower_of
+from threetowers.processes import ALONE, Processes
 from threetowers.store.read import Store
 
 
@@ -130,23 +131,27 @@ def encode(
     autocast: AbstractContextManager[Any] | None = None,
     merge: bool = True,
     kept: KeptImages | None = None,
+    processes: Processes = ALONE,
 ) -> Encoded:
     """Encodes a source's images and captions in every view, in eval mode; the model's mode is restored afterwards.
 
     stores: the frozen towers' features of this source by view name. merge: samples with equal images are one image with
     the captions of all, since each of these is a right answer. kept: where the images' fixed views stay for the next
-    call, or None. Raises DataError when no image can be used.
+    call, or None. processes: those that call this together, of which each encodes its share; all have the whole result.
+    Raises DataError when no image can be used.
     """
     training = model.training
     model.eval()
     samples = samples_of_images(source, merge)
     index, image_feats, bad = _encode_images(
         model, source, list(samples), stores, device,
-        batch_size=batch_size, workers=workers, autocast=autocast, kept=kept,
+        batch_size=batch_size, workers=workers, autocast=autocast, kept=kept, processes=processes,
     )  # fmt: skip
     texts = texts_of(source, index.tolist(), samples)
     captions = texts.captions
-    text_feats = _encode_texts(model, captions, tokenizer, device, batch_size=batch_size, autocast=autocast)
+    text_feats = _encode_texts(
+        model, captions, tokenizer, device, batch_size=batch_size, autocast=autocast, processes=processes
+    )
     text_stores = {name: store for name, store in stores.items() if store.side == "text"}
     if captions:
         which = np.array(texts.samples), np.array(texts.places)
@@ -214,6 +219,7 @@ def _encode_images(
     workers: int,
     autocast: AbstractContextManager[Any] | None,
     kept: KeptImages | None,
+    processes: Processes,
 ) -> tuple[Tensor, dict[str, Tensor], list[BadSample]]:
     """Of the chosen samples: those that can be used, their images' features by tower, and those that cannot be used."""
     usable = np.ones(len(source), dtype=bool)
@@ -224,23 +230,34 @@ def _encode_images(
     wanted = [i for i in chosen if usable[i]]
     used, parts = wanted, []
     if model.needs_pixels():
-        used = []
-        tasks = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
+        own, found = wanted[processes.own(len(wanted))], list[int]()
+        unreadable: list[BadSample] = []
+        tasks = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
         views = _FixedViews(source, model.image, kept)
-        if kept is not None and kept.holds(wanted):
+        if kept is not None and kept.holds(own):
             workers = 0  # there is nothing to decode, and starting processes takes longer
         for indices, pixels, problems in read_ahead(views, tasks, workers, name=source.name):
-            bad += problems
+            unreadable += problems
             if indices:
-                used += indices
+                found += indices
                 parts.append(model.features(pixels=pixels.to(device), autocast=autocast)["img"])
+        told = processes.exchange([found, [[each.id, each.reason, each.detail] for each in unreadable]])
+        used = [index for indices, _ in told for index in indices]
+        bad += [BadSample(*words) for _, problems in told for words in problems]
     if not used:
         raise DataError(f"{source.name}: not one of its {len(source)} images can be read")
     thirds = {view: store.rows(np.array(used)).to(device) for view, store in stores.items()}
     feats = model.features(thirds=thirds)
-    if parts:
-        feats["img"] = torch.cat(parts)
+    if model.needs_pixels():
+        feats["img"] = _of_all(parts, model, device, processes)
     return torch.tensor(used), feats, bad
+
+
+def _of_all(parts: list[Tensor], model: ThreeTowers, device: torch.device, processes: Processes) -> Tensor:
+    """The features of the batches of all processes, of which one may have none."""
+    return processes.gather_rows(
+        torch.cat(parts) if parts else torch.empty(0, model.embed_dim, device=device)
+    )
 
 
 def _encode_texts(
@@ -251,13 +268,14 @@ def _encode_texts(
     *,
     batch_size: int,
     autocast: AbstractContextManager[Any] | None,
+    processes: Processes = ALONE,
 ) -> dict[str, Tensor]:
-    parts = []
-    for start in range(0, len(texts), batch_size):
-        tokens = tokenizer(texts[start : start + batch_size])
+    own, parts = texts[processes.own(len(texts))], []
+    for start in range(0, len(own), batch_size):
+        tokens = tokenizer(own[start : start + batch_size])
         tokens = tokens[:, : int(tokenizer.lengths(tokens).max())].to(device)
         parts.append(model.features(tokens=tokens, autocast=autocast)["txt"])
-    return {"txt": torch.cat(parts)} if parts else {}
+    return {"txt": _of_all(parts, model, device, processes)} if texts else {}
 
 
 @torch.no_grad()

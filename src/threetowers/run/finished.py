@@ -126,11 +126,15 @@ def save_run(
     tokenizer: Tokenizer,
     thirds: Mapping[str, FrozenTower],
     parts: Parts,
+    state: Mapping[str, Tensor],
 ) -> None:
-    """Writes what `load_run` needs; model.json last, since its presence says that the run is finished."""
+    """Writes what `load_run` needs; model.json last, since its presence says that the run is finished.
+
+    state: the whole weights of the model.
+    """
     image, architecture = main_pair(model, architecture, thirds)
-    state = {f"img.{key}": value for key, value in image.state_dict().items()}
-    state |= {key: value for key, value in model.state_dict().items() if not key.startswith("img.")}
+    if image is not model.img:
+        state = {**{f"img.{key}": value for key, value in image.state_dict().items()}, **state}
     state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     weights = folder / "model.safetensors"
     write_safetensors(weights, state)

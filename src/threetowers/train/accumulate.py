@@ -25,12 +25,14 @@ def accumulate(
     features: Callable[[Batch], Features],
     loss: Callable[[Features, Batch], Losses],
     phase: Phase = no_phase,
+    before_backward: Callable[[bool], None] = lambda last: None,
 ) -> tuple[Tensor, dict[str, Tensor], Features]:
     """Loss, each row's loss and the features of a batch in host memory; adds the gradients of every parameter.
 
     size: samples of a micro-batch. features: of a batch that lies on the device, by tower. loss: of the features of
     the whole batch, and each row's own by name. phase: of the copies to the device and of the backward passes; the
-    others are for the two functions to name. What is returned is detached.
+    others are for the two functions to name. before_backward: told of each backward pass through the towers whether it
+    is the last. What is returned is detached.
     """
     states: list[RandomState] = []
     parts: list[Features] = []
@@ -56,6 +58,7 @@ def accumulate(
         again = features(micro)
         stop = start + len(micro.index)
         live = [(again[name], feats[name].grad) for name in trained if again[name].requires_grad]
+        before_backward(stop == len(batch.index))
         with phase("backward"):
             torch.autograd.backward(
                 [values for values, _ in live],

@@ -1,7 +1,8 @@
 """Checkpoints: written beside their place and renamed when complete, verified when they are read.
 
 `checkpoints/step-00001200/` holds model.safetensors, optim.safetensors, state.json and MANIFEST.json with the size and
-SHA-256 of each. A checkpoint exists once its folder has its final name; there is no pointer to the latest one.
+SHA-256 of each. Of a model that is cut up over several processes, each of them writes a file in the place of these two
+(see shard_files.py). A checkpoint exists once its folder has its final name; there is no pointer to the latest one.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,14 @@ from torch import Tensor, nn
 
 from threetowers.errors import CheckpointError
 from threetowers.files import digest_file, sync_to_disk
+from threetowers.processes import ALONE, Processes
 from threetowers.towers.weights import load_strictly
+from threetowers.train import shard_files
+from threetowers.train.shards import is_sharded, own_part
 from threetowers.train.tensor_file import write_tensors
 
 SCHEMA = 1
+WHOLE = ("model.safetensors", "optim.safetensors")
 Snapshot = dict[str, dict[str, Tensor]]
 """The tensors of a checkpoint in host memory, by file name and by name."""
 
@@ -38,6 +44,8 @@ class Restored:
     folder: Path
     environment: dict[str, Any]
     passed_over: list[str]
+    digest: str = ""
+    """The manifest's own, which stands for all that is in the files."""
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, own: Snapshot | None = None) -> Snapshot:
@@ -58,6 +66,15 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, own: Snapshot |
     }
 
 
+def own_snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rank: int
+) -> tuple[Snapshot, dict[str, str]]:
+    """What a process writes of a model that is cut up, in host memory, and the metadata of its file."""
+    pieces, metadata = shard_files.own_pieces(model, optimizer_tensors(optimizer), rank)
+    content = {name: value.detach().cpu().contiguous() for name, value in pieces.items()}
+    return {shard_files.file_name(rank): content}, metadata
+
+
 def _copied(value: Tensor, name: str, own: dict[str, Tensor]) -> Tensor:
     place = own.get(name)
     if place is None or (place.shape, place.dtype) != (value.shape, value.dtype):
@@ -73,41 +90,57 @@ def save(
     environment: dict[str, Any],
     keep: int,
     spare: int | None = None,
+    *,
+    writers: Processes = ALONE,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes the checkpoint of a step under root and removes older ones beyond `keep`.
 
     environment: what the arithmetic depended on, for the manifest. spare: a step whose checkpoint is not removed.
-    Raises OSError when the disk refuses; what was there before is untouched then.
+    writers: the processes that call this together, each with files of its own; the first of them does the rest.
+    metadata: for the headers of the tensors' files. Raises OSError, in all writers, when the disk refuses one of them;
+    what was there before is untouched then.
     """
     final = root / f"step-{step:08d}"
-    partial = root / f".partial-{os.getpid()}-{step:08d}"
-    root.mkdir(parents=True, exist_ok=True)
-    _need_room(root, tensors)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial = root / f".partial-{writers.told(os.getpid)}-{step:08d}"
+    with writers.failing_together():
+        if writers.first:
+            root.mkdir(parents=True, exist_ok=True)
+            _need_room(root, tensors, writers.size)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
     try:
-        files = {name: _write_tensors(partial / name, content) for name, content in tensors.items()}
-        _write_json(partial / "state.json", {"step": step, **state})
-        files["state.json"] = _describe(partial / "state.json")
-        manifest = {"schema": SCHEMA, "step": step, "files": files, "environment": environment}
-        _write_json(partial / "MANIFEST.json", {**manifest, "sha256": _digest(manifest)})
-        sync_to_disk(partial)
-        if final.exists():
-            _set_aside(final)
-        os.rename(partial, final)  # noqa: PTH104 - the one commit point; tests put faults in its way
-        sync_to_disk(root)
+        with writers.failing_together():
+            own = {
+                name: _write_tensors(partial / name, content, metadata) for name, content in tensors.items()
+            }
+        files = {name: described for each in writers.exchange(own) for name, described in each.items()}
+        with writers.failing_together():
+            if writers.first:
+                _write_json(partial / "state.json", {"step": step, **state})
+                files["state.json"] = _describe(partial / "state.json")
+                manifest = {"schema": SCHEMA, "step": step, "files": files, "environment": environment}
+                _write_json(partial / "MANIFEST.json", {**manifest, "sha256": _digest(manifest)})
+                sync_to_disk(partial)
+                if final.exists():
+                    _set_aside(final)
+                os.rename(partial, final)  # noqa: PTH104 - the one commit point; tests put faults in its way
+                sync_to_disk(root)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if writers.first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in checkpoints(root)[max(keep, 1) :]:
+    for old in checkpoints(root)[max(keep, 1) :] if writers.first else ():
         if spare is None or old.name != f"step-{spare:08d}":
             shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def _need_room(root: Path, tensors: Snapshot) -> None:
-    """Raises OSError before anything is written when the disk cannot take it."""
-    needed = sum(value.nbytes for content in tensors.values() for value in content.values()) + (1 << 20)
+def _need_room(root: Path, tensors: Snapshot, writers: int) -> None:
+    """Raises OSError before anything is written when the disk cannot take it; writers: how many write as much."""
+    needed = writers * sum(value.nbytes for content in tensors.values() for value in content.values()) + (
+        1 << 20
+    )
     free = shutil.disk_usage(root).free
     if free < needed:
         raise OSError(
@@ -115,8 +148,10 @@ def _need_room(root: Path, tensors: Snapshot) -> None:
         )
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    written = write_tensors(path, tensors)
+def _write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    written = write_tensors(path, tensors, metadata)
     sync_to_disk(path)
     if path.stat().st_size != written["size"]:
         raise OSError(errno.EIO, "was not written whole", str(path))
@@ -151,7 +186,8 @@ def find(root: Path) -> Restored | None:
             continue
         for other in damaged:
             _set_aside(other)
-        return Restored(int(state["step"]), state, folder, environment, list(damaged.values()))
+        digest = digest_file(folder / "MANIFEST.json")
+        return Restored(int(state["step"]), state, folder, environment, list(damaged.values()), digest)
     if damaged:
         raise CheckpointError(
             f"{root}: no checkpoint is intact. {'; '.join(damaged.values())}. Give --fresh to start this run again"
@@ -174,7 +210,7 @@ def verify(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise CheckpointError(
                 f"{folder.name}: schema {manifest['schema']!r}, this version reads {SCHEMA}"
             )
-        for name in ("model.safetensors", "optim.safetensors", "state.json"):
+        for name in sorted({*manifest["files"], "state.json"}):
             if _describe(folder / name) != manifest["files"][name]:
                 raise CheckpointError(
                     f"{folder.name}: {name} is not what was written (size or SHA-256 differs)"
@@ -191,17 +227,35 @@ def verify(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def restore(found: Restored, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts a verified checkpoint's tensors into the model and the optimiser, strictly."""
     try:
-        load_strictly(model, load_file(found.folder / "model.safetensors"), found.folder)
-        load_optimizer_tensors(optimizer, load_file(found.folder / "optim.safetensors"))
+        if is_sharded(model) or not _is_whole(found.folder):
+            tensors = shard_files.read(found.folder, model)
+            moments = {name: tensors.pop(name) for name in list(tensors) if shard_files.is_moment(name)}
+            moments = {name: own_part(value).detach() for name, value in moments.items()}
+        else:
+            tensors, moments = (load_file(found.folder / name) for name in WHOLE)
+        load_strictly(model, tensors, found.folder)
+        load_optimizer_tensors(optimizer, moments)
     except (RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{found.folder}: does not fit this configuration ({error})") from None
 
 
 def restore_model(root: Path, step: int, model: nn.Module) -> None:
     """Puts the model of one step's checkpoint into `model`; raises CheckpointError when it is missing or damaged."""
+    load_strictly(model, read_model(root, step), root / f"step-{step:08d}")
+
+
+def read_model(root: Path, step: int) -> dict[str, Tensor]:
+    """The whole weights of one step's checkpoint, in one process; raises CheckpointError as `restore_model` does."""
     folder = root / f"step-{step:08d}"
     verify(folder)
-    load_strictly(model, load_file(folder / "model.safetensors"), folder)
+    if _is_whole(folder):
+        return load_file(folder / WHOLE[0])
+    return shard_files.read(folder, nn.Module(), lambda name: not shard_files.is_moment(name))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint holds tensors whole, and not the rows that each process had."""
+    return (folder / WHOLE[0]).is_file()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

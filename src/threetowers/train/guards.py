@@ -28,7 +28,7 @@ from threetowers.train import checkpoint
 
 MAY_DIFFER = {
     "log_every_steps", "trackers", "keep_checkpoints", "inputs.workers", "checkpoint_every_steps", "background_saves",
-    "classes", "inputs.max_bad_share", "inputs.keep_pixels",
+    "classes", "inputs.max_bad_share", "inputs.keep_pixels", "shard",
 }  # fmt: skip
 """Keys that change neither what is seen nor what is computed, so a run may continue with others."""
 _OF_VALIDATION = {"eval_every_steps", "suite", "suite_images"}

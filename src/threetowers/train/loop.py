@@ -26,12 +26,13 @@ from threetowers.train.optim import learning_rate
 from threetowers.train.profile import TABLE, TRACE, fetched
 from threetowers.train.session import (
     Session,
+    final_weights,
     log_validation,
     open_session,
     return_to_checkpoint,
-    take_best,
     too_many_skipped,
 )
+from threetowers.train.shards import whole
 from threetowers.train.trackers import ID
 
 WRITTEN = (
@@ -98,7 +99,6 @@ def train(
         if step < config.steps and not session.patience_over:
             session.log.event(f"stopped on request at step {step}")
             return Trained(folder, False, step, stopped=True, profile=table)
-        take_best(session)
         save_run(
             folder,
             config,
@@ -107,6 +107,7 @@ def train(
             setup.tokenizer,
             setup.thirds.towers,
             setup.parts(),
+            final_weights(session),
         )
         session.log.event(f"finished in {duration(time.monotonic() - started)}")
         return Trained(folder, True, step, stopped=stop.requested, profile=table)
@@ -149,8 +150,9 @@ def _steps(session: Session) -> bool:
                     session.log.warn(slow)
         improved = False
         if end or (config.eval_every_steps and state.step % config.eval_every_steps == 0):
-            with phase("validation"):
-                values = processes.told(lambda: validate(setup) | suite_metrics(setup, session.watched))
+            with phase("validation"), whole(setup.model):
+                values = validate(setup, processes)
+                values |= processes.told(lambda: suite_metrics(setup, session.watched))
                 improved = log_validation(session, values)
         # while steps are being skipped the weights may be bad already, and a run must not return to them
         due = state.step % config.checkpoint_every_steps == 0 and not session.guard.in_row
@@ -167,23 +169,31 @@ def _steps(session: Session) -> bool:
     return False
 
 
-def validate(setup: Setup) -> dict[str, float]:
-    """Retrieval of the main pair on the validation data, as metrics; nothing when there is none."""
+def validate(setup: Setup, processes: Processes = ALONE) -> dict[str, float]:
+    """Retrieval of the main pair on the validation data, as metrics; nothing when there is none.
+
+    processes: those that call this together, of which each encodes its share.
+    """
     if not len(setup.val):
         return {}
+    with processes.one_before_all():
+        stores = setup.thirds.stores(setup.val)
     encoded = encode(
         setup.model,
         setup.val,
         setup.tokenizer,
-        setup.thirds.stores(setup.val),
+        stores,
         setup.device,
         workers=setup.config.inputs.workers,
         autocast=autocast(setup.config, setup.device),
         kept=setup.kept_views(setup.val),
+        processes=processes,
     )
     if not encoded.captions:
         return {}
-    return {f"val/{name}": value for name, value in recalls(ranks_of(encoded)).items()}
+    return processes.told(
+        lambda: {f"val/{name}": value for name, value in recalls(ranks_of(encoded)).items()}
+    )
 
 
 def _claimed(folder: Path) -> checkpoint.Restored | None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from threetowers.config import OptimConfig
 from threetowers.errors import UsageError
+from threetowers.train.shards import own_part
 
 LOGITS = ("log_scale", "bias")
 """Parameters of the logits, beside those of towers and heads."""
@@ -78,7 +79,7 @@ def read_rule(text: str) -> Rule:
 def parameter_groups(
     model: nn.Module, config: OptimConfig, started: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """AdamW's groups, each with the names of its parameters.
+    """AdamW's groups, each with the names of its parameters, and these as this process holds them.
 
     Matrices and what has more dimensions decay; vectors, heads, what `no_decay` names and the scale do not. The scale
     and bias of the logits have the learning rate times `scale_lr_multiplier`; every group has its `lr_multiplier` and
@@ -116,9 +117,10 @@ def parameter_groups(
         group = groups.setdefault(
             (kind, factor, start),
             {"weight_decay": 0.0 if kind else config.weight_decay, "lr_multiplier": factor, "from_step": start,
-             "params": [], "names": []},
+             "numbers": 0, "params": [], "names": []},
         )  # fmt: skip
-        group["params"].append(parameter)
+        group["numbers"] += parameter.numel()
+        group["params"].append(own_part(parameter))
         group["names"].append(name)
     return [
         groups[key] for key in sorted(groups, key=lambda key: key[0])
@@ -170,7 +172,7 @@ def describe_groups(optimizer: torch.optim.Optimizer, lr: float) -> list[dict[st
     """The resolved table of the optimiser as plain values: of each group its numbers, settings and names."""
     return [
         {
-            "numbers": sum(parameter.numel() for parameter in group["params"]),
+            "numbers": group["numbers"],
             "lr": lr * group["lr_multiplier"], "weight_decay": group["weight_decay"], "from_step": group["from_step"],
             "parameters": group["names"],
         }

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from threetowers.errors import CheckpointError
+from threetowers.processes import ALONE, Processes
 from threetowers.train import checkpoint
 from threetowers.train.log import RunLog
 
@@ -18,14 +19,23 @@ class Saver:
     """Writes a run's checkpoints under `root`.
 
     background: copy the tensors to host memory and write in a thread, one save at a time. environment: what the
-    arithmetic depends on, for the manifest.
+    arithmetic depends on, for the manifest. writers: the processes that each write their part of a model that is cut
+    up over them; they make every call together, and write in the loop.
     """
 
     def __init__(
-        self, root: Path, keep: int, log: RunLog, environment: dict[str, Any], *, background: bool
+        self,
+        root: Path,
+        keep: int,
+        log: RunLog,
+        environment: dict[str, Any],
+        *,
+        background: bool,
+        writers: Processes = ALONE,
     ) -> None:
+        background &= writers.size == 1
         self._root, self._keep, self._log, self._environment = root, keep, log, environment
-        self._background = background
+        self._background, self._writers = background, writers
         self._own: checkpoint.Snapshot | None = {} if background else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -46,18 +56,30 @@ class Saver:
         Raises CheckpointError when a final save fails, or several in a row have failed.
         """
         self.wait()
-        tensors = checkpoint.snapshot(model, optimizer, self._own)
+        metadata: dict[str, str] = {}
+        if self._writers.size > 1:
+            tensors, metadata = checkpoint.own_snapshot(model, optimizer, self._writers.rank)
+        else:
+            tensors = checkpoint.snapshot(model, optimizer, self._own)
         self._step = step
-        self._thread = threading.Thread(target=self._write, args=(step, tensors, state, best))
+        self._thread = threading.Thread(target=self._write, args=(step, tensors, state, best, metadata))
         self._thread.start()
         if final or not self._background:
             self.wait(final=final)
 
     def _write(
-        self, step: int, tensors: checkpoint.Snapshot, state: dict[str, Any], best: int | None
+        self,
+        step: int,
+        tensors: checkpoint.Snapshot,
+        state: dict[str, Any],
+        best: int | None,
+        metadata: dict[str, str],
     ) -> None:
         try:
-            checkpoint.save(self._root, step, tensors, state, self._environment, self._keep, best)
+            checkpoint.save(
+                self._root, step, tensors, state, self._environment, self._keep, best,
+                writers=self._writers, metadata=metadata,
+            )  # fmt: skip
         except BaseException as error:  # raised by `wait`, in the thread of the loop
             self._error = error
 

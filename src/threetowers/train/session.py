@@ -31,6 +31,7 @@ from threetowers.train.optim import describe_groups
 from threetowers.train.profile import Profile, no_phase
 from threetowers.train.room import check_room, room
 from threetowers.train.saver import Saver
+from threetowers.train.shards import cut_parameters, is_sharded
 from threetowers.train.step import TrainingStep
 from threetowers.train.together import check_equal, check_shares, share_machine, speak_of_own
 from threetowers.train.trackers import Trackers, check_trackers
@@ -121,7 +122,7 @@ class Session:
 
     def save(self, *, final: bool = False) -> None:
         """Writes a checkpoint of the step; final: waits for it, and lets no failure pass."""
-        if not self.processes.first:
+        if not (self.processes.first or is_sharded(self.setup.model)):
             return
         state = {
             **self.state.as_dict(),
@@ -183,6 +184,7 @@ def open_session(
         reader = setup.reader()
     speak_of_own(processes)
     check_shares(setup, processes)
+    check_equal(processes, setup, found)
     watched = open_watched(config.suite, config.suite_images) if processes.first else []
     if processes.first:
         _check_keep_best(setup, watched)
@@ -201,17 +203,17 @@ def open_session(
     )
     log = RunLog(folder, trackers, writes=processes.first)
     saver = Saver(
-        folder / "checkpoints", config.keep_checkpoints, log, environment, background=config.background_saves
-    )
+        folder / "checkpoints", config.keep_checkpoints, log, environment, background=config.background_saves,
+        writers=processes if is_sharded(setup.model) else ALONE,
+    )  # fmt: skip
     session = Session(
         setup, reader, take_step, folder, log, bad, stop, saver,
         profile=own, watched=watched, processes=processes,
     )  # fmt: skip
     if found is not None:
         _go_on(session, found, environment)
-    elif processes.first:
+    else:
         _begin(session)
-    check_equal(session.processes, setup, found.step if found else 0)
     return session
 
 
@@ -221,14 +223,16 @@ def _begin(session: Session) -> None:
     config = setup.config
     torch.manual_seed(config.seed)
     log.rewind(0)
-    table = describe_groups(session.take_step.optimizer, config.optim.lr)
-    write_whole(folder / "optimizer.json", json.dumps(table, indent=1))
+    if session.processes.first:
+        table = describe_groups(session.take_step.optimizer, config.optim.lr)
+        write_whole(folder / "optimizer.json", json.dumps(table, indent=1))
     log.event(f"starting: {config.method}, {len(setup.train)} training samples, {config.steps} steps")
     session.save(final=True)  # a full disk is better found now than after hours
     needs = room(setup)
-    check_room(
-        folder, config.keep_checkpoints * needs.checkpoint + needs.model
-    )  # besides what was just saved
+    if session.processes.first:
+        check_room(
+            folder, config.keep_checkpoints * needs.checkpoint + needs.model
+        )  # besides what was just saved
 
 
 def _go_on(session: Session, found: checkpoint.Restored, environment: dict[str, Any]) -> None:
@@ -316,22 +320,34 @@ def _check_keep_best(setup: Setup, watched: Sequence[OpenSet]) -> None:
         raise UsageError(f"keep_best: {name!r} is no metric of the validation{did_you_mean(name, known)}")
 
 
-def take_best(session: Session) -> None:
-    """Puts the best checkpoint's weights into the model, when that is asked for."""
-    step = session.state.best_step
-    if step is None or step == session.state.step:
-        return
+def final_weights(session: Session) -> dict[str, Tensor]:
+    """The whole weights that a finished run keeps: those of its last step, or of the best one where that is asked for.
+
+    A model that is cut up is read from the run's last checkpoint, which is that of its last step.
+    """
+    model, last = session.setup.model, session.state.step
+    step = last if session.state.best_step is None else session.state.best_step
+    if step == last and not is_sharded(model):
+        return model.state_dict()
     try:
-        checkpoint.restore_model(session.checkpoints, step, session.setup.model)
+        if not is_sharded(model):
+            checkpoint.restore_model(session.checkpoints, step, model)
+            weights = model.state_dict()
+        else:
+            weights = checkpoint.read_model(session.checkpoints, step)
+            cut = cut_parameters(model)
+            model.load_state_dict({n: w for n, w in weights.items() if n not in cut}, strict=False)
     except CheckpointError as error:
         raise CheckpointError(
             f"the best checkpoint (step {step}) cannot be used: {error}. Its weights are lost; give --fresh to train "
             "again, or --keep-best none with another --out"
         ) from None
-    name = session.setup.config.keep_best
-    session.log.event(
-        f"the weights are those of step {step}, where {name} was highest: {session.state.best:.4f}"
-    )
+    if step != last:
+        name = session.setup.config.keep_best
+        session.log.event(
+            f"the weights are those of step {step}, where {name} was highest: {session.state.best:.4f}"
+        )
+    return weights
 
 
 def _random_state(device: torch.device) -> dict[str, str]:

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from threetowers.config import RunConfig
 from threetowers.data.loader import Batch
@@ -22,6 +23,7 @@ from threetowers.towers.pair import compile_towers
 from threetowers.train.accumulate import accumulate
 from threetowers.train.optim import adamw, set_learning_rate
 from threetowers.train.profile import Phase, no_phase
+from threetowers.train.shards import Gradients, last_backward, shard
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class TrainingStep:
     third_features: the frozen features [B, P] of a batch by view name, stored or computed on the spot. phase: the
     context in which each part of the step is taken. processes: those that take the step together, each with its part of
     the batch; all end with the same weights. Puts the model into train mode, takes frozen parameters out of
-    training and, when the configuration says so, compiles the towers. Raises UsageError as `adamw` does.
+    training and, when the configuration says so, compiles the towers, or cuts them up over the processes. Raises
+    UsageError as `adamw` does.
     """
 
     def __init__(
@@ -59,9 +62,12 @@ class TrainingStep:
     ) -> None:
         self.config, self.model, self.device, self.third_features = config, model, device, third_features
         self.phase, self.processes = phase, processes
+        self.bf16 = config.precision != "fp32"
+        if config.shard == "blocks" and processes.size > 1:
+            shard(model, device, processes, bf16=self.bf16)
         self.optimizer = adamw(model, config.optim, model.started)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.bf16 = config.precision != "fp32"
+        self.gradients = Gradients(model, self.optimizer, processes)
         if config.compile:
             compile_towers(model.img, model.txt)
         model.train()
@@ -96,6 +102,7 @@ class TrainingStep:
                     self.features,
                     partial(self.loss, weights=weights),
                     phase,
+                    partial(last_backward, model),
                 )
             else:
                 with phase("data"):
@@ -105,8 +112,9 @@ class TrainingStep:
                 with phase("backward"):
                     loss.backward()  # type: ignore[no-untyped-call]
         with phase("optimiser"):
-            self.processes.add_gradients(self.parameters)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.clip_norm or float("inf"))
+            self.gradients.collect()
+            norm = self.gradients.norm()
+            clip_grads_with_norm_(self.parameters, config.optim.clip_norm or float("inf"), norm)
             if found_inf is not None:
                 optimizer.found_inf = found_inf(loss.detach(), norm)  # type: ignore[attr-defined]
             optimizer.step()

@@ -33,8 +33,12 @@ DTYPES = {
 }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Writes contiguous tensors in host memory; returns the file's size and SHA-256 as they should be.
+
+    metadata: for the header, texts by name.
 
     The last of it may still be on its way to the disk: the caller syncs. Raises OSError when the disk refuses, and
     CheckpointError for a dtype that the format does not have (https://github.com/huggingface/safetensors, Format).
@@ -45,7 +49,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         pending = 0
-        for block in (_header(names, tensors), *(_bytes(tensors[name]) for name in names)):
+        for block in (_header(names, tensors, metadata), *(_bytes(tensors[name]) for name in names)):
             for start in range(0, len(block), CHUNK):
                 chunk = block[start : start + CHUNK]
                 digest.update(chunk)
@@ -57,7 +61,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def _header(names: list[str], tensors: Mapping[str, Tensor]) -> memoryview:
+def _header(
+    names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+) -> memoryview:
     """The length of the header in 8 bytes, and its JSON, padded so that the tensors begin at a multiple of 8."""
     described = {}
     for name in names:
@@ -66,7 +72,8 @@ def _header(names: list[str], tensors: Mapping[str, Tensor]) -> memoryview:
             raise CheckpointError(f"{name}: {value.dtype} cannot be saved; convert it to float32")
         described[name] = (DTYPES[value.dtype], list(value.shape), value.nbytes)
     entries, _ = tensor_entries(described)
-    return memoryview(pack_header(json.dumps(entries, separators=(",", ":"), ensure_ascii=False)))
+    header = {"__metadata__": dict(metadata), **entries} if metadata else entries
+    return memoryview(pack_header(json.dumps(header, separators=(",", ":"), ensure_ascii=False)))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

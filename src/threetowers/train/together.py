@@ -18,6 +18,7 @@ from threetowers.progress import be_quiet, send_warnings
 from threetowers.run.pixels import Pixels, share_pixels
 from threetowers.run.setup import Setup
 from threetowers.settings import config_hash
+from threetowers.train.checkpoint import Restored
 
 
 def check_divisible(config: RunConfig, processes: int) -> None:
@@ -69,12 +70,16 @@ def speak_of_own(processes: Processes) -> None:
         )
 
 
-def check_equal(processes: Processes, setup: Setup, step: int) -> None:
-    """Raises CheckpointError, in every process, where one starts with other settings, data or weights than rank 0."""
+def check_equal(processes: Processes, setup: Setup, found: Restored | None) -> None:
+    """Raises CheckpointError, in every process, where one starts with other settings, data or weights than rank 0.
+
+    found: the verified checkpoint that the run continues from. The weights are those that the model was built with,
+    before it is cut up.
+    """
     if processes.size == 1:
         return
     own = {
-        "step": step,
+        "checkpoint": None if found is None else [found.step, found.digest],
         "settings": config_hash(setup.config),
         "training data": setup.train.fingerprint,
         "torch": torch.__version__,
