@@ -28,7 +28,7 @@ from threetowers.data.decode import decode
 from threetowers.data.tokenize import load_tokenizer
 from threetowers.errors import CheckpointError, DataError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
-from threetowers.export.open_clip import CARD
+from threetowers.export.open_clip import USAGE
 from threetowers.run import thirds
 from threetowers.towers import weights
 from threetowers.towers.frozen import load as frozen
@@ -274,7 +274,7 @@ def test_too_little_data_for_one_batch_is_said_before_anything_is_embedded(
 
 
 def test_the_function_of_an_export_lays_transparent_16_bit_grey_on_white() -> None:
-    code = CARD.format(heading="#", folder="exported", differences="")
+    code = USAGE.format(folder="exported", differences="")
     names: dict[str, Any] = {"np": np, "Image": Image, "ImageOps": ImageOps}
     exec(code[code.index("def to_rgb") : code.index("pixels = ")], names)
     file = io.BytesIO()

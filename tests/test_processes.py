@@ -41,7 +41,7 @@ from threetowers.errors import ThreeTowersError, UsageError
 from threetowers.evaluate.encode import encode
 from threetowers.processes import ALONE, Processes
 from threetowers.run.setup import prepare
-from threetowers.settings import read_config, write_config
+from threetowers.settings import read_config
 from threetowers.train import loop, together
 from threetowers.train.guards import StopRequest
 from threetowers.train.loop import train
