@@ -62,6 +62,14 @@ def _answers(result: dict[str, Any], num: int, contender: str, figure: str) -> f
     return max(found) if figure == "per second" else min(found)
 
 
+def _least(result: dict[str, Any], contender: str, figure: str) -> float:
+    """The lowest figure of a contender; raises KeyError when it was not measured."""
+    found = [float(row[figure]) for row in result["rows"] if row["contender"] == contender]
+    if not found:
+        raise KeyError(contender)
+    return min(found)
+
+
 def _lost(save: str) -> Callable[[dict[str, Any]], float]:
     return lambda result: statistics.mean(row["lost"] for row in result["rows"] if row["save"] == save)
 
@@ -89,8 +97,12 @@ AIMS = (
     Aim("and saved in a thread", "checkpoint", _lost("in a thread"), 0.05, most=True),
     Aim("`explore`: answers a second over 100,000 images", "explore",
         lambda result: _answers(result, 100_000, "main pair", "per second"), 50),
+    Aim("the same with the combination, whose vectors are twice as wide", "explore",
+        lambda result: _answers(result, 100_000, "combination", "per second"), 50),
     Aim("`explore`: ms for a move of α over 10,000 images", "explore",
         lambda result: _answers(result, 10_000, "α moves", "median ms"), 100, most=True),
+    Aim("exact search, times as fast as faiss's flat index on the least suitable vectors", "search",
+        lambda result: _least(result, "faiss", "ratio"), 2.0),
 )  # fmt: skip
 
 
