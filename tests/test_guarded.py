@@ -142,7 +142,7 @@ def test_a_damaged_best_checkpoint_never_becomes_the_result(
 ) -> None:
     best = tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors"
 
-    def validate(_: Any) -> dict[str, float]:
+    def validate(*_: Any) -> dict[str, float]:
         if not best.exists():
             return {"val/mean_r@1": 0.5}
         data = bytearray(best.read_bytes())

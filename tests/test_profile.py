@@ -89,7 +89,7 @@ def test_all_work_of_a_step_counts_in_its_phase(
         (1024, Batch, "to"),
     ):
         monkeypatch.setattr(owner, name, clock.takes(seconds, getattr(owner, name)))
-    monkeypatch.setattr(loop, "validate", clock.takes(128, lambda setup: {}))
+    monkeypatch.setattr(loop, "validate", clock.takes(128, lambda *_: {}))
     train(tiny_config(micro_batch_size=micro), tmp_path / "run", profile=True)
     found = described(tmp_path / "run")
     assert found["steps"] == {"measured": 2, "warm_up": 3, "traced": 1}

@@ -212,7 +212,7 @@ def test_the_finished_run_holds_the_best_weights_and_patience_ends_it(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = iter([0.1, 0.5, 0.3, 0.2, 0.9])
-    monkeypatch.setattr(loop, "validate", lambda _: {"val/mean_r@1": next(values)})
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val/mean_r@1": next(values)})
     config = tiny_config(
         steps=20, eval_every_steps=2, checkpoint_every_steps=1, keep_best="val/mean_r@1", patience=2
     )
