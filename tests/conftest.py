@@ -93,3 +93,9 @@ def tiny_config(photos: Path, timm_tower: str, tmp_path: Path) -> Callable[..., 
         return replace(config, **changes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what the tests of a file share, such as a run that is trained once."""
+    return tmp_path_factory.mktemp("module")

@@ -35,11 +35,6 @@ def class_folders(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("module")
-
-
 @pytest.fixture
 def run(folder: Path, tiny_config: Config) -> Path:
     """A run of 3T that was evaluated on pairs and on classes, trained once."""

@@ -35,11 +35,6 @@ def third_tower(folder: Path, seed: int) -> str:
     return timm_folder(folder, seed, 32, 1.0, "bicubic")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("module")
-
-
 @pytest.fixture
 def run(folder: Path, tiny_config: Config) -> Path:
     if not (folder / "run").exists():

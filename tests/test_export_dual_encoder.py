@@ -35,11 +35,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("module")
-
-
 @pytest.fixture
 def run(folder: Path, tiny_config: Config) -> Path:
     """A finished run of a small ConvNeXt, trained once."""

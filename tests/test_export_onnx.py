@@ -49,11 +49,6 @@ def with_pair(config: RunConfig, vision: dict[str, Any], **text: Any) -> RunConf
     return replace(config, pair=replace(config.pair, vision=vision, text={**config.pair.text, **text}))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("module")
-
-
 @pytest.fixture
 def run(folder: Path, tiny_config: Config) -> Path:
     """A finished run of open_clip's own towers with a vocabulary of its own, trained once."""

@@ -46,11 +46,6 @@ def with_text(config: RunConfig, **changes: Any) -> RunConfig:
     return replace(config, pair=replace(config.pair, text={**config.pair.text, **changes}))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("module")
-
-
 @pytest.fixture
 def run(folder: Path, tiny_config: Config) -> Path:
     """A finished run of open_clip's own towers with a vocabulary of its own, trained once."""

@@ -190,7 +190,7 @@ def hung(seconds: float) -> list[str]:
     lines: list[str] = []
     store = dist.distributed_c10d._get_default_store()
     with (
-        mock.patch.multiple(heartbeats, EVERY=0.1, LATE=1.0, _say=lines.append),
+        mock.patch.multiple(heartbeats, EVERY=0.1, LATE=1.0, say=lines.append),
         heartbeats.told(store, rank, size),
     ):
         with heartbeats.PLACE.named("data"):

@@ -22,11 +22,6 @@ from threetowers.run.finished import load_run
 from threetowers.train.loop import train
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("module")
-
-
 @pytest.fixture
 def run(folder: Path, tiny_config: Config) -> Path:
     if not (folder / "run").exists():

@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from threetowers.progress import duration
+from threetowers.progress import duration, say
 
 EVERY = 3.0
 """Seconds between two heartbeats of a process, and between two looks at those of the others."""
@@ -295,11 +294,6 @@ def _late_line(rank: int, beat: Beat, waited: float, still: float) -> str:
     )
 
 
-def _say(text: str) -> None:
-    # not as `warn`, which all processes but the first keep to themselves while they start
-    print(f"threetowers: {text}", file=sys.stderr, flush=True)
-
-
 @contextmanager
 def told(store: Store, rank: int, size: int) -> Iterator[None]:
     """Tells the place of this process, and names processes that are missing or slow, while the block lasts.
@@ -325,7 +319,9 @@ def _beat(store: Store, rank: int, size: int, end: threading.Event) -> None:
         while not end.is_set():
             _tell(store, rank, count)
             for line in _looked(store, watch, size):
-                _say(line)
+                say(
+                    line
+                )  # not as `warn`, which all processes but the first keep to themselves while they start
             count += 1
             end.wait(EVERY)
         _tell(store, rank, count, ended=True)

@@ -1,7 +1,6 @@
 """What must hold of the processes that train one model: equal shares of the batch, equal data, and equal weights."""
 
 import hashlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from threetowers.data.kept import new_memory
 from threetowers.data.workers import share_workers
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.processes import Processes
-from threetowers.progress import be_quiet, send_warnings
+from threetowers.progress import be_quiet, say, send_warnings
 from threetowers.run.pixels import Pixels, share_pixels
 from threetowers.run.setup import Setup
 from threetowers.settings import config_hash
@@ -63,11 +62,7 @@ def share_machine(processes: Processes) -> None:
 def speak_of_own(processes: Processes) -> None:
     """From now on the warnings of this process are its own, and say so."""
     if not processes.first:
-        send_warnings(
-            lambda text, again: print(
-                f"threetowers: rank {processes.rank}: {text}", file=sys.stderr, flush=True
-            )
-        )
+        send_warnings(lambda text, again: say(f"rank {processes.rank}: {text}"))
 
 
 def check_equal(processes: Processes, setup: Setup, found: Restored | None) -> None:
