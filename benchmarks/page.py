@@ -62,6 +62,19 @@ def _answers(result: dict[str, Any], num: int, contender: str, figure: str) -> f
     return max(found) if figure == "per second" else min(found)
 
 
+def _three_towers(result: dict[str, Any], loss: str, figure: str) -> float:
+    """The figure of a loss for 3T over 4 processes; raises KeyError when it was not measured."""
+    wanted = (loss, "3T", 4)
+    found = [
+        float(row[figure])
+        for row in result["rows"]
+        if (row["loss"], row["method"], row["processes"]) == wanted
+    ]
+    if not found:
+        raise KeyError(wanted)
+    return found[0]
+
+
 def _least(result: dict[str, Any], contender: str, figure: str) -> float:
     """The lowest figure of a contender; raises KeyError when it was not measured."""
     found = [float(row[figure]) for row in result["rows"] if row["contender"] == contender]
@@ -103,6 +116,10 @@ AIMS = (
         lambda result: _answers(result, 10_000, "α moves", "median ms"), 100, most=True),
     Aim("exact search, times as fast as faiss's flat index on the least suitable vectors", "search",
         lambda result: _least(result, "faiss", "ratio"), 2.0),
+    Aim("3T over 4 processes, times fewer bytes than an exact ClipLoss three times", "processes",
+        lambda result: _three_towers(result, "ClipLoss, G", "kB") / _three_towers(result, "ours", "kB"), 4),
+    Aim("3T over 4 processes, collectives of a step", "processes",
+        lambda result: _three_towers(result, "ours", "collectives"), 3, most=True),
 )  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
     python benchmarks/processes.py [--processes 2 4] [--size 64] [--width 256] [--out FILE]
 
-Two linear maps stand for the towers, and each process has --size samples, whose texts lie in few groups. `ours` is
+Two linear maps stand for the towers, and each process has --size samples, whose texts lie in few groups. The third
+tower's features, --width of them in half precision as they are stored, and the heads are those of 3T. `ours` is
 objective/sharded.py. `ClipLoss` is open_clip's loss with its flags local_loss (L) and gather_with_grad (G), once for
-the pair (CLIP) and three times for 3T. The gradients of ours are added over the processes, as our training does, and
-those of ClipLoss averaged, as DDP does in open_clip's. They are compared with those of the plain loss of all samples in
-one process in fp64. Collectives are counted as they are called where NCCL is the backend, and their bytes as what one
-process must send by a ring: (W − 1)/W of the whole for an all_gather or a reduce_scatter, twice that for an all_reduce.
-The processes are of one machine, over gloo; nothing is timed.
+the pair (CLIP) and three times for 3T, on the views of the process's own samples. The gradients of ours are added over
+the processes, as our training does, and those of ClipLoss averaged, as DDP does in open_clip's. They are compared with
+those of the plain loss of all samples in one process in fp64. Collectives are counted as they are called where NCCL is
+the backend, and their bytes as what one process must send by a ring: (W − 1)/W of the whole for an all_gather or a
+reduce_scatter, twice that for an all_reduce. The processes are of one machine, over gloo; nothing is timed.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,15 +41,14 @@ from threetowers.processes import Processes
 
 TABLES = {
     "rows": (
-        "`cosine` and `length` of the towers' gradient, and the gradient of the `scale`, all against those of one "
-        "process, so that 1 is right. `collectives` of a step, and the `kB` that a process sends in them, without the "
-        "reduction of the parameters' gradients that both need."
+        "`cosine` and `length` of the gradient of towers and heads, and the gradient of the `scale`, all against those "
+        "of one process, so that 1 is right. `collectives` of a step, and the `kB` that a process sends in them. Both "
+        "leave out the reduction of the parameters' gradients, which every contender needs."
     ),
 }
 """The sentence that docs/benchmarks.md puts before each table."""
 FLAGS = {"default": (False, False), "L": (True, False), "G": (False, True), "L and G": (True, True)}
 INPUTS, GROUPS = 48, 8
-Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Traffic(TorchDispatchMode):
@@ -66,63 +68,86 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def start(rows: int, width: int) -> tuple[list[Tensor], Tensor]:
-    """The linear maps of two towers and of each further row's views, and the scale."""
+def start(method: str, width: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The linear maps by the views that they make, of width × width for 3T's heads, and the scale."""
     generator = torch.Generator().manual_seed(1)
-    maps = [torch.randn(INPUTS, width, generator=generator) / INPUTS**0.5 for _ in range(2 * rows)]
+    sizes = dict.fromkeys(("img", "txt"), INPUTS)
+    if method == "3T":
+        sizes |= dict.fromkeys(("img@third", "txt@third", "third@img", "third@txt"), width)
+    maps = {view: torch.randn(size, width, generator=generator) / size**0.5 for view, size in sizes.items()}
     return maps, torch.tensor(14.3)
 
 
-def samples(num: int) -> tuple[Tensor, Tensor]:
-    """Inputs of the two sides [N, INPUTS]: the texts lie in GROUPS groups, and the images near their texts."""
+def samples(num: int, width: int) -> dict[str, Tensor]:
+    """Inputs by tower: the texts [N, INPUTS] lie in GROUPS groups, the images near their texts, third [N, width]."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.randn(GROUPS, INPUTS, generator=generator)
     text = groups[torch.arange(num) % GROUPS] + 0.3 * torch.randn(num, INPUTS, generator=generator)
-    return text + torch.randn(num, INPUTS, generator=generator), text
+    image = text + torch.randn(num, INPUTS, generator=generator)
+    third = image @ torch.randn(INPUTS, width, generator=generator) / INPUTS**0.5
+    return {"img": image, "txt": text, "third": third.half()}
 
 
-def views(maps: list[Tensor], own: slice, num: int) -> Pairs:
-    """The pairs of unit vectors that the rows compare."""
-    sides = [side[own].to(maps[0].dtype) for side in samples(num)]
-    return [
-        tuple(torch.nn.functional.normalize(sides[k] @ maps[i + k], dim=1) for k in (0, 1))  # type: ignore[misc]
-        for i in range(0, len(maps), 2)
-    ]
+@dataclass(frozen=True)
+class Step:
+    """What a process has of a step: the maps and the scale as leaves, and its samples' inputs."""
+
+    maps: dict[str, Tensor]
+    scale: Tensor
+    inputs: dict[str, Tensor]
+    rank: int
+    size: int
+
+    def view(self, name: str, third: Tensor | None = None) -> Tensor:
+        """Unit vectors of a view; third: of these features instead of the process's own."""
+        tower = name.partition("@")[0]
+        values = self.inputs[tower] if third is None else third
+        for each in dict.fromkeys((tower, name)):
+            if each in self.maps:
+                values = values.to(self.maps[each].dtype) @ self.maps[each]
+        return torch.nn.functional.normalize(values, dim=1)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        third = [("img@third", "third@img"), ("txt@third", "third@txt")]
+        return [("img", "txt"), *(third if "third@img" in self.maps else [])]
 
 
-def ours(pairs: Pairs, scale: Tensor, rank: int, size: int) -> Tensor:
-    rows = [("softmax", Compared(a, b, scale)) for a, b in pairs]
-    return sharded.loss(rows, [1 / len(rows)] * len(rows), Processes(rank, size))[0]  # type: ignore[arg-type]
+def ours(step: Step) -> Tensor:
+    rows, views = [], {}
+    for i, (main, other) in enumerate(step.pairs()):
+        second = step.inputs["third"] if other.startswith("third") else step.view(other)
+        if other.startswith("third"):
+            views[i] = partial(step.view, other)
+        rows.append(("softmax", Compared(step.view(main), second, step.scale)))
+    return sharded.loss(rows, [1 / len(rows)] * len(rows), Processes(step.rank, step.size), views)[0]  # type: ignore[arg-type]
 
 
-def clip_loss(flags: tuple[bool, bool]) -> Callable[[Pairs, Tensor, int, int], Tensor]:
-    def loss(pairs: Pairs, scale: Tensor, rank: int, size: int) -> Tensor:
-        each = open_clip.ClipLoss(*flags, rank=rank, world_size=size)
-        return sum(each(a, b, scale) for a, b in pairs) / len(pairs)  # type: ignore[no-any-return]
+def clip_loss(flags: tuple[bool, bool]) -> Callable[[Step], Tensor]:
+    def loss(step: Step) -> Tensor:
+        each, pairs = open_clip.ClipLoss(*flags, rank=step.rank, world_size=step.size), step.pairs()
+        return sum(each(step.view(a), step.view(b), step.scale) for a, b in pairs) / len(pairs)  # type: ignore[no-any-return]
 
     return loss
 
 
 def gradients(
-    loss: Callable[[Pairs, Tensor, int, int], Tensor],
-    share: float,
-    rows: int,
-    options: tuple[int, int, int, int],
+    loss: Callable[[Step], Tensor], share: float, method: str, options: tuple[int, int, int, int]
 ) -> dict[str, Any]:
     """What came of a step in this process; share: by which the sum of the processes' gradients is multiplied."""
     rank, size, num, width = options
-    maps, scale = start(rows, width)
-    leaves = [each.requires_grad_() for each in (*maps, scale)]
-    pairs = views(leaves[:-1], slice(rank * num, (rank + 1) * num), size * num)
+    maps, scale = start(method, width)
+    own = slice(rank * num, (rank + 1) * num)
+    inputs = {tower: values[own] for tower, values in samples(size * num, width).items()}
+    leaves = [each.requires_grad_() for each in (*maps.values(), scale)]
     # with another backend open_clip's way back is made of many calls
     nccl = mock.patch.object(dist, "get_backend", lambda group=None: dist.Backend.NCCL)
     with Traffic(size) as traffic, nccl, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loss(pairs, leaves[-1], rank, size).backward()  # type: ignore[no-untyped-call]
+        loss(Step(maps, scale, inputs, rank, size)).backward()  # type: ignore[no-untyped-call]
     found = [leaf.grad for leaf in leaves if leaf.grad is not None]
     for gradient in found:
         dist.all_reduce(gradient.mul_(share))
-    exact = in_one_process(rows, size * num, width)
+    exact = in_one_process(method, size * num, width)
     towers, wanted = (torch.cat([each.flatten().double() for each in some[:-1]]) for some in (found, exact))
     return {
         "cosine": float(torch.nn.functional.cosine_similarity(towers, wanted, dim=0)),
@@ -133,15 +158,17 @@ def gradients(
     }
 
 
-def in_one_process(rows: int, num: int, width: int) -> list[Tensor]:
-    maps, scale = start(rows, width)
-    leaves = [each.double().requires_grad_() for each in (*maps, scale)]
-    total = torch.zeros((), dtype=torch.float64)
-    for a, b in views(leaves[:-1], slice(None), num):
-        logits, own = leaves[-1] * a @ b.T, torch.arange(num)
+def in_one_process(method: str, num: int, width: int) -> list[Tensor]:
+    maps, scale = start(method, width)
+    maps = {view: each.double().requires_grad_() for view, each in maps.items()}
+    scale = scale.double().requires_grad_()
+    step = Step(maps, scale, samples(num, width), 0, 1)
+    total, pairs = torch.zeros((), dtype=torch.float64), step.pairs()
+    for a, b in pairs:
+        logits, own = scale * step.view(a) @ step.view(b).T, torch.arange(num)
         both = [torch.nn.functional.cross_entropy(each, own) for each in (logits, logits.T)]
-        total = total + 0.5 * (both[0] + both[1]) / rows
-    return list(torch.autograd.grad(total, leaves))
+        total = total + 0.5 * (both[0] + both[1]) / len(pairs)
+    return list(torch.autograd.grad(total, [*maps.values(), scale]))
 
 
 def serve(rank: int, size: int, num: int, width: int, meeting: str, results: Any) -> None:
@@ -154,9 +181,9 @@ def serve(rank: int, size: int, num: int, width: int, meeting: str, results: Any
     contenders = {"ours": (ours, 1.0)} | {
         f"ClipLoss, {name}": (clip_loss(flags), 1 / size) for name, flags in FLAGS.items()
     }
-    for method, rows in (("CLIP", 1), ("3T", 3)):
+    for method in ("CLIP", "3T"):
         for name, (loss, share) in contenders.items():
-            found = gradients(loss, share, rows, (rank, size, num, width))
+            found = gradients(loss, share, method, (rank, size, num, width))
             if rank == 0:
                 results.put({"loss": name, "method": method, "processes": size, **found})
     dist.destroy_process_group()

@@ -28,6 +28,7 @@ from threetowers.config import RunConfig
 from threetowers.errors import ThreeTowersError, UsageError
 from threetowers.model import ThreeTowers
 from threetowers.objective.pairs import objective
+from threetowers.objective.sharded import SHARES
 from threetowers.objective.tiled import BUDGET
 from threetowers.processes import BUCKET
 from threetowers.progress import duration
@@ -43,6 +44,8 @@ from threetowers.train.room import amount
 PASSES = 3
 """What a tower's forward and backward pass cost, in forward passes. torch's counter is not asked for the backward pass,
 since it counts that of a convolution in groups as if it had none."""
+HALF = 2
+"""Bytes of a number of stored features."""
 PAIRS = 1e9
 """Samples that a run of the table sees."""
 
@@ -69,11 +72,17 @@ class Hardware:
 
 @dataclass(frozen=True)
 class RowCost:
-    """A row of the objective. width: of its views. trains: which of its two views has a gradient."""
+    """A row of the objective.
+
+    width: of its views. trains: which of its two views has a gradient. frozen, frozen_width: the third tower of one of
+    its views and the width of its features, where these travel instead of a view.
+    """
 
     kind: str
     width: int
     trains: tuple[bool, bool]
+    frozen: str = ""
+    frozen_width: int = 0
 
     @property
     def contrastive(self) -> bool:
@@ -84,13 +93,15 @@ class RowCost:
 class ModelCost:
     """What is counted of a model. Operations and bytes are those of one sample, in fp32.
 
-    image, text: operations of the towers' forward passes. heads: of the heads, forward and backward. saved: bytes kept
-    for the backward pass. pixels: bytes of an image.
+    image, text: operations of the towers' forward passes. heads, third_heads: of the heads on the main towers and of
+    those that several processes apply to the frozen features of all, forward and backward. saved: bytes kept for the
+    backward pass. pixels: bytes of an image.
     """
 
     image: float
     text: float
     heads: float
+    third_heads: float
     saved: float
     pixels: int
     parameters: int
@@ -128,18 +139,25 @@ def counted(config: RunConfig, third_width: int = 768) -> ModelCost:
         name: torch.empty(1, width, device="meta") for name, width in thirds.items()
     })  # fmt: skip
     feats = {name: each.detach().requires_grad_(each.requires_grad) for name, each in feats.items()}
-    with FlopCounterMode(display=False) as heads:
-        compared = [model.compared(index, feats) for index in range(len(table.rows))]
-        views = [view for each in compared for view in (each.a, each.b) if view.requires_grad]
-        torch.autograd.backward([view.sum() for view in views])
-    rows = tuple(
-        RowCost(row.kind, each.a.shape[1], (each.a.requires_grad, each.b.requires_grad))
-        for row, each in zip(table.rows, compared, strict=True)
-    )
+    rows, operations = [], {"main": 0.0, "third": 0.0}
+    for index, row in enumerate(table.rows):
+        sources = [model.source(view) for view in (row.a, row.b)]
+        frozen = next((source for source in sources if source in thirds), "")
+        if row.kind not in SHARES:
+            frozen = ""
+        for view, source in zip((row.a, row.b), sources, strict=True):
+            with FlopCounterMode(display=False) as count:
+                made = model.view(view, feats)
+                if made.requires_grad:
+                    made.sum().backward()  # type: ignore[no-untyped-call]
+            operations["third" if source == frozen else "main"] += count.get_total_flops()
+        both = model.compared(index, feats)
+        trains = both.a.requires_grad, both.b.requires_grad
+        rows.append(RowCost(row.kind, both.a.shape[1], trains, frozen, thirds.get(frozen, 0)))
     parameters = list(model.parameters())
     return ModelCost(
-        of_image, of_text, heads.get_total_flops(), image_saved + text_saved,
-        pixels.numel() if image is not None else 0, _numel(parameters), model.num_trainable(), rows,
+        of_image, of_text, operations["main"], operations["third"], image_saved + text_saved,
+        pixels.numel() if image is not None else 0, _numel(parameters), model.num_trainable(), tuple(rows),
     )  # fmt: skip
 
 
@@ -187,11 +205,13 @@ def collectives(config: RunConfig, model: ModelCost, processes: int, *, bf16: bo
     if processes == 1:
         return []
     num, own = config.batch_size, config.batch_size // processes
-    ids = 2 * 8 if config.inputs.mask_duplicates else 0
     contrastive = [row for row in model.rows if row.contrastive]
-    gathered = sum(row.width * (2 if bf16 else 4) + ids for row in contrastive)
+    ids = 2 * 8 if config.inputs.mask_duplicates and contrastive else 0
+    features = sum({row.frozen: row.frozen_width for row in contrastive}.values())
+    pairs = [row for row in contrastive if not row.frozen]
+    gathered = ids + HALF * features + sum(row.width for row in pairs) * (2 if bf16 else 4)
     sums = sum(3 * num if row.kind == "softmax" else 1 for row in model.rows)
-    back = sum(row.width for row in contrastive if all(row.trains))
+    back = sum(row.width for row in pairs if all(row.trains))
     found = [Collective("all_gather", own * gathered), Collective("all_reduce", 8 * sums)]
     found.append(Collective("reduce_scatter", 4 * num * back))
     found.append(Collective("all_reduce", 4 * model.trained))
@@ -219,7 +239,7 @@ def memory(config: RunConfig, model: ModelCost, processes: int, *, bf16: bool) -
     """Bytes of a process at the peak of a step, by what they are for."""
     num, own = config.batch_size, config.batch_size // processes
     at_once = min(config.micro_batch_size or own, own)
-    width = sum(row.width for row in model.rows)
+    views = sum(row.width * (16.0 if row.frozen else 12.0) + 4.0 * row.frozen_width for row in model.rows)
     kept = [
         min(BUDGET / len(model.rows), own * num * (2.0 if bf16 else 4.0))
         for row in model.rows
@@ -231,8 +251,9 @@ def memory(config: RunConfig, model: ModelCost, processes: int, *, bf16: bool) -
         "gradients": 4.0 * model.trained,
         "moments": 8.0 * model.trained,
         "activations": at_once * (model.saved * (0.5 if config.precision != "fp32" else 1.0) + model.pixels),
-        # views gathered as bytes and as tensors, and their gradients; sums in fp64
-        "loss": num * width * 12.0 + num * len(model.rows) * 80.0 + sum(kept),
+        # views gathered as bytes and as tensors, or features, what heads make of them, and unit vectors; their
+        # gradients; sums in fp64
+        "loss": num * views + num * len(model.rows) * 80.0 + sum(kept),
         "buffers": float(bucket),
     }
 
@@ -266,7 +287,8 @@ def cost(config: RunConfig, model: ModelCost, processes: int, hardware: Hardware
     own = config.batch_size // processes
     bf16 = config.precision != "fp32"
     passes = PASSES + (0 < config.micro_batch_size < own) + config.grad_checkpointing
-    loss = loss_operations(config, model, processes, bf16=bf16) + own * model.heads
+    loss = loss_operations(config, model, processes, bf16=bf16)
+    loss += own * model.heads + config.batch_size * model.third_heads
     image, text = own * passes * model.image, own * passes * model.text
     sent = sum(each.sent(processes) for each in collectives(config, model, processes, bf16=bf16))
     speed = hardware.peak * hardware.used

@@ -21,6 +21,7 @@ from threetowers.config import InputConfig, ObjectiveConfig, PairConfig, RunConf
 from threetowers.data.loader import Batch
 from threetowers.data.transforms import ImageSpec
 from threetowers.model import build
+from threetowers.objective.pairs import tower_of
 from threetowers.processes import Processes
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.train.step import TrainingStep
@@ -88,10 +89,10 @@ def stepped(config: RunConfig) -> dict[str, Any]:
     context = int(model.txt.context_length)  # type: ignore[arg-type]
     tokens = torch.randint(1, 299, (own, context))
     tokens[:, -1] = 299
-    heads = [cast(nn.Linear, head) for head in model.heads.values()]
+    heads = {name: 2 * cast(nn.Linear, head).weight.numel() for name, head in model.heads.items()}
     batch = Batch(
         ids, tokens, torch.randint(0, 256, (own, 3, side, side), dtype=torch.uint8),
-        {name: torch.randn(own, width) for name in thirds}, {}, ids, ids,
+        {name: torch.randn(own, width).half() for name in thirds}, {}, ids, ids.clone(),
     )  # fmt: skip
     take_step = TrainingStep(
         config,
@@ -115,7 +116,10 @@ def stepped(config: RunConfig) -> dict[str, Any]:
     return {
         "sent": traffic.seen,
         "operations": operations.get_total_flops(),
-        "loss": of_loss.get_total_flops() - own * sum(2 * head.weight.numel() for head in heads),
+        "loss": of_loss.get_total_flops()
+        - sum(
+            each * (own if tower_of(name) in ("img", "txt") else own * size) for name, each in heads.items()
+        ),
         "memory": resident("VmHWM") - before,
     }
 
@@ -151,7 +155,7 @@ def test_bytes_and_products_of_the_loss_are_those_of_a_step(name: str, group: Gr
 def test_memory_and_operations_are_those_of_a_step(tmp_path: Path) -> None:
     model = modelled(LARGE)
     operations = 64 * (cost.PASSES * (model.image + model.text) + model.heads)
-    operations += cost.loss_operations(LARGE, model, 2, bf16=False)
+    operations += 128 * model.third_heads + cost.loss_operations(LARGE, model, 2, bf16=False)
     expected = sum(cost.memory(LARGE, model, 2, bf16=False).values())
     assert expected > 200e6
     with group_of(2, tmp_path) as group:  # new processes, whose memory nobody has used

@@ -147,9 +147,9 @@ def test_regression_rows_predict_the_frozen_features(kind: str) -> None:
 
 def test_the_norm_constant_brings_the_mean_squared_norm_to_the_width() -> None:
     model = small(pairs.three_towers(["third"]), {"third": 6})
-    batch = inputs(50)
-    model.set_third_norm("third", float(batch["third"].square().sum(1).mean()))
-    scaled = model.features(thirds={"third": batch["third"]})["third"]
+    stored = inputs(50)["third"].half()
+    model.set_third_norm("third", float(stored.float().square().sum(1).mean()))
+    scaled = model.raw_view("third", model.features(thirds={"third": stored}))
     assert float(scaled.square().sum(1).mean()) == pytest.approx(6.0, rel=1e-5)
 
 

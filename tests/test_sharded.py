@@ -20,6 +20,7 @@ from threetowers.model import ThreeTowers
 from threetowers.objective import losses, sharded, tiled
 from threetowers.objective.kinds import LOSSES, Compared, LossKind
 from threetowers.objective.pairs import Kind, Objective, baseline, regression, three_towers
+from threetowers.processes import ALONE
 from threetowers.processes import Processes as Group
 
 SPEC = ImageSpec(8, (0.5,) * 3, (0.5,) * 3)
@@ -40,7 +41,10 @@ def whole_loss(row: Compared) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its batch, and how the loss is cut up. size: samples of each process. tile, budget: of `tiled`."""
+    """A model, its batch, and how the loss is cut up.
+
+    size: samples of each process. stored: the dtype of the third towers' features. tile, budget: of `tiled`.
+    """
 
     table: Objective
     thirds: dict[str, int] = field(default_factory=dict)
@@ -49,6 +53,8 @@ class Case:
     width: int = 7
     weights: tuple[float, ...] | None = None
     masked: bool = False
+    bf16: bool = False
+    stored: torch.dtype = torch.float32
     tile: tuple[int, int] = (512, 1024)
     budget: int = tiled.BUDGET
     trained: bool = True
@@ -72,6 +78,7 @@ class Case:
             model.log_scale.add_(0.1 * torch.arange(len(model.log_scale)))
             if model.bias is not None:
                 model.bias.add_(0.1 * torch.arange(len(model.bias)))
+            model.third_norms.mul_(0.3)
         return model
 
     def loss(self, world: int, rank: int | None) -> Any:
@@ -81,24 +88,31 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         pixels = torch.randint(0, 256, (num, 3, 8, 8), dtype=torch.uint8, generator=generator)
         tokens = torch.randint(0, 30, (num, 4), generator=generator)
-        thirds = {name: torch.randn(num, width, generator=generator) for name, width in self.thirds.items()}
+        thirds = {
+            name: (3 * torch.randn(num, width, generator=generator)).to(self.stored)
+            for name, width in self.thirds.items()
+        }
         ids = tuple(torch.arange(num) % k + (1 << 40) for k in (3, max(2, num - 1))) if self.masked else ()
         model, local = self.model(), tuple(values[own] for values in ids)
         own_thirds = {name: value[own] for name, value in thirds.items()}
         feats = model.features(pixels=pixels[own], tokens=tokens[own], thirds=own_thirds)
         weights = self.weights or self.table.weights(0)
-        if rank is None:
-            total, rows = model.loss(feats, local, weights=weights)
-            return model, total, torch.stack(list(rows.values())).detach()
-        kinds = [row.kind for row in self.table.rows]
-        compared = [(kind, model.compared(i, feats, local)) for i, kind in enumerate(kinds)]
-        return model, *sharded.loss(compared, weights, Group(rank, world))
+        group = ALONE if rank is None else Group(rank, world)
+        bf16 = self.bf16 and rank is not None
+        total, rows = model.loss(feats, local, weights=weights, bf16=bf16, processes=group)
+        values = torch.stack(list(rows.values()))
+        return model, total, values.detach() if group.size == 1 else values
 
 
 def cut_up(case: Case) -> ExitStack:
     """The tiles and the budget of a case, and the kind of a row of its own, for the length of the block."""
     stack = ExitStack()
-    stack.enter_context(mock.patch.multiple(tiled, _TILE={"cpu": case.tile}, BUDGET=case.budget))
+    options: dict[str, Any] = {
+        "_TILE": {"cpu": case.tile},
+        "BUDGET": case.budget,
+        "_bf16_product": rounded_product,
+    }
+    stack.enter_context(mock.patch.multiple(tiled, **options))
     stack.enter_context(mock.patch.dict(LOSSES, {"whole": LossKind(whole_loss, contrastive=True, bias=True)}))
     return stack
 
@@ -152,6 +166,9 @@ CASES = {
     "3t, scale at its maximum": Case(Objective(three_towers(["third"])), ONE, {"init_scale": 100.0}),
     "3t, weights of a step": Case(Objective(three_towers(["third"])), ONE, weights=(0.5, 0.1, 0.7)),
     "3t, a row without weight": Case(Objective(three_towers(["third"])), ONE, weights=(0.5, 0.0, 0.5)),
+    "3t, features in half precision": Case(
+        Objective(three_towers(["third"])), ONE, size=3, stored=torch.float16
+    ),
     "3t, duplicates": Case(Objective(three_towers(["third"])), ONE, masked=True),
     "3t, duplicates in tiles": Case(
         Objective(three_towers(["third"])), ONE, masked=True, tile=(3, 4), budget=700
@@ -266,6 +283,19 @@ def test_bf16_products_are_the_truth_to_their_rounding(group: Processes) -> None
         assert (one - other).norm() <= bound * other.norm()
 
 
+def test_views_of_frozen_features_in_bf16_are_those_of_one_process_to_their_rounding(
+    group: Processes,
+) -> None:
+    case = Case(Objective(three_towers(["third"])), {"third": 48}, width=64, size=6, bf16=True)
+    results = group.run(of_rank, case)
+    total, rows, gradients = of_one(case, len(results))
+    for result in results:
+        torch.testing.assert_close(result[1], rows, rtol=0.02, atol=0.01)
+        assert abs(float(result[0] - total)) <= 0.01 * float(total)
+        for name, gradient in gradients.items():
+            assert (result[2][name] - gradient).norm() <= 0.05 * gradient.norm(), name
+
+
 def traffic(case: Case) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """What a rank's loss sends forward, and what its backward does."""
     with Traffic() as forward:
@@ -278,21 +308,29 @@ def traffic(case: Case) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
 @pytest.mark.parametrize(
     ("name", "gathered", "scattered", "per_sample", "scalars"),
     [
-        ("baseline", 7, 7, 3, 0),
-        ("3t", 3 * 7, 3 * 7, 9, 0),
-        ("3t, no heads on the main towers", 3 * 7, 3 * 7, 9, 0),
-        ("lit without projection", 6, 0, 3, 0),
-        ("cosine", 7, 7, 3, 2),
-        ("sigmoid 3t", 3 * 7, 3 * 7, 0, 3),
+        ("baseline", 4 * 7, 7, 3, 0),
+        ("3t", 4 * (7 + 6), 7, 9, 0),
+        ("3t, features in half precision", 4 * 7 + 2 * 6, 7, 9, 0),
+        ("3t, duplicates", 4 * (7 + 6) + 2 * 8, 7, 9, 0),
+        ("3t, no heads on the main towers", 4 * (7 + 6), 7, 9, 0),
+        ("3t, no heads on the third tower", 4 * (7 + 7), 7, 9, 0),
+        ("two third towers", 4 * (7 + 6 + 9), 7, 15, 0),
+        ("lit", 4 * 6, 0, 3, 0),
+        ("lit without projection", 4 * 6, 0, 3, 0),
+        ("cosine", 4 * 7, 7, 3, 2),
+        ("sigmoid 3t", 4 * (7 + 6), 7, 0, 3),
     ],
 )  # fmt: skip
 def test_collectives_and_bytes(
     name: str, gathered: int, scattered: int, per_sample: int, scalars: int, group: Processes
 ) -> None:
-    """One side of each row travels, once each way; nothing travels in the backward."""
+    """The texts travel once each way, the third towers' features once, and nothing in the backward.
+
+    gathered: bytes of a sample. scattered: width of the gradients. per_sample, scalars: numbers that are added.
+    """
     case, world = CASES[name], len(group.pipes)
     expected = [
-        ("_allgather_base_", 4 * case.size * gathered),
+        ("_allgather_base_", case.size * gathered),
         ("allreduce_", 8 * (per_sample * case.size * world + scalars)),
         ("_reduce_scatter_base_", 4 * case.size * world * scattered),
     ]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from threetowers.data.transforms import ImageSpec, normalise
 from threetowers.errors import UsageError
 from threetowers.objective import losses, sharded
 from threetowers.objective.kinds import LOSSES, Compared
-from threetowers.objective.pairs import Objective, objective, start_view, tower_of
+from threetowers.objective.pairs import Kind, Objective, objective, start_view, tower_of
 from threetowers.processes import ALONE, Processes
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.image_tower import as_image_tower
@@ -107,7 +108,7 @@ class ThreeTowers(nn.Module):
         thirds: Mapping[str, Tensor] | None = None,
         autocast: AbstractContextManager[Any] | None = None,
     ) -> dict[str, Tensor]:
-        """Features fp32 by tower name, of whichever inputs are given.
+        """Features by tower name, of whichever inputs are given: fp32 of the main towers, the others as they are given.
 
         pixels: uint8 [B, 3, H, W]. tokens: int64 [B, n]. thirds: frozen features [B, P] by view name, as the tower
         gave them. autocast: a context for the main towers' precision.
@@ -118,15 +119,19 @@ class ThreeTowers(nn.Module):
                 feats["img"] = self.img(normalise(pixels, self.image)).float()
             if tokens is not None:
                 feats["txt"] = encode_text(self.txt, tokens).float()
-        for view, norm in zip(self.thirds, self.third_norms, strict=True):
-            if thirds is not None and view in thirds:
-                feats[view] = thirds[view].float() * norm
-        return feats
+        return feats | {view: values for view, values in (thirds or {}).items() if view in self.thirds}
 
     def raw_view(self, name: str, feats: Mapping[str, Tensor]) -> Tensor:
-        """The view before normalisation: a tower's features, or what its head makes of them."""
-        source = self.thirds[0] if name == "img" and self.objective.image == "third" else tower_of(name)
-        return self.heads[name](feats[source]) if name in self.heads else feats[source]
+        """The view before normalisation: a tower's features fp32, or what its head makes of them."""
+        source = self.source(name)
+        values = feats[source]
+        if source in self.thirds:
+            values = values.float() * self.third_norms[self.thirds.index(source)]
+        return self.heads[name](values) if name in self.heads else values
+
+    def source(self, view: str) -> str:
+        """The tower whose features a view is made of: of LiT's image tower, the third tower."""
+        return self.thirds[0] if view == "img" and self.objective.image == "third" else tower_of(view)
 
     def view(self, name: str, feats: Mapping[str, Tensor]) -> Tensor:
         """The unit vectors [B, D] of a view."""
@@ -174,11 +179,8 @@ class ThreeTowers(nn.Module):
         """
         weights = self.objective.weights(0) if weights is None else weights
         if processes.size > 1:
-            compared = [
-                (row.kind, self.compared(i, feats, ids, bf16=bf16))
-                for i, row in enumerate(self.objective.rows)
-            ]
-            whole, values = sharded.loss(compared, weights, processes)
+            compared, views = self._to_share(feats, ids, bf16=bf16)
+            whole, values = sharded.loss(compared, weights, processes, views)
             return whole, {row.name: value for row, value in zip(self.objective.rows, values, strict=True)}
         rows = {
             row.name: self.row_loss(i, feats, ids, bf16=bf16) for i, row in enumerate(self.objective.rows)
@@ -186,6 +188,29 @@ class ThreeTowers(nn.Module):
         total = sum(weight * rows[row.name] for row, weight in zip(self.objective.rows, weights, strict=True))
         assert isinstance(total, Tensor)
         return total, rows
+
+    def _to_share(
+        self, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...], *, bf16: bool
+    ) -> tuple[list[tuple[Kind, Compared]], dict[int, sharded.View]]:
+        """The rows as `sharded.loss` takes them: a view of a third tower as its features, and what makes it of them."""
+        rows: list[tuple[Kind, Compared]] = []
+        views: dict[int, sharded.View] = {}
+        for i, row in enumerate(self.objective.rows):
+            # both directions of these kinds count alike, so either side can be the frozen one
+            main, frozen = (row.b, row.a) if self.source(row.a) in self.thirds else (row.a, row.b)
+            source = self.source(frozen)
+            if row.kind in sharded.SHARES and source in self.thirds:
+                views[i] = partial(self._view_of, frozen)
+                bias = None if self.bias is None else self.bias[i]
+                compared = Compared(self.view(main, feats), feats[source], self.scale(i), bias, ids, bf16)
+            else:
+                compared = self.compared(i, feats, ids, bf16=bf16)
+            rows.append((row.kind, compared))
+        return rows, views
+
+    def _view_of(self, name: str, features: Tensor) -> Tensor:
+        """A view of the features of its tower."""
+        return self.view(name, {self.source(name): features})
 
     @torch.no_grad()
     def accuracies(
