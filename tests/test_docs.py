@@ -198,3 +198,20 @@ def test_what_the_page_on_choosing_says_is_what_the_study_found() -> None:
     assert not any(
         above(a, b, third, r1) for third in ("matched", "rich", "partly") for a, b in (forms, forms[::-1])
     )
+
+    growth = {
+        (claim["third"], claim["text"].rpartition(" with ")[2]): claim
+        for claim in study["claims"]
+        if claim["id"] == "C5"
+    }
+    for third in ("matched", "mismatched"):
+        assert growth[third, "model size"]["verdict"] == "held"
+    assert growth["matched", "data"]["verdict"] == "not held"
+    assert growth["matched", "data"]["tests"][0]["high"] < 0
+    assert growth["mismatched", "data"]["verdict"] == "not shown"
+    short = [cell["gap"]["high"] for cell in study["growth"] if cell["third"] == "matched"]
+    assert len(short) == 9 and max(short) < 0
+    assert max(cell["num_main"] for cell in study["growth"]) < 16 * min(
+        cell["num_main"] for cell in study["growth"]
+    )
+    assert above("3t", "lit", "matched", r1)
