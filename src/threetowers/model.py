@@ -233,19 +233,23 @@ def build(
 
     thirds: the loaded frozen towers by view name. text_cfg: what the tokenizer decides of open_clip's text_cfg.
     image_start, text_start: what `start.image` and `start.text` name, where that is no third tower of the run. The
-    width of the shared space is that of a tower that starts as half of a pair; others get a projection to it.
+    width of the shared space is that of a tower that starts as half of a pair; others get a projection to it. Without
+    `lit_projection` a sentence encoder that has this width already gets none.
     Raises UsageError for a table or a pair that cannot be built.
     """
     table = objective(config)
     model_cfg = model_config(config.pair)
     projects = False  # onto the pair's space, by a new layer behind a started image tower
     if text_start is not None:
-        if model_cfg.get("quick_gelu"):
+        if model_cfg.get("quick_gelu") and text_start.in_pair:
             raise UsageError(
                 f"pair.model: {config.pair.model!r} would change the activation of {text_start.spec!r}; take a pair "
                 "without quickgelu"
             )
-        model_cfg |= {"embed_dim": text_start.width, "text_cfg": text_start.config}
+        model_cfg["text_cfg"] = text_start.config
+    pair_width = text_start.width if text_start is not None and text_start.in_pair else None
+    if pair_width is not None:
+        model_cfg["embed_dim"] = pair_width
     model_cfg["text_cfg"] = {**model_cfg["text_cfg"], **text_cfg}
     image = image_spec(model_cfg, config.pair)
     img: nn.Module | None
@@ -258,11 +262,18 @@ def build(
     else:
         source = image_start or thirds[start_view(config)]
         if image_start is not None and is_half_of_pair(source.spec):
-            projects = text_start is not None and text_start.width != source.width
+            projects = pair_width not in (None, source.width)
         else:
             projects = config.objective.lit_projection
         img = _image_tower_of(source, config, model_cfg, projects, config.start.image_size)
         image = source.image.at(config.start.image_size)
+    text_part = "txt"
+    given_width = None if text_start is None or text_start.in_pair else text_start.width
+    if given_width is not None and (config.objective.lit_projection or given_width != model_cfg["embed_dim"]):
+        assert text_start is not None
+        text_start = text_start.projected(model_cfg["embed_dim"], config.seed)
+        model_cfg["text_cfg"]["hf_proj_type"] = text_start.config["hf_proj_type"]
+        text_part = "txt.transformer"
     txt = build_text_tower(model_cfg, config.seed)
     if text_start is not None:
         if model_cfg["embed_dim"] != text_start.width:
@@ -294,7 +305,7 @@ def build(
     if config.pair.weights is not None:
         model.started = {"img": 1.0, "txt": 1.0}
     image_part = "img.trunk" if projects and hasattr(img, "trunk") else "img"
-    starts = {image_part: table.image == "start", "txt": text_start is not None}
+    starts = {image_part: table.image == "start", text_part: text_start is not None}
     model.started |= {name: config.start.lr for name, given in starts.items() if given}
     model.keep_statistics = table.image == "start" and config.start.batchnorm == "frozen"
     return model, Architecture(model_cfg, image)
