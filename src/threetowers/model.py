@@ -240,13 +240,11 @@ def build(
     table = objective(config)
     model_cfg = model_config(config.pair)
     projects = False  # onto the pair's space, by a new layer behind a started image tower
-    if text_start is not None:
-        if model_cfg.get("quick_gelu") and text_start.in_pair:
-            raise UsageError(
-                f"pair.model: {config.pair.model!r} would change the activation of {text_start.spec!r}; take a pair "
-                "without quickgelu"
-            )
-        model_cfg["text_cfg"] = text_start.config
+    if text_start is not None and text_start.in_pair and model_cfg.get("quick_gelu"):
+        raise UsageError(
+            f"pair.model: {config.pair.model!r} would change the activation of {text_start.spec!r}; take a pair "
+            "without quickgelu"
+        )
     pair_width = text_start.width if text_start is not None and text_start.in_pair else None
     if pair_width is not None:
         model_cfg["embed_dim"] = pair_width
@@ -267,13 +265,11 @@ def build(
             projects = config.objective.lit_projection
         img = _image_tower_of(source, config, model_cfg, projects, config.start.image_size)
         image = source.image.at(config.start.image_size)
-    text_part = "txt"
-    given_width = None if text_start is None or text_start.in_pair else text_start.width
-    if given_width is not None and (config.objective.lit_projection or given_width != model_cfg["embed_dim"]):
-        assert text_start is not None
-        text_start = text_start.projected(model_cfg["embed_dim"], config.seed)
-        model_cfg["text_cfg"]["hf_proj_type"] = text_start.config["hf_proj_type"]
-        text_part = "txt.transformer"
+    if text_start is not None:
+        text_start = text_start.projected(
+            model_cfg["embed_dim"], config.seed, always=config.objective.lit_projection
+        )
+        model_cfg["text_cfg"] = {**text_start.config, **text_cfg}
     txt = build_text_tower(model_cfg, config.seed)
     if text_start is not None:
         if model_cfg["embed_dim"] != text_start.width:
@@ -305,6 +301,7 @@ def build(
     if config.pair.weights is not None:
         model.started = {"img": 1.0, "txt": 1.0}
     image_part = "img.trunk" if projects and hasattr(img, "trunk") else "img"
+    text_part = "txt" if text_start is None or text_start.in_pair else "txt.transformer"
     starts = {image_part: table.image == "start", text_part: text_start is not None}
     model.started |= {name: config.start.lr for name, given in starts.items() if given}
     model.keep_statistics = table.image == "start" and config.start.batchnorm == "frozen"

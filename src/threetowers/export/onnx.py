@@ -123,9 +123,9 @@ def export_onnx(run: str | Path, out: str | Path, *, quantize: bool = False, alp
 
     The size of the batch is dynamic. The length of texts is dynamic where features do not depend on padding, as in
     open_clip's causal text tower and in encoders of transformers; other towers take texts that are padded to the
-    context length. quantize: also write `*_quantized.onnx` with weights of eight bits; how far their vectors are from the run's is printed and not limited.
-    alpha: above 0, the convex combination with the third tower, as `towers.combined_encoders` says; the image graph
-    holds both image towers then.
+    context length. quantize: also write `*_quantized.onnx` with weights of eight bits; how far their vectors are from
+    the run's is printed and not limited. alpha: above 0, the convex combination with the third tower, as
+    `towers.combined_encoders` says; the image graph holds both image towers then.
 
     Raises UsageError for a tower that torch cannot export. Raises CheckpointError for an unfinished run, and when the
     vectors of onnxruntime differ from the run's by more than `TOLERANCE`. Nothing is written then.

@@ -58,8 +58,8 @@ def read_encoder(spec: str, name: str) -> SentenceEncoder:
     config = model.config
     if config.model_type not in TYPES:
         raise UsageError(
-            f"{source}: a network of the type {config.model_type}, and open_clip's text tower takes {', '.join(TYPES)}; "
-            "give such an encoder, or take this one as third tower"
+            f"{source}: a network of the type {config.model_type}, and open_clip's text tower takes "
+            f"{', '.join(TYPES)}; give such an encoder, or take this one as third tower"
         )
     loaded = load_hf_tokenizer(name, source)
     limit = token_limit(loaded, config)
@@ -101,8 +101,8 @@ def _sentence_settings(name: str, source: str) -> tuple[str, dict[str, Any]]:
     kinds = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in modules}
     if others := [kind for kind in kinds if kind not in MODULES]:
         raise UsageError(
-            f"{source}: its modules.json lists {' and '.join(others)}, and a text tower takes {', '.join(MODULES)} alone. "
-            "Give such an encoder, or a copy of the folder without modules.json, of which the class token is taken"
+            f"{source}: its modules.json lists {' and '.join(others)}, and a text tower takes {', '.join(MODULES)} "
+            "alone. Give such an encoder, or a copy of the folder without modules.json, whose class token is taken then"
         )
     if "Pooling" not in kinds:
         raise UsageError(

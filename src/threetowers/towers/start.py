@@ -40,8 +40,13 @@ class TextStart:
     state: dict[str, Tensor]
     in_pair: bool = True
 
-    def projected(self, embed_dim: int, seed: int) -> "TextStart":
-        """A sentence encoder with a new projection [D, W], which starts as heads do."""
+    def projected(self, embed_dim: int, seed: int, *, always: bool) -> "TextStart":
+        """A sentence encoder with a new projection [D, W], which starts as heads do; half of a pair as it is.
+
+        always: with one even where the widths agree.
+        """
+        if self.in_pair or (self.width == embed_dim and not always):
+            return self
         weight = head(self.width, embed_dim, seed=seed, name="txt").weight.detach()
         config = {**self.config, "hf_proj_type": "linear"}
         return replace(self, config=config, state={**self.state, "proj.weight": weight}, width=embed_dim)
