@@ -118,8 +118,9 @@ class ObjectiveConfig:
     regression: Literal["cosine", "mse"] = "cosine"
     """Distance of the third rows of 3t-regression."""
     lit_projection: bool = True
-    """LiT: a trainable linear projection on the frozen image tower; without it the text tower takes its width. A sentence
-    encoder that `start.text` names has a projection anyway, unless its width is the pair's and this is false."""
+    """LiT: a trainable linear projection on the frozen image tower; without it the text tower takes its width. A
+    sentence encoder that `start.text` names has a projection anyway, unless its width is the pair's and this is false.
+    """
     scale: Literal["shared", "per-row"] = "shared"
     """One learned scale for all rows, or one for each."""
     init_scale: float = 1 / 0.07
