@@ -1,6 +1,7 @@
 """The two main towers: open_clip modules, kept so that what is left after training is an open_clip checkpoint."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,9 @@ def checkpoint_activations(*towers: nn.Module | None) -> None:
         if tower is None:
             continue
         try:
-            tower.set_grad_checkpointing(True)  # type: ignore[operator]
+            with warnings.catch_warnings():  # transformers has a newer name for what open_clip calls
+                warnings.simplefilter("ignore", FutureWarning)
+                tower.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AttributeError, NotImplementedError, AssertionError, TypeError, ValueError) as error:
             raise UsageError(f"grad_checkpointing: {type(tower).__name__} cannot do it ({error})") from None
 
