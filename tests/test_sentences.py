@@ -76,19 +76,19 @@ def class_token_of(folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("pooling", "legacy", "limit", "expected"),
-    [("mean", False, 20, mean_of), ("mean", True, 20, mean_of), ("cls", False, 24, class_token_of),
-     ("cls", True, 24, class_token_of), (None, False, 24, class_token_of)],
+    ("options", "limit", "expected"),
+    [({}, 20, mean_of), ({"legacy": True}, 20, mean_of), ({"roberta": True}, 20, mean_of),
+     ({"pooling": "cls"}, 24, class_token_of), ({"pooling": "cls", "legacy": True}, 24, class_token_of),
+     ({"pooling": None}, 24, class_token_of), ({"pooling": None, "roberta": True}, 24, class_token_of)],
 )  # fmt: skip
 def test_first_features_are_the_sources_own(
-    pooling: Any,
-    legacy: bool,
+    options: dict[str, Any],
     limit: int,
     expected: Callable[[Path], Tensor],
     tiny_config: Config,
     tmp_path: Path,
 ) -> None:
-    folder = sentence_encoder(tmp_path / "encoder", pooling, legacy=legacy, max_seq_length=limit)
+    folder = sentence_encoder(tmp_path / "encoder", **options, max_seq_length=limit)
     start = StartConfig(text=f"hf-text:{folder}")
     setup = assemble(tiny_config(method="baseline", start=start), tmp_path / "run")
     txt: Any = setup.model.txt
@@ -96,12 +96,14 @@ def test_first_features_are_the_sources_own(
     tokens = setup.tokenizer(TEXTS)
     assert tokens.shape == (5, limit) and txt.context_length == limit
     kept = txt.proj
+    short = int(setup.tokenizer.lengths(tokens)[:3].max()) + 1
     for training in (False, True):  # dropout is off
         setup.model.train(training)
         with torch.no_grad():
             projected = setup.model.features(tokens=tokens)["txt"]
             txt.proj = torch.nn.Identity()
             torch.testing.assert_close(encode_text(txt, tokens), source, rtol=0, atol=1e-6)
+            torch.testing.assert_close(encode_text(txt, tokens[:3, :short]), source[:3], rtol=0, atol=1e-6)
             txt.proj = kept
         torch.testing.assert_close(projected, source @ kept.weight.T, rtol=0, atol=1e-5)
     assert projected.shape == (5, 24), "a new projection leads to the width of the pair"

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -19,24 +18,29 @@ def sentence_encoder(
     legacy: bool = False,
     modules: tuple[str, ...] = ("Transformer", "Pooling", "Normalize"),
     max_seq_length: int = 20,
-    **config: Any,
+    roberta: bool = False,
 ) -> Path:
     """A BERT of random weights, with dropout, and a vocabulary of words.
 
     pooling: of sentence-transformers' 1_Pooling; None leaves all its files out. legacy: as before release 5.4.
-    modules: what its modules.json lists. config: of transformers.BertConfig.
+    modules: what its modules.json lists. roberta: another network, whose padding has the id 1 and counts positions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = folder / "vocab.txt"
-    vocabulary.write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split()]), encoding="utf-8"
-    )
+    special = ["[UNK]", "[PAD]"] if roberta else ["[PAD]", "[UNK]"]
+    vocabulary.write_text("\n".join([*special, "[CLS]", "[SEP]", "[MASK]", *WORDS.split()]), encoding="utf-8")
     tokenizer = transformers.BertTokenizerFast(vocab=str(vocabulary), model_max_length=24)
     tokenizer.save_pretrained(folder)
-    options = {**NARROW, "vocab_size": len(tokenizer), "max_position_embeddings": 24, **config}
+    kind = "Roberta" if roberta else "Bert"
+    options = {
+        **NARROW,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 26,
+        "pad_token_id": int(roberta),
+    }
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = transformers.BertModel(transformers.BertConfig(**options))
+        model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**options))
         for parameter in model.parameters():  # biases and norms that are not those of a fresh network
             parameter.data += 0.1 * torch.randn(parameter.shape)
     model.save_pretrained(folder)
