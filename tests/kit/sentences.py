@@ -22,7 +22,7 @@ def sentence_encoder(
 ) -> Path:
     """A BERT of random weights, with dropout, and a vocabulary of words.
 
-    pooling: of sentence-transformers' 1_Pooling; None leaves all its files out. legacy: as before release 5.4.
+    pooling: of sentence-transformers' 1_Pooling; None leaves all its files out. legacy: as earlier releases did.
     modules: what its modules.json lists. roberta: another network, whose padding has the id 1 and counts positions.
     """
     folder.mkdir(parents=True, exist_ok=True)

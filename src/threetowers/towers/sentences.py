@@ -28,7 +28,7 @@ from threetowers.towers.frozen.text import VOCABULARIES, load_hf_tokenizer, toke
 MODULES = ("Transformer", "Pooling", "Normalize")
 """The modules of sentence-transformers that can be taken over; the last changes no cosine."""
 LEGACY = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-"""How sentence-transformers before 5.4 wrote the two kinds of pooling that can be taken over."""
+"""How earlier releases of sentence-transformers wrote the two kinds of pooling that can be taken over."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,12 @@ def read_encoder(spec: str, name: str) -> SentenceEncoder:
             f"{source}: the tokenizer has {tokenizer.text_cfg()['vocab_size']:,} tokens, and the network knows "
             f"{config.vocab_size:,}; they do not belong together"
         )
-    as_published = config.pad_token_id == tokenizer.pad_id and not Path(name).is_dir()
+    published = _read_json(name, "config.json", source)
+    as_published = (  # open_clip would take padding and type of the weights from there
+        not Path(name).is_dir()
+        and config.pad_token_id == tokenizer.pad_id
+        and published.get("dtype", published.get("torch_dtype")) in (None, "float32")
+    )
     config.pad_token_id, config.dtype = tokenizer.pad_id, torch.float32
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     described = json.loads(config.to_json_string(use_diff=False))
