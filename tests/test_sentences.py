@@ -282,6 +282,9 @@ def test_an_encoder_of_the_hub_is_read_from_the_cache_and_keeps_its_name(
     out = export_open_clip(tmp_path / "run", tmp_path / "exported")
     assert not (out / "text").exists() and "someone/encoder` |" in (out / "README.md").read_text()
     assert_equal(exported_texts(out), load_run(tmp_path / "run"))
+    edit("config.json", dtype="float16")(cache / "snapshots" / "0")
+    half = text_start("hf-text:someone/encoder")
+    assert half.config == local.config, "open_clip would build it in half precision from its name"
     with pytest.raises(
         CheckpointError, match=r"start\.text: hf-text:someone/other: .*Offline, give a folder"
     ):
