@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers
 from torch import Tensor
@@ -22,7 +20,7 @@ from threetowers.data.tokenize import FileTokenizer
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.encoder import BESIDE, CONFIG, POOLERS, TYPES
 from threetowers.towers.frozen.base import foreign
-from threetowers.towers.frozen.hf import REMEDY, load_model, local_folder
+from threetowers.towers.frozen.hf import REMEDY, import_transformers, load_model, local_folder
 from threetowers.towers.frozen.text import VOCABULARIES, load_hf_tokenizer, token_limit
 
 MODULES = ("Transformer", "Pooling", "Normalize")
@@ -129,16 +127,10 @@ def _sentence_settings(name: str, source: str) -> tuple[str, dict[str, Any]]:
 
 def _read_json(name: str, file: str, source: str) -> Any:
     """A JSON file of a folder, or of a name on the Hub; None where it has none."""
+    transformers = import_transformers(source)
     with foreign(source, file, REMEDY):
-        path = Path(name) / file
-        if not Path(name).is_dir():
-            try:
-                path = Path(hf_hub_download(name, file))
-            except LocalEntryNotFoundError:
-                raise  # nobody knows whether there is one
-            except EntryNotFoundError:
-                return None
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        path = transformers.utils.cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _tokenizer(loaded: Any, limit: int, *, lower: bool, source: str) -> FileTokenizer:
