@@ -24,8 +24,9 @@ from kit.processes import Processes as Group
 from kit.processes import Traffic
 from kit.processes import processes as group_of
 from kit.runs import Config, at_step, events, logged, weights, with_vit
+from kit.sentences import sentence_encoder
 from test_processes import alike, assert_near, trained
-from threetowers.config import RunConfig
+from threetowers.config import RunConfig, StartConfig
 from threetowers.data.loader import batches
 from threetowers.processes import ALONE, Processes
 from threetowers.run.setup import prepare
@@ -129,6 +130,21 @@ def test_a_step_of_shares_is_the_step_of_one(
         assert found["cut"] == sorted(n for n in one["weights"] if n.startswith(("img.", "txt.")))
         assert 0.4 < found["share"] < 0.6 and found["same memory"]
         assert found["scattered"] == found["groups"] + 1 - 2 * spare  # one more is that of the loss
+
+
+def test_an_encoder_of_transformers_is_cut_up_by_its_layers(
+    group: Group, tiny_config: Config, tmp_path: Path
+) -> None:
+    encoder = sentence_encoder(tmp_path / "encoder")
+    start = StartConfig(text=f"hf-text:{encoder}")
+    config = tiny_config(micro_batch_size=5, shard="blocks", start=start, grad_checkpointing=True)
+    one = stepped(config, tmp_path / "one", False)
+    for found in group.run(stepped, config, tmp_path / "two", False):
+        assert_as_one(found, one)
+        assert any(name.startswith("txt.transformer.encoder.layer.1.") for name in found["cut"])
+        assert 0.4 < found["share"] < 0.6 and found["same memory"]
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=1e-4)
 
 
 def test_blocks_are_the_layers_that_follow_each_other(tiny_config: Config, tmp_path: Path) -> None:

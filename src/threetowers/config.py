@@ -44,7 +44,8 @@ class StartConfig:
     """`third` (one of several: third_NAME), or any frozen tower of images by its name, such as timm:NAME,
     open_clip:NAME@TAG or file:RUN; `none`: the image tower that `pair` describes."""
     text: str | None = None
-    """open_clip:NAME@TAG or file:RUN, with its tokenizer; `none`: the text tower that `pair` describes."""
+    """open_clip:NAME@TAG, file:RUN or a sentence encoder hf-text:DIR_OR_ID, with its tokenizer; `none`: the text tower
+    that `pair` describes."""
     image_size: int | None = None
     """Side of the image tower's square input in pixels; `none`: that of its source."""
     lr: float = 0.15
@@ -117,7 +118,9 @@ class ObjectiveConfig:
     regression: Literal["cosine", "mse"] = "cosine"
     """Distance of the third rows of 3t-regression."""
     lit_projection: bool = True
-    """LiT: a trainable linear projection on the frozen image tower; without it the text tower takes its width."""
+    """LiT: a trainable linear projection on the frozen image tower; without it the text tower takes its width. A
+    sentence encoder that `start.text` names has a projection anyway, unless its width is the pair's and this is false.
+    """
     scale: Literal["shared", "per-row"] = "shared"
     """One learned scale for all rows, or one for each."""
     init_scale: float = 1 / 0.07

@@ -258,19 +258,21 @@ def build(
 
     thirds: the loaded frozen towers by view name. text_cfg: what the tokenizer decides of open_clip's text_cfg.
     image_start, text_start: what `start.image` and `start.text` name, where that is no third tower of the run. The
-    width of the shared space is that of a tower that starts as half of a pair; others get a projection to it.
+    width of the shared space is that of a tower that starts as half of a pair; others get a projection to it. Without
+    `lit_projection` a sentence encoder that has this width already gets none.
     Raises UsageError for a table or a pair that cannot be built.
     """
     table = objective(config)
     model_cfg = model_config(config.pair)
     projects = False  # onto the pair's space, by a new layer behind a started image tower
-    if text_start is not None:
-        if model_cfg.get("quick_gelu"):
-            raise UsageError(
-                f"pair.model: {config.pair.model!r} would change the activation of {text_start.spec!r}; take a pair "
-                "without quickgelu"
-            )
-        model_cfg |= {"embed_dim": text_start.width, "text_cfg": text_start.config}
+    if text_start is not None and text_start.in_pair and model_cfg.get("quick_gelu"):
+        raise UsageError(
+            f"pair.model: {config.pair.model!r} would change the activation of {text_start.spec!r}; take a pair "
+            "without quickgelu"
+        )
+    pair_width = text_start.width if text_start is not None and text_start.in_pair else None
+    if pair_width is not None:
+        model_cfg["embed_dim"] = pair_width
     model_cfg["text_cfg"] = {**model_cfg["text_cfg"], **text_cfg}
     image = image_spec(model_cfg, config.pair)
     img: nn.Module | None
@@ -283,11 +285,16 @@ def build(
     else:
         source = image_start or thirds[start_view(config)]
         if image_start is not None and is_half_of_pair(source.spec):
-            projects = text_start is not None and text_start.width != source.width
+            projects = pair_width not in (None, source.width)
         else:
             projects = config.objective.lit_projection
         img = _image_tower_of(source, config, model_cfg, projects, config.start.image_size)
         image = source.image.at(config.start.image_size)
+    if text_start is not None:
+        text_start = text_start.projected(
+            model_cfg["embed_dim"], config.seed, always=config.objective.lit_projection
+        )
+        model_cfg["text_cfg"] = {**text_start.config, **text_cfg}
     txt = build_text_tower(model_cfg, config.seed)
     if text_start is not None:
         if model_cfg["embed_dim"] != text_start.width:
@@ -319,7 +326,8 @@ def build(
     if config.pair.weights is not None:
         model.started = {"img": 1.0, "txt": 1.0}
     image_part = "img.trunk" if projects and hasattr(img, "trunk") else "img"
-    starts = {image_part: table.image == "start", "txt": text_start is not None}
+    text_part = "txt" if text_start is None or text_start.in_pair else "txt.transformer"
+    starts = {image_part: table.image == "start", text_part: text_start is not None}
     model.started |= {name: config.start.lr for name, given in starts.items() if given}
     model.keep_statistics = table.image == "start" and config.start.batchnorm == "frozen"
     return model, Architecture(model_cfg, image)

@@ -5,6 +5,7 @@ huggingface_hub's, which also finds the token and the endpoint (HF_TOKEN, HF_END
 """
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -100,8 +101,23 @@ def export_files(folder: Path) -> tuple[list[str], list[str]]:
             f"push: {folder} is no export of threetowers: of the format {nearest}, {', '.join(lacking[nearest])} "
             f"{'are' if len(lacking[nearest]) > 1 else 'is'} missing; write one with `threetowers export`"
         )
+    if "open_clip" in complete:
+        _check_encoder(folder / "open_clip_config.json")
     own = {file for name in complete for file in FORMATS[name].files} | set(ALSO)
     return [file for file in found if file in own], [file for file in found if file not in own]
+
+
+def _check_encoder(path: Path) -> None:
+    """Raises UsageError for an open_clip_config.json whose text tower needs a folder of this machine."""
+    with contextlib.suppress(
+        ValueError, KeyError, TypeError
+    ):  # no such model: open_clip says what is wrong with it
+        name = json.loads(path.read_bytes())["model_cfg"]["text_cfg"]["hf_model_name"]
+        if name and Path(name).is_absolute():
+            raise UsageError(
+                f"push: {path}: hf_model_name is a folder of this machine, {name}. Write the name on the Hub of the "
+                "encoder that the text tower started at there, such as sentence-transformers/all-MiniLM-L6-v2"
+            )
 
 
 def _check_name(repository: str) -> None:

@@ -112,7 +112,11 @@ def public_name(text: str) -> str:
         return ", ".join(public_name(part) for part in text.split("::"))
     found = _PREFIX.match(text)
     prefix, rest = (found[0], text[found.end() :]) if found else ("", text)
-    if prefix.endswith(("hf:", "hf-hub:", "hf_hub:")) and _ON_HUB.fullmatch(rest) and not Path(rest).exists():
+    if (
+        prefix.endswith(("hf:", "hf-text:", "hf-hub:", "hf_hub:"))
+        and _ON_HUB.fullmatch(rest)
+        and not Path(rest).exists()
+    ):
         return text
     return prefix + Path(rest.partition("?")[0]).name
 

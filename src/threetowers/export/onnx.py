@@ -39,7 +39,7 @@ from threetowers.export.samples import CAPTIONS, check_difference, sample_pictur
 from threetowers.export.towers import Encoders, combined_encoders, main_encoders
 from threetowers.run.finished import FinishedRun, load_run
 from threetowers.towers.frozen.base import first_line
-from threetowers.towers.pair import takes_short_text
+from threetowers.towers.pair import takes_any_length
 
 OPSET = 18
 """The version of ONNX's operators that the graphs use."""
@@ -122,10 +122,10 @@ def export_onnx(run: str | Path, out: str | Path, *, quantize: bool = False, alp
     """Writes onnx/vision_model.onnx, onnx/text_model.onnx, tokenizer, settings and README.md; returns the folder.
 
     The size of the batch is dynamic. The length of texts is dynamic where features do not depend on padding, as in
-    open_clip's causal text tower; other towers take texts that are padded to the context length. quantize: also write
-    `*_quantized.onnx` with weights of eight bits; how far their vectors are from the run's is printed and not limited.
-    alpha: above 0, the convex combination with the third tower, as `towers.combined_encoders` says; the image graph
-    holds both image towers then.
+    open_clip's causal text tower and in encoders of transformers; other towers take texts that are padded to the
+    context length. quantize: also write `*_quantized.onnx` with weights of eight bits; how far their vectors are from
+    the run's is printed and not limited. alpha: above 0, the convex combination with the third tower, as
+    `towers.combined_encoders` says; the image graph holds both image towers then.
 
     Raises UsageError for a tower that torch cannot export. Raises CheckpointError for an unfinished run, and when the
     vectors of onnxruntime differ from the run's by more than `TOLERANCE`. Nothing is written then.
@@ -192,7 +192,7 @@ def _image_side(finished: FinishedRun, encoders: Encoders) -> _Side:
 def _text_side(finished: FinishedRun, encoders: Encoders, folder: Path) -> _Side:
     """The text graph; its samples are tokenized by the tokenizer that was written to the folder."""
     context_length: Any = finished.txt.context_length
-    dynamic = takes_short_text(finished.txt)
+    dynamic = takes_any_length(finished.txt)
     if not dynamic and not isinstance(finished.tokenizer, FileTokenizer):
         raise UsageError(
             "--to onnx: the features of this text tower depend on the padding, which in open_clip's vocabulary is the "
@@ -287,7 +287,7 @@ def _config(finished: FinishedRun, width: int) -> dict[str, Any]:
 def _usage(
     finished: FinishedRun, width: int, folder: str, differences: Sequence[str], quantized: bool
 ) -> str:
-    dynamic, length = takes_short_text(finished.txt), finished.txt.context_length
+    dynamic, length = takes_any_length(finished.txt), finished.txt.context_length
     return USAGE.format(
         folder=folder,
         size=finished.architecture.image.size,

@@ -13,6 +13,7 @@ from threetowers.data.transforms import ImageSpec
 from threetowers.export.card import write_card
 from threetowers.export.folder import listed, write_json, written_whole
 from threetowers.run.finished import load_run
+from threetowers.towers.encoder import BESIDE, CONFIG
 from threetowers.towers.pair import assemble
 from threetowers.towers.weights import write_safetensors
 
@@ -22,6 +23,12 @@ IMAGES = (
     "open_clip's transform drops transparency, ignores EXIF rotation and converts to RGB after it has resized. Give it "
     "to_rgb(image). Otherwise it sees other pixels than training did of images with transparency, rotation, a palette, "
     "16 bits or CMYK"
+)
+TEXT = "text"
+"""The folder with the configuration of a text tower that is an encoder of transformers."""
+MOVED = (
+    f"`hf_model_name` in open_clip_config.json is the whole path of the folder `{TEXT}` beside it. After this folder "
+    "has moved, write the new path there, or the name on the Hub of the encoder that the text tower started at"
 )
 USAGE = """```python
 import numpy as np
@@ -70,12 +77,17 @@ def export_open_clip(run: str | Path, out: str | Path) -> Path:
     architecture = finished.architecture
     spec = architecture.image
     pair = assemble(architecture.model_cfg, finished.img, finished.txt, finished.scale)
-    differences = [*_differences(spec), IMAGES, *finished.tokenizer.differences()]
+    text_cfg, encoder, where = _text_cfg(architecture.model_cfg["text_cfg"], Path(out))
+    differences = [*_differences(spec), IMAGES, *finished.tokenizer.differences(), *where]
     with written_whole(Path(out), ("open_clip_config.json",)) as folder:
         state = {name: tensor.contiguous().clone() for name, tensor in pair.state_dict().items()}
         write_safetensors(folder / "open_clip_model.safetensors", state)
         finished.tokenizer.save(folder)
-        config = {"model_cfg": architecture.model_cfg, "preprocess_cfg": _preprocess_cfg(spec)}
+        if encoder is not None:
+            (folder / TEXT).mkdir()
+            write_json(folder / TEXT / "config.json", encoder)
+        model_cfg = {**architecture.model_cfg, "text_cfg": text_cfg}
+        config = {"model_cfg": model_cfg, "preprocess_cfg": _preprocess_cfg(spec)}
         write_json(folder / "open_clip_config.json", config)
         name = Path(out).absolute().name
         usage = USAGE.format(folder=name, differences=listed(differences))
@@ -86,6 +98,22 @@ def export_open_clip(run: str | Path, out: str | Path) -> Path:
         print(f"note: {line}", file=sys.stderr)
     print("note: README.md says how to load the model, and has to_rgb", file=sys.stderr)
     return Path(out)
+
+
+def _text_cfg(text_cfg: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[str, Any] | None, list[str]]:
+    """open_clip's text_cfg, the config.json that the folder TEXT has to hold if any, and what a user has to know of it.
+
+    open_clip takes the configuration of an encoder of transformers from a folder, whose relative path would be one from
+    the working directory, or from a name on the Hub.
+    """
+    exported = {key: value for key, value in text_cfg.items() if key != CONFIG}
+    if CONFIG not in text_cfg:
+        return exported, None, []
+    name = text_cfg["hf_model_name"]
+    if name != BESIDE:
+        return exported, None, [f"open_clip reads the configuration of the text tower from {name} on the Hub"]
+    exported["hf_model_name"] = str(out.absolute() / TEXT)
+    return exported, text_cfg[CONFIG], [MOVED]
 
 
 def _differences(spec: ImageSpec) -> Iterator[str]:

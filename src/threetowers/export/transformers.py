@@ -39,6 +39,7 @@ from threetowers.export.inputs import (
 from threetowers.export.samples import CAPTIONS, check_difference, sample_pictures
 from threetowers.objective.losses import unit
 from threetowers.run.finished import FinishedRun, load_run
+from threetowers.towers.encoder import is_encoder
 from threetowers.towers.frozen.base import foreign
 from threetowers.towers.frozen.hf import REMEDY, import_transformers, load_model, quiet
 from threetowers.towers.frozen.text import load_hf_tokenizer
@@ -147,6 +148,12 @@ def _obstacles(finished: FinishedRun) -> Iterator[str]:
     img, txt = finished.img, finished.txt
     if not isinstance(img, VisionTransformer | TimmModel):
         yield f"the image tower is {type(img).__name__}, neither open_clip's own ViT nor a timm network"
+        return
+    if is_encoder(txt):
+        yield (
+            "the text tower is an encoder of transformers that pools by the mean of its tokens or by the class token "
+            "itself (start.text), where other vectors are projected"
+        )
         return
     if not isinstance(txt, TextTransformer):
         yield f"the text tower is {type(txt).__name__}, not open_clip's own"

@@ -227,7 +227,7 @@ def make_tokenizer(
     start: a text tower to start at, which brings its own.
     """
     if start is not None:
-        return load_tokenizer(start.tokenizer, start.context_length)
+        return start.tokenizer
     context_length = int(model_config(config.pair)["text_cfg"].get("context_length", 77))
     if config.pair.tokenizer != "trained":
         return load_tokenizer(config.pair.tokenizer, context_length)

@@ -1,6 +1,7 @@
 """The two main towers: open_clip modules, kept so that what is left after training is an open_clip checkpoint."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from threetowers.config import PairConfig
 from threetowers.data.transforms import ImageSpec, per_channel
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.settings import did_you_mean
+from threetowers.towers.encoder import CONFIG, build_encoder, is_encoder
 from threetowers.towers.heads import initialised
 from threetowers.towers.weights import _first, load_strictly, read_safetensors, say_unwrapped, unwrapped
 
@@ -85,7 +87,13 @@ def build_image_tower(config: dict[str, Any], seed: int) -> nn.Module:
 
 def build_text_tower(config: dict[str, Any], seed: int) -> nn.Module:
     """The text tower of a model_cfg, initialised from (seed, "txt")."""
-    return _build(_build_text_tower, config, "text_cfg", seed, "txt")
+    builder = _encoder if CONFIG in config["text_cfg"] else _build_text_tower
+    return _build(builder, config, "text_cfg", seed, "txt")
+
+
+def _encoder(embed_dim: int, text_cfg: dict[str, Any], quick_gelu: bool) -> nn.Module:
+    """As open_clip's builder takes it; the activation is the encoder's own, whatever the pair says."""
+    return build_encoder(embed_dim, text_cfg)
 
 
 def checkpoint_activations(*towers: nn.Module | None) -> None:
@@ -94,7 +102,9 @@ def checkpoint_activations(*towers: nn.Module | None) -> None:
         if tower is None:
             continue
         try:
-            tower.set_grad_checkpointing(True)  # type: ignore[operator]
+            with warnings.catch_warnings():  # transformers has a newer name for what open_clip calls
+                warnings.simplefilter("ignore", FutureWarning)
+                tower.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AttributeError, NotImplementedError, AssertionError, TypeError, ValueError) as error:
             raise UsageError(f"grad_checkpointing: {type(tower).__name__} cannot do it ({error})") from None
 
@@ -135,11 +145,12 @@ def encode_text(text: Any, tokens: Tensor) -> Tensor:
     """Text features [B, D] of tokens [B, n], n at most the context length, by an open_clip text tower.
 
     open_clip's causal text tower wants exactly the context length; position and mask are sliced here, which is
-    exact because the end token never looks at the padding behind it. Other towers get the padding back.
+    exact because the end token never looks at the padding behind it. Encoders of transformers take any length and mask
+    the padding. Other towers get the padding back.
     """
     length = tokens.shape[1]
     features: Tensor
-    if length == text.context_length:
+    if length == text.context_length or is_encoder(text):
         features = text(tokens)
     elif not takes_short_text(text):
         padding = (0, text.context_length - length)
@@ -164,6 +175,11 @@ def takes_short_text(text: nn.Module) -> bool:
         and text.pool_type in ("argmax", "eos")
         and not text.output_tokens
     )
+
+
+def takes_any_length(text: nn.Module) -> bool:
+    """Whether `encode_text` computes the same features of a text whatever the padding, and does not need any."""
+    return takes_short_text(text) or is_encoder(text)
 
 
 OTHER_SIZE = "set pair.vision.image_size or pair.text.context_length to what the weights were trained with"

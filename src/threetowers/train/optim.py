@@ -161,7 +161,10 @@ def layers_of(tower: nn.Module) -> dict[str, int]:
         for name, _ in tower.named_parameters()
         if (found := re.search(r"\b(?:resblocks|layers?)\.(\d+)\.", name))
     }
-    below = ("conv1.", "class_embedding", "positional_embedding", "token_embedding", "ln_pre.", "cls_emb")
+    below = (
+        "conv1.", "class_embedding", "positional_embedding", "token_embedding", "ln_pre.", "cls_emb",
+        "transformer.embeddings.",  # of an encoder of transformers
+    )  # fmt: skip
     top = max(blocks.values(), default=0) + 1
     return {
         name: blocks.get(name, 0 if name.startswith(below) else top) for name, _ in tower.named_parameters()
