@@ -133,19 +133,21 @@ def test_captions_are_embedded_together(group: Group, damaged: str, tmp_path: Pa
         torch.testing.assert_close(two[key], value, rtol=2**-10 if key == "features" else 0, atol=0)
 
 
-def stored_wide(spec: str, data: str, folder: Path) -> list[int]:
-    """A store where rank 1 alone finds a feature that fp16 cannot hold."""
-    limit = 0.0 if own().rank else embed.FP16_LIMIT
+def stored_wide(spec: str, data: str, folder: Path, wide: int) -> list[int]:
+    """A store where this rank alone finds a feature that fp16 cannot hold."""
+    limit = 0.0 if own().rank == wide else embed.FP16_LIMIT
     with mock.patch.object(embed, "FP16_LIMIT", limit):
         return stored(spec, data, folder, [Case(37)])
 
 
+@pytest.mark.parametrize("wide", [0, 1])
 def test_where_fp16_cannot_hold_a_feature_of_one_process_all_store_fp32(
-    group: Group, timm_tower: str, damaged: str, tmp_path: Path
+    wide: int, group: Group, timm_tower: str, damaged: str, tmp_path: Path
 ) -> None:
+    """The first has more samples here, so that the other is done before it is told."""
     with mock.patch.object(embed, "FP16_LIMIT", 0.0):
         stored(timm_tower, damaged, tmp_path / "one", [Case(37)])
-    group.run(stored_wide, timm_tower, damaged, tmp_path / "two")
+    group.run(stored_wide, timm_tower, damaged, tmp_path / "two", wide)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
