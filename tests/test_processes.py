@@ -327,9 +327,8 @@ def damaged(photos: Path, tmp_path: Path) -> Path:
 def encoded(config: RunConfig, folder: Path, batch_size: int) -> Any:
     """The validation data as the processes of a group encode it together, and its metrics."""
     own = Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
-    with own.one_before_all():
-        setup = prepare(config, folder, saved_tokenizer=folder)
-        stores = setup.thirds.stores(setup.val)
+    setup = prepare(config, folder, saved_tokenizer=folder, processes=own)
+    stores = setup.thirds.stores(setup.val)
     found = encode(
         setup.model, setup.val, setup.tokenizer, stores, setup.device, batch_size=batch_size, processes=own
     )

@@ -32,8 +32,8 @@ from threetowers.data.source import Source, Subset
 from threetowers.data.transforms import ImageSpec, cropped_view, fixed_view
 from threetowers.errors import BadSample, CheckpointError, DataError, UsageError
 from threetowers.run.setup import prepare
-from threetowers.store import embed
 from threetowers.store.embed import find_or_make_store, store_for_training, write_store
+from threetowers.store.pictures import Pictures, Task
 from threetowers.store.read import FIXED, Contents, Store, Views, layout, open_store
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.load import load_frozen
@@ -441,10 +441,10 @@ def test_threads_read_the_same_views_in_the_same_order(photos: Path, tmp_path: P
     (folder / broken).write_bytes(b"no picture")
     views = Views(num_views, (0.3, 1.0), (0.75, 1.3), True) if num_views else FIXED
     spec = ImageSpec(24, (0.5,) * 3, (0.5,) * 3)
-    task = embed._Task(0, range(40), True)
-    _, alone = embed._Pictures(source, spec, views, None)[task]
+    task = Task(0, range(40), True)
+    _, alone = Pictures(source, spec, views, None)[task]
     with ThreadPoolExecutor(4) as pool:
-        _, shared = embed._Pictures(source, spec, views, pool)[task]
+        _, shared = Pictures(source, spec, views, pool)[task]
     assert shared.kept == alone.kept == [index for index in range(40) if index != 5]
     assert torch.equal(shared.pixels, alone.pixels) and np.array_equal(shared.crops, alone.crops)
     assert [bad.id for bad in shared.bad] == [bad.id for bad in alone.bad] == [broken]
@@ -462,5 +462,5 @@ def test_an_image_is_read_again_when_reading_failed_once(photos: Path) -> None:
 
     with mock.patch.object(source, "image", failing_once):
         spec = ImageSpec(24, (0.5,) * 3, (0.5,) * 3)
-        _, read = embed._Pictures(source, spec, FIXED, None)[embed._Task(0, range(8), True)]
+        _, read = Pictures(source, spec, FIXED, None)[Task(0, range(8), True)]
     assert read.kept == list(range(8)) and not read.bad

@@ -37,14 +37,14 @@ LATE = 20.0
 """Seconds without a heartbeat, or that others wait for a process, after which it is named; with two of the pauses above
 that is less than 30."""
 PATIENT = 300.0
-"""The same for what only rank 0 does, and may do for long."""
+"""The same in phases whose parts may be long and differ between processes, or are done by rank 0 alone."""
 SLOW_STEPS, SLOW_ROW, SLOW_RATIO, SLOW_SHARE = 40, 3, 1.5, 0.1
 """A process is slow when over so many steps, so many times in a row, its own part took so many times the median and the
 difference is more than this share of a step. One long step, after which all goes well, is in one of these alone."""
 MOST_LINES = 4  # at a time; a stalled file system may hold up a thousand processes
 
 DOING = {
-    "starting": "opening the data and the towers",
+    "starting": "opening the data and the towers, or storing embeddings",
     "data": "reading its batch",
     "validation": "validating",
     "checkpoint": "saving a checkpoint",
@@ -54,7 +54,7 @@ DOING = {
 """What a process does in a phase, where the name of the phase does not say it."""
 LONG = ("starting", "validation")
 REMEDIES = {
-    "starting": "That may be normal, since rank 0 stores embeddings before the others start",
+    "starting": "That may be normal, since opening data and storing embeddings can take long",
     "validation": "That may be normal; a larger --eval-every-steps or less validation data makes it rarer or shorter",
     "data": "Look at the file system that its data lies on",
     "checkpoint": "Look at the file system of the run folder",

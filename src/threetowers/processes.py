@@ -28,8 +28,9 @@ from threetowers.errors import LostProcessError, UsageError
 from threetowers.heartbeats import PLACE, told
 
 PATIENCE = timedelta(days=7)
-"""What a collective waits for the other processes. It is long, since they wait while rank 0 embeds a data set or
-validates; where a process dies, gloo says so at once, and the launcher ends the others."""
+"""What a collective waits for the other processes. It is long, since they wait while rank 0 opens a data set, or while
+one of them embeds for longer than the others; where a process dies, gloo says so at once, and the launcher ends the
+others."""
 BUCKET = 25_000_000
 """Numbers that are added up at once, about 100 MB of gradients."""
 T = TypeVar("T")

@@ -287,13 +287,16 @@ def encode_texts(
     view: str = "txt",
     *,
     autocast: AbstractContextManager[Any] | None = None,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Encodes texts in a text-side view, in eval mode: unit vectors fp32 [len(texts), D].
 
-    autocast: that of the images which the texts are compared with.
+    autocast: that of the images which the texts are compared with. processes: as in `encode`.
     """
     training = model.training
     model.eval()
-    feats = _encode_texts(model, texts, tokenizer, device, batch_size=256, autocast=autocast)
+    feats = _encode_texts(
+        model, texts, tokenizer, device, batch_size=256, autocast=autocast, processes=processes
+    )
     model.train(training)
     return unit(model.raw_view(view, feats)).cpu()

@@ -22,6 +22,7 @@ from threetowers.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
 from threetowers.errors import DataError, UsageError
 from threetowers.model import Architecture, ThreeTowers, build
 from threetowers.objective.pairs import METHODS, objective
+from threetowers.processes import ALONE, Processes
 from threetowers.progress import Progress
 from threetowers.run.allocator import keep_freed_memory
 from threetowers.run.finished import Parts, describe_parts
@@ -257,10 +258,13 @@ def _captions(source: Source, most: int) -> Iterable[str]:
             yield caption
 
 
-def assemble(config: RunConfig, folder: Path, *, saved_tokenizer: Path | None = None) -> Setup:
+def assemble(
+    config: RunConfig, folder: Path, *, saved_tokenizer: Path | None = None, processes: Processes = ALONE
+) -> Setup:
     """Opens, loads and builds what a configuration names. Nothing is embedded, and the frozen features' norms stay 1.
 
-    folder: the run folder; embeddings are stored beside it unless the configuration says where.
+    folder: the run folder; embeddings are stored beside it unless the configuration says where. processes: those that
+    will ask for embeddings together.
     """
     check_settings(config)
     device = pick_device(config.device)
@@ -274,13 +278,20 @@ def assemble(config: RunConfig, folder: Path, *, saved_tokenizer: Path | None = 
         checkpoint_activations(model.img, model.txt)
     thirds = Thirds(
         towers, model.thirds, config.inputs, device, *stores_place(config, folder),
-        random_views=model.needs_pixels(),
+        random_views=model.needs_pixels(), processes=processes,
     )  # fmt: skip
     return Setup(config, device, train, val, test, tokenizer, thirds, model.to(device), architecture)
 
 
-def prepare(config: RunConfig, folder: Path, *, saved_tokenizer: Path | None = None) -> Setup:
-    """A configuration assembled, with the frozen features stored that training needs."""
-    setup = assemble(config, folder, saved_tokenizer=saved_tokenizer)
+def prepare(
+    config: RunConfig, folder: Path, *, saved_tokenizer: Path | None = None, processes: Processes = ALONE
+) -> Setup:
+    """A configuration assembled, with the frozen features stored that training needs.
+
+    processes: those that call this together. The first of them opens the data before the others do, and all share the
+    embedding.
+    """
+    with processes.one_before_all():
+        setup = assemble(config, folder, saved_tokenizer=saved_tokenizer, processes=processes)
     setup.thirds.set_norms(setup.model, setup.train)
     return setup

@@ -18,6 +18,7 @@ from threetowers.data.transforms import ImageSpec
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.model import ThreeTowers
 from threetowers.objective.pairs import start_view
+from threetowers.processes import ALONE, Processes
 from threetowers.run.allocator import return_freed_memory
 from threetowers.store.embed import find_or_make_store, store_for_training
 from threetowers.store.read import FIXED, Store, Views, find_store, is_store
@@ -64,7 +65,8 @@ class Thirds:
 
     used: the views that the model reads. random_views: whether a main tower sees the region of a stored random view,
     so that stores hold random views. folder: where stores are made and looked for. named: the one store that the
-    configuration names, or None.
+    configuration names, or None. processes: those that ask for the same stores together, of which each computes its
+    share of a store that is made.
     """
 
     def __init__(
@@ -77,9 +79,10 @@ class Thirds:
         named: Path | None = None,
         *,
         random_views: bool = True,
+        processes: Processes = ALONE,
     ) -> None:
         self.towers, self.used, self.inputs, self.device = dict(towers), tuple(used), inputs, device
-        self.folder, self.named = folder, named
+        self.folder, self.named, self.processes = folder, named, processes
         self.live: dict[str, FrozenTower] = {}
         """The towers that see the main tower's augmented view and compute their features batch by batch."""
         if inputs.third_view == "same":
@@ -123,7 +126,7 @@ class Thirds:
                 return store
         store = find_or_make_store(
             tower, source, self.folder, self.device,
-            views=views, fingerprints=fingerprints, workers=self.inputs.workers,
+            views=views, fingerprints=fingerprints, workers=self.inputs.workers, processes=self.processes,
         )  # fmt: skip
         return_freed_memory()
         return store

@@ -10,20 +10,20 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from threetowers.data.decode import decode
 from threetowers.data.order import hash64
 from threetowers.data.source import Source
-from threetowers.data.transforms import ImageSpec, cropped_view, fixed_view, random_crop
 from threetowers.data.workers import read_ahead
-from threetowers.errors import BadSample, DataError, UsageError
+from threetowers.errors import BadSample, CheckpointError, DataError, UsageError
+from threetowers.processes import ALONE, Processes
 from threetowers.progress import Progress, warn
+from threetowers.store.pictures import Pictures, Read, Task
 from threetowers.store.read import (
     DESCRIPTION_FILE,
     FIXED,
@@ -32,12 +32,11 @@ from threetowers.store.read import (
     Side,
     Store,
     Views,
-    as_crop,
     as_stored,
     find_store,
     is_store,
 )
-from threetowers.store.write import Work, finish
+from threetowers.store.write import Work, even_chunk, finish, unless_made
 from threetowers.system import OtherLoad
 from threetowers.towers.frozen.base import FrozenTower, digest_of
 
@@ -63,25 +62,42 @@ def find_or_make_store(
     fingerprints: Mapping[str, str] | None = None,
     batch_size: int = 256,
     workers: int = 0,
+    processes: Processes = ALONE,
 ) -> Store:
     """The store of a tower's views of a source: one in the folder that fits, else computed into it.
 
-    dtype: of a store that is made. fingerprints: the tower's, when they are at hand. Raises DataError when no sample
-    of the source can be embedded and CheckpointError for a damaged store.
+    dtype: of a store that is made. fingerprints: the tower's, when they are at hand. processes: those that call this
+    together, of which each computes its share. Raises DataError when no sample of the source can be embedded, and
+    CheckpointError for a damaged store or where processes mean different ones.
     """
     fingerprints = fingerprints or tower.fingerprints()
     key = digest_of(
         {**fingerprints, "data": source.fingerprint, "length": len(source), "views": views.as_dict()}
     )
+    first, *others = processes.exchange(key)
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise CheckpointError(
+                f"rank {rank} has other weights or settings of {tower.spec!r}, or other data of {source.name}, than "
+                "rank 0. All processes need the same command, data and package versions"
+            )
     own = folder / key
-    for place in [own, *sorted(path.parent for path in folder.glob(f"*/{DESCRIPTION_FILE}"))]:
-        if is_store(place):
-            store, _ = find_store(place, fingerprints, source, views)
-            if store is not None:
-                return store
+    found: Store | None = None
+    if processes.first:  # one look, so that all do the same
+        for place in [own, *sorted(path.parent for path in folder.glob(f"*/{DESCRIPTION_FILE}"))]:
+            if is_store(place):
+                found, _ = find_store(place, fingerprints, source, views)
+                if found is not None:
+                    break
+    there = processes.told(lambda: None if found is None else str(found.folder))
+    if found is not None:
+        return found
+    if there is not None:
+        return store_for_training(Path(there), tower, fingerprints, source, views)
     store = write_store(
         tower, source, own, device,
         views=views, dtype=dtype, fingerprints=fingerprints, batch_size=batch_size, workers=workers,
+        processes=processes,
     )  # fmt: skip
     assert store is not None  # all chunks were this call's
     return store
@@ -114,12 +130,18 @@ def write_store(
     batch_size: int = 256,
     workers: int = 0,
     chunk: int = CHUNK_SAMPLES,
+    processes: Processes = ALONE,
 ) -> Store | None:
     """Embeds a source into a folder, or goes on with what is there; None when the chunks of other parts are missing.
 
     part: (i, n), this process does every n-th chunk from the i-th. dtype: fp16 gives way to fp32 when a feature does
-    not fit. Raises UsageError for a folder with other contents, DataError when nothing can be embedded.
+    not fit. chunk: samples of one, at most. processes: those that call this together, instead of parts; each does its
+    share, and all have the store. Raises UsageError for a folder with other contents, DataError when nothing can be
+    embedded.
     """
+    if processes.size > 1:
+        part = processes.rank, processes.size
+        chunk = even_chunk(len(source), processes.size, chunk, CPU_PIECE)
     fingerprints = fingerprints or tower.fingerprints()
     out = out.absolute()
     first = _first_rows(source) if tower.reads == "texts" else None
@@ -130,24 +152,46 @@ def write_store(
         {**fingerprints, "data": source.fingerprint},
     )  # fmt: skip
     for kind in dict.fromkeys((dtype, "fp32")):
-        if is_store(out):
-            return store_for_training(out, tower, fingerprints, source, contents.views)
-        if out.is_dir() and any(out.iterdir()):
-            raise UsageError(f"{out}: the folder holds something else; give another --out")
+        if processes.told(partial(_is_made, out)):
+            break
         work = Work(out.parent / f".{out.name}.{kind}.partial", replace(contents, dtype=kind), chunk)
-        try:
-            work.begin(first)
-            _fill(work, tower, source, device, part, batch_size, workers)
-            if not work.missing():
-                return finish(work, out)
-            if not is_store(out):  # else another process has made the store, and the markers went with it
-                return None
-        except _TooWide:
-            work.mark_too_wide()
-        except FileNotFoundError:
-            if not is_store(out):  # else another process has just finished the same work
-                raise
+        work = replace(work, chunk=processes.told(partial(_begin, work, first, out)))
+        too_wide = False
+        with processes.failing_together(), unless_made(out):
+            try:
+                _fill(work, tower, source, device, first, part, batch_size, workers)
+            except _TooWide:
+                work.mark_too_wide()
+                too_wide = True
+        if any(processes.exchange(too_wide)):
+            continue
+        with processes.one_before_all(), unless_made(out):
+            # together, the processes have said that they are done; a list of markers might be an old one
+            if processes.size == 1 and work.missing():
+                if not is_store(out):  # else another process has made the store, and the markers went with it
+                    return None
+            elif processes.first:
+                store = finish(work, out)
+                if processes.size == 1:
+                    return store
+        break
     return store_for_training(out, tower, fingerprints, source, contents.views)
+
+
+def _is_made(out: Path) -> bool:
+    """Whether a store is there already; raises UsageError where something else is."""
+    if is_store(out):
+        return True
+    if out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"{out}: the folder holds something else; give another --out")
+    return False
+
+
+def _begin(work: Work, first: np.ndarray | None, out: Path) -> int:
+    """Begins or continues the work; returns the number of samples in its chunks."""
+    with unless_made(out):
+        work = work.begin(first)
+    return work.chunk
 
 
 def _first_rows(source: Source) -> np.ndarray:
@@ -161,11 +205,12 @@ def _fill(
     tower: FrozenTower,
     source: Source,
     device: torch.device,
+    first: np.ndarray | None,
     part: tuple[int, int],
     batch_size: int,
     workers: int,
 ) -> None:
-    """Computes and writes the missing chunks of a part."""
+    """Computes and writes the missing chunks of a part; first: of texts, the first row of each sample."""
     index, count = part
     mine = [number for number in work.missing() if number % count == index]
     title = f"embedding {source.name} with {tower.spec}" + (f", part {index} of {count}" if count > 1 else "")
@@ -182,12 +227,12 @@ def _fill(
         if device.type == "cpu" and (slow := load.remark(torch.get_num_threads())):
             warn(slow)
 
-    if tower.reads == "texts":
+    if first is not None:
         for number in mine:
-            _fill_texts(work, number, tower, source, device, batch_size)
+            _fill_texts(work, number, tower, source, device, first, batch_size)
             show(len(work.samples(number)))
         return
-    parts: list[tuple[_Task, _Read, Tensor]] = []
+    parts: list[tuple[Task, Read, Tensor]] = []
     if work.too_wide():
         raise _TooWide
     if device.type == "cpu":  # worker processes would take the cores from the network
@@ -210,90 +255,18 @@ def _read(
     batch_size: int,
     workers: int,
     threads: int,
-) -> Iterator[tuple["_Task", "_Read"]]:
+) -> Iterator[tuple[Task, Read]]:
     """Reads the views of the chunks' images, batch by batch; a batch of the tower holds all views of its images."""
     images = max(1, batch_size // work.contents.rows_per_sample)
     tasks = [
-        _Task(number, samples[start : start + images], start + images >= len(samples))
+        Task(number, samples[start : start + images], start + images >= len(samples))
         for number in numbers
         for samples in [work.samples(number)]
         for start in range(0, len(samples), images)
     ]
     with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
-        pictures = _Pictures(source, tower.image, work.contents.views, pool)
+        pictures = Pictures(source, tower.image, work.contents.views, pool)
         yield from read_ahead(pictures, tasks, workers, name=source.name)
-
-
-class _Task(NamedTuple):
-    """A batch of samples, the chunk that it belongs to, and whether it is the chunk's last."""
-
-    chunk: int
-    samples: range
-    last: bool
-
-
-class _Read(NamedTuple):
-    """What was read of a batch: the readable samples, uint8 pixels [B, V, 3, H, W], crops float32 [B, K, 5]."""
-
-    kept: list[int]
-    pixels: Tensor
-    crops: np.ndarray
-    bad: list[BadSample]
-
-
-class _Pictures:
-    """The views of a batch of images. pool: threads that decode; None decodes in this one, as loader workers do."""
-
-    def __init__(
-        self, source: Source, image: ImageSpec, views: Views, pool: ThreadPoolExecutor | None
-    ) -> None:
-        self.source, self.image, self.views, self.pool = source, image, views, pool
-
-    def __getitem__(self, task: _Task) -> tuple[_Task, _Read]:
-        kept, pixels, crops, bad = [], [], [], []
-        ids = [self.source.record(index).id for index in task.samples]
-        files = map(self._file, task.samples)  # read in this thread: a source is not made for several
-        mapped = map if self.pool is None else self.pool.map
-        for index, id, found in zip(task.samples, ids, mapped(self._decoded, files, ids), strict=True):
-            if isinstance(found, BadSample):  # once more, since a disk or a network may have been at fault
-                found = self._decoded(self._file(index), id)
-            if isinstance(found, BadSample):
-                bad.append(found)  # the loader meets the same sample, counts it and names it
-                continue
-            kept.append(index)
-            if self.views.num:
-                drawn = stored_crops(self.views, id, (found.shape[1], found.shape[0]))
-                crops.append(drawn)
-                found = np.stack([cropped_view(found, as_crop(row), self.image) for row in drawn])
-            pixels.append(found)
-        stacked = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, dtype=torch.uint8)
-        boxes = np.stack(crops) if crops else np.empty((0, self.views.num, 5), np.float32)
-        return task, _Read(kept, stacked, boxes, bad)
-
-    def _file(self, index: int) -> bytes | BadSample:
-        try:
-            return self.source.image(index)
-        except BadSample as problem:
-            return problem
-
-    def _decoded(self, file: bytes | BadSample, id: str) -> np.ndarray | BadSample:
-        """The fixed view uint8 [1, 3, H, W], or the whole image [H, W, 3] where regions of it are stored."""
-        if isinstance(file, BadSample):
-            return file
-        try:
-            image = decode(file, id)
-        except BadSample as problem:
-            return problem
-        return np.asarray(image) if self.views.num else fixed_view(image, self.image)[None]
-
-
-def stored_crops(views: Views, id: str, size: tuple[int, int]) -> np.ndarray:
-    """The random views of an image as they are stored, float32 [K, 5]; size: (width, height)."""
-    drawn = [
-        random_crop(hash64(views.seed, "view", k, id), size, views.crop_scale, views.crop_ratio, views.flip)
-        for k in range(views.num)
-    ]
-    return np.array([[*crop.box, crop.flip] for crop in drawn], dtype=np.float32)
 
 
 def _features(tower: FrozenTower, pixels: Tensor, device: torch.device) -> Tensor:
@@ -306,7 +279,7 @@ def _features(tower: FrozenTower, pixels: Tensor, device: torch.device) -> Tenso
     return values.view(*pixels.shape[:2], -1)
 
 
-def _write_images(work: Work, number: int, parts: list[tuple[_Task, _Read, Tensor]], source: Source) -> None:
+def _write_images(work: Work, number: int, parts: list[tuple[Task, Read, Tensor]], source: Source) -> None:
     samples, views = work.samples(number), work.contents.views.num
     features = torch.zeros(len(samples), work.contents.rows_per_sample, work.contents.width)
     usable = np.zeros(len(samples), dtype=bool)
@@ -334,7 +307,13 @@ def _write_images(work: Work, number: int, parts: list[tuple[_Task, _Read, Tenso
 
 
 def _fill_texts(
-    work: Work, number: int, tower: FrozenTower, source: Source, device: torch.device, batch_size: int
+    work: Work,
+    number: int,
+    tower: FrozenTower,
+    source: Source,
+    device: torch.device,
+    first: np.ndarray,
+    batch_size: int,
 ) -> None:
     samples = work.samples(number)
     records = [source.record(index) for index in samples]
@@ -343,14 +322,12 @@ def _fill_texts(
     for start in range(0, len(captions), batch_size):
         tokens = tower.tokens(captions[start : start + batch_size])
         parts.append(tower(tokens.to(device)).cpu())
-    slot = work.layout.slots["first"]
-    first = int(np.memmap(work.path, slot.dtype, "r", slot.offset, slot.shape)[samples.start])
     arrays = {
         "features": _checked(torch.cat(parts), work.contents, source),
         "usable": np.array([bool(record.captions) for record in records]),
         "ids": _ids(source, samples),
     }
-    starts = {"features": first, "usable": samples.start, "ids": samples.start}
+    starts = {"features": int(first[samples.start]), "usable": samples.start, "ids": samples.start}
     bad = [BadSample(record.id, "no caption") for record in records if not record.captions]
     work.write(number, arrays, starts, bad)
 

@@ -3,6 +3,10 @@
 The file has its final size and layout from the start. The work is divided into chunks of samples. Each chunk is written
 to its place, synced to the disk, and marked as done by a small file. A process continues with the chunks that have no
 marker.
+
+The processes may be on several machines with one file system. Clients of a network file system remember for seconds
+that a file was not there, and keep the pages of files that they have read. So markers are listed, not asked for one by
+one, and the file is opened for writing alone until it is complete.
 """
 
 import contextlib
@@ -11,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,15 +63,20 @@ class Work:
         return -(-self.contents.num_samples // self.chunk)
 
     def missing(self) -> list[int]:
-        """The chunks that are not finished."""
-        return [number for number in range(self.num_chunks) if not self.marker(number).is_file()]
+        """The chunks that are not finished; raises FileNotFoundError where the work is no longer there."""
+        names = {path.name for path in (self.folder / "chunks").iterdir()}
+        return [number for number in range(self.num_chunks) if self.marker(number).name not in names]
 
-    def begin(self, first: np.ndarray | None) -> None:
-        """Makes the file, or checks that what is there is the same work; any number of processes may do so at once."""
+    def begin(self, first: np.ndarray | None) -> "Work":
+        """Makes the file, or checks that what is there is the same work; any number of processes may do so at once.
+
+        Returns the work with the chunks of what is there, which another number of processes may have begun.
+        """
         plan = self.folder / "plan.json"
-        mine = self.contents.as_dict() | {"chunk": self.chunk}
+        mine, chunk = self.contents.as_dict(), self.chunk
         if plan.is_file():
             found = json.loads(plan.read_text(encoding="utf-8"))
+            chunk = int(found.get("chunk", chunk))
             differing = [
                 key for key in mine if key != "spec" and json.loads(json.dumps(mine[key])) != found.get(key)
             ]
@@ -85,13 +94,14 @@ class Work:
                     "free; give a folder on a larger disk"
                 )
         (self.folder / "chunks").mkdir(parents=True, exist_ok=True)
-        with _opened(self.path, os.O_RDWR | os.O_CREAT) as file:
+        with _opened(self.path, os.O_WRONLY | os.O_CREAT) as file:
             os.ftruncate(file, self.layout.size)
             os.pwrite(file, self.layout.header, 0)
             if first is not None:
                 os.pwrite(file, first.tobytes(), self.layout.slots["first"].offset)
             os.fsync(file)
-        write_whole(plan, json.dumps(mine), sync=True)
+        write_whole(plan, json.dumps({**mine, "chunk": chunk}), sync=True)
+        return replace(self, chunk=chunk)
 
     def write(
         self,
@@ -121,6 +131,29 @@ class Work:
             FileNotFoundError
         ):  # another process has finished the store in fp32, and this folder is gone
             (self.folder / _WIDE_FILE).touch()
+
+
+def even_chunk(num: int, processes: int, most: int, multiple: int) -> int:
+    """Samples in a chunk, at most `most`, of which as many processes as can be get equally many.
+
+    multiple: of which it is one, up to `most`.
+
+    >>> even_chunk(40_000, 8, 4_096, 16), even_chunk(40, 8, 4_096, 16)
+    (2512, 16)
+    """
+    rounds = max(-(-num // (processes * most)), 1)
+    share = max(-(-num // (processes * rounds)), 1)
+    return min(-(-share // multiple) * multiple, most)
+
+
+@contextlib.contextmanager
+def unless_made(out: Path) -> Iterator[None]:
+    """A block that ends without an error where its files are gone since another process has made the store of them."""
+    try:
+        yield
+    except FileNotFoundError:
+        if not is_store(out):
+            raise
 
 
 @contextlib.contextmanager

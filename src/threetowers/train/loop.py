@@ -152,7 +152,7 @@ def _steps(session: Session) -> bool:
         if end or (config.eval_every_steps and state.step % config.eval_every_steps == 0):
             with phase("validation"), whole(setup.model):
                 values = validate(setup, processes)
-                values |= processes.told(lambda: suite_metrics(setup, session.watched))
+                values |= suite_metrics(setup, session.watched, processes)
                 improved = log_validation(session, values)
         # while steps are being skipped the weights may be bad already, and a run must not return to them
         due = state.step % config.checkpoint_every_steps == 0 and not session.guard.in_row
@@ -176,13 +176,11 @@ def validate(setup: Setup, processes: Processes = ALONE) -> dict[str, float]:
     """
     if not len(setup.val):
         return {}
-    with processes.one_before_all():
-        stores = setup.thirds.stores(setup.val)
     encoded = encode(
         setup.model,
         setup.val,
         setup.tokenizer,
-        stores,
+        setup.thirds.stores(setup.val),
         setup.device,
         workers=setup.config.inputs.workers,
         autocast=autocast(setup.config, setup.device),

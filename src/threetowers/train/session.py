@@ -174,20 +174,18 @@ def open_session(
 ) -> Session:
     """The session of a run, at its start or at its last checkpoint. profile: measure its steps.
 
-    processes: those that train together. The first of them opens the data and makes stores before the others do.
+    processes: those that train together.
     """
     check_trackers(config.trackers)
     check_evaluation(config)  # before hours of training
     share_machine(processes)
-    with processes.one_before_all():
-        setup = prepare(config, folder, saved_tokenizer=folder)
-        reader = setup.reader()
+    setup = prepare(config, folder, saved_tokenizer=folder, processes=processes)
+    reader = setup.reader()
     speak_of_own(processes)
     check_shares(setup, processes)
     check_equal(processes, setup, found)
-    watched = open_watched(config.suite, config.suite_images) if processes.first else []
-    if processes.first:
-        _check_keep_best(setup, watched)
+    watched = open_watched(config.suite, config.suite_images)
+    _check_keep_best(setup, watched, processes)
     own = Profile(setup.device, found.step if found else 0, config.steps) if profile else None
     phase = own.phase if own else no_phase
     if processes.size > 1:
@@ -306,7 +304,7 @@ def log_validation(session: Session, values: dict[str, float]) -> bool:
     return name is not None and session.state.is_best(values[name])
 
 
-def _check_keep_best(setup: Setup, watched: Sequence[OpenSet]) -> None:
+def _check_keep_best(setup: Setup, watched: Sequence[OpenSet], processes: Processes) -> None:
     """Raises UsageError for a metric that no validation of this run gives."""
     name = setup.config.keep_best
     if name is None:
@@ -315,7 +313,8 @@ def _check_keep_best(setup: Setup, watched: Sequence[OpenSet]) -> None:
         raise UsageError(f"keep_best: {name!r}: there is no validation data; give --inputs.val-fraction")
     known = [f"val/{metric}" for metric in METRICS]
     if name not in known and watched:
-        known += suite_metrics(setup, watched)  # which metrics a suite gives is known when it is measured
+        # which metrics a suite gives is known when it is measured
+        known += suite_metrics(setup, watched, processes)
     if name not in known:
         raise UsageError(f"keep_best: {name!r} is no metric of the validation{did_you_mean(name, known)}")
 

@@ -14,20 +14,22 @@ from threetowers.evaluate.suite.features import ImageRows, Part, rows_of
 from threetowers.evaluate.suite.run import check_tasks, fitting_tasks
 from threetowers.evaluate.suite.sets import OpenSet, open_set, read_suite
 from threetowers.evaluate.zero_shot import class_embeddings
+from threetowers.processes import ALONE, Processes
 from threetowers.run.setup import Setup, autocast
 
 
 class LiveFeatures:
     """The main pair of a model in training, as it is when it is asked; implements Features.
 
-    Each part is encoded once in the life of an object, which is that of one validation.
+    Each part is encoded once in the life of an object, which is that of one validation. processes: those that ask for
+    the same features together, of which each encodes its share.
     """
 
     name = digest = "the model in training"
     views: Sequence[str] = ("img",)
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+    def __init__(self, setup: Setup, processes: Processes = ALONE) -> None:
+        self.setup, self.processes = setup, processes
         self.scale: float | None = float(setup.model.log_scale[0].detach().exp())
         self.preprocessing = "that of the run"
         self._encoded: dict[str, Encoded] = {}
@@ -40,7 +42,7 @@ class LiveFeatures:
             self._encoded[part.name] = encode(
                 setup.model, part.source, setup.tokenizer, stores, setup.device,
                 workers=setup.config.inputs.workers, autocast=autocast(setup.config, setup.device), merge=False,
-                kept=setup.kept_views(part.source),
+                kept=setup.kept_views(part.source), processes=self.processes,
             )  # fmt: skip
         return self._encoded[part.name]
 
@@ -57,7 +59,14 @@ class LiveFeatures:
     def texts(self, texts: Sequence[str]) -> Tensor:
         setup = self.setup
         precision = autocast(setup.config, setup.device)
-        return encode_texts(setup.model, list(texts), setup.tokenizer, setup.device, autocast=precision)
+        return encode_texts(
+            setup.model,
+            list(texts),
+            setup.tokenizer,
+            setup.device,
+            autocast=precision,
+            processes=self.processes,
+        )
 
     def classes(self, part: Part, names: Sequence[str], templates: Sequence[str]) -> Tensor:
         return class_embeddings(self.texts, names, templates)
@@ -99,9 +108,13 @@ def describe_watched(sets: Sequence[OpenSet]) -> list[str]:
     return lines
 
 
-def suite_metrics(setup: Setup, sets: Sequence[OpenSet]) -> dict[str, float]:
-    """Every metric of every task on the data sets, as `TASK/SET/METRIC`."""
-    features = LiveFeatures(setup)
+def suite_metrics(setup: Setup, sets: Sequence[OpenSet], processes: Processes = ALONE) -> dict[str, float]:
+    """Every metric of every task on the data sets, as `TASK/SET/METRIC`.
+
+    processes: those that call this together, of which each encodes its share. Each of them also measures, since a task
+    asks for features while it does; all return what the first one has.
+    """
+    features = LiveFeatures(setup, processes)
     found: dict[str, float] = {}
     for opened in sets:
         for name, task in fitting_tasks(opened, features.views).items():
@@ -109,4 +122,4 @@ def suite_metrics(setup: Setup, sets: Sequence[OpenSet]) -> dict[str, float]:
             found |= {
                 f"{name}/{opened.described.name}/{key}": value for key, value in measured.metrics.items()
             }
-    return found
+    return processes.told(lambda: found)
