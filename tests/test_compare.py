@@ -16,7 +16,8 @@ from threetowers.compare.showcase import ThirdChecks, third_checks
 from threetowers.config import CompareConfig, RunConfig
 from threetowers.errors import CheckpointError, NonFiniteError, UsageError
 from threetowers.report.page import write_report
-from threetowers.report.terminal import text_table
+from threetowers.report.tables import ranking
+from threetowers.report.terminal import how_to_export, text_table
 from threetowers.run import thirds as thirds_module
 from threetowers.train.loop import train
 from threetowers.world.write import write_world
@@ -90,6 +91,9 @@ def test_a_comparison_trains_all_continues_and_repeats_nothing(
     ], "both seeds are checked"
     assert next(claim for claim in written["claims"] if claim["id"] == "C5")["verdict"] == "not tested"
     assert "No winner can be named yet" in text_table(written) and "--steps" in text_table(written)
+    words = how_to_export(written, tmp_path).split("threetowers export ")[1].split()
+    assert (Path(words[0]) / "model.safetensors").is_file() and words[1:3] == ["--to", "open_clip"]
+    assert "seed0-lr" in words[0] and Path(words[0]).name.startswith(f"{ranking(written)[0][0]}-")
     for example in written["examples"]:
         for answer in example["answers"]:
             assert len(answer["items"]) == 5

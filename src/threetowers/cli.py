@@ -74,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ThreeTowersError as error:
         say(str(error))
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         say(f"{of_system(error)}")
         sys.exit(3)
@@ -152,10 +155,10 @@ def _report(result: dict[str, Any] | None, out: Path) -> int:
         return STOPPED
 
     from threetowers.report.page import write_report
-    from threetowers.report.terminal import text_table
+    from threetowers.report.terminal import how_to_export, text_table
 
     page = write_report(out)
-    print(f"\n{text_table(result)}\n\nreport: {page}")
+    print(f"\n{text_table(result)}\n\n{how_to_export(result, out)}\nreport: {page}")
     return 0
 
 

@@ -128,7 +128,7 @@ class ValidateArguments(TrainArguments):
 
     near_copies: Annotated[
         bool,
-        tyro.conf.arg(help="Look for test images that are nearly equal to training images; decodes all."),
+        tyro.conf.arg(help="Decode every image, and look for test images nearly equal to training images."),
     ] = False
 
 

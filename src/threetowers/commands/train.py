@@ -10,6 +10,7 @@ from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.objective.pairs import objective
 from threetowers.processes import Processes, is_first_to_say, is_restart, joined, named_by_environment
 from threetowers.run.setup import check_settings, describe_data
+from threetowers.store.write import BAD_FILE
 from threetowers.train import loop
 from threetowers.train.together import check_divisible
 
@@ -36,6 +37,7 @@ def train(arguments: TrainArguments, out: Path, words: Sequence[str]) -> int:
         with joined(config.device) as processes:
             if processes.first:
                 print(describe_data(config), flush=True)
+            was_finished = (out / "model.json").is_file()
             result = loop.train(
                 config,
                 out,
@@ -60,7 +62,12 @@ def train(arguments: TrainArguments, out: Path, words: Sequence[str]) -> int:
     if not result.finished:
         print(f"stopped at step {result.step}; the same command continues. Run folder: {out}")
         return STOPPED
+    if was_finished and not arguments.fresh:
+        print("this run was finished before; --fresh True trains it again")
     print(evaluate_run(out).text())
+    if (out / BAD_FILE).is_file():
+        count = len((out / BAD_FILE).read_bytes().splitlines())
+        print(f"{count:,} samples could not be used as they are; {out / BAD_FILE} names them and says why")
     print(f"run folder: {out}")
     return 0
 

@@ -39,7 +39,8 @@ from threetowers.train.step import StepResult, TrainingStep
 from threetowers.train.together import check_divisible
 from threetowers.train.trackers import check_trackers
 
-IMAGES = 200  # decoded
+IMAGES, MOST_IMAGES = 200, 2_000  # decoded: so many in any case, and up to so many within the time
+IMAGE_SECONDS = 5.0
 CAPTIONED = 20_000  # images whose captions are compared
 TOKENIZED = 2_000  # captions whose length is looked at
 CPU_BATCH = 64  # samples of the step on a CPU, where a large batch takes minutes
@@ -49,8 +50,10 @@ EMBEDDED = 256  # images that go through a frozen tower at once while they are s
 
 
 def validate(config: RunConfig, folder: Path, *, near: bool = False, processes: int = 1) -> Iterator[str]:
-    """The findings, line by line; the last one is `valid`. folder: where the run would be. near: look for test images
-    that are nearly equal to training images, for which every image is decoded. processes: which are to share a batch.
+    """The findings, line by line; the last one is `valid`.
+
+    folder: where the run would be. near: decode every image, and look for test images that are nearly equal to training
+    images. processes: which are to share a batch.
 
     Raises what training would raise: UsageError, DataError, CheckpointError, NonFiniteError.
     """
@@ -68,7 +71,7 @@ def validate(config: RunConfig, folder: Path, *, near: bool = False, processes: 
     yield describe_data(config)
     train, val, test = open_data(config)
     yield from check_evaluation(config)
-    yield from _images(config, [train, val, test])
+    yield from _images(config, [train, val, test], every=near)
     setup = assemble(config, folder)
     yield from _captions(setup)
     yield from describe_repeats("validation", val)
@@ -104,14 +107,20 @@ def _place(parts: Sequence[Source], number: int) -> tuple[Source, int]:
     return parts[-1], number
 
 
-def _images(config: RunConfig, parts: Sequence[Source]) -> Iterator[str]:
-    """Decodes a sample of the images; DataError when the share of bad ones is significantly above the limit."""
+def _images(config: RunConfig, parts: Sequence[Source], *, every: bool = False) -> Iterator[str]:
+    """Decodes images, or every one; DataError when the share of bad ones is significantly above the limit."""
     total = sum(map(len, parts))
-    places = [_place(parts, number) for number in _drawn(config.seed, total, IMAGES)]
+    drawn = _drawn(config.seed, total, total if every else MOST_IMAGES)
+    drawn.sort(key=lambda number: hash64("order", config.seed, number))  # the first ones are a sample too
+    places: list[tuple[Source, int]] = []
     bad: list[BadSample] = []
     sizes: list[int] = []
     start = time.perf_counter()
-    for source, index in places:
+    for number in drawn:
+        if len(places) >= IMAGES and not every and time.perf_counter() - start > IMAGE_SECONDS:
+            break
+        source, index = _place(parts, number)
+        places.append((source, index))
         id = source.record(index).id
         try:
             image = decode(source.image(index), id, decoder=config.inputs.decoder)
@@ -158,7 +167,10 @@ def _captions(setup: Setup) -> Iterator[str]:
     repeated = sum(count for count in counts.values() if count > 1) / len(captions)
     yield f"  {cut:.1%} are cut at the context length, {repeated:.1%} occur more than once"
     if repeated > 0.1 and not setup.config.inputs.mask_duplicates:
-        yield "  note: equal captions count as each other's negatives, but not with --inputs.mask-duplicates True"
+        yield (
+            "  note: training holds an image and the equal caption of another one for a wrong pair; "
+            "--inputs.mask-duplicates True leaves such pairs out"
+        )
 
 
 def _size(module: nn.Module) -> int:

@@ -126,6 +126,8 @@ def train_all(
                 objective(each.config)
                 holds_run(each.folder, each.config)  # raises for one with other settings
     schedule, pace = _Schedule(keys, options, job), Pace(max_minutes)
+    if schedule.waiting:
+        print(schedule.plan(), flush=True)
     concurrency = choose(jobs, [each.config for each in schedule.waiting], out)
     if schedule.waiting and jobs != 1:
         print(concurrency.text(), flush=True)
@@ -186,6 +188,14 @@ class _Schedule:
         for key in keys:
             if len(options.lrs) == 1 or self._tried(key):
                 self._add_seeds(key)
+
+    def plan(self) -> str:
+        """How many runs there are, why, and how many of them are done."""
+        rates, seeds = len(self._options.lrs), len(self._options.seeds)
+        each = f"{rates} learning rates with the first seed" if rates > 1 else "one learning rate"
+        more = f", then {seeds - 1} more at the best one" if rates > 1 and seeds > 1 else f", {seeds} seeds"
+        done = f"; {self.num_begun} are done" if self.num_begun else ""
+        return f"{self.num_trainings} runs: {len(self._trials)} methods, each with {each}{more}{done}"
 
     def note(self, job: Job) -> None:
         """Takes note of a run that waited and has finished."""

@@ -10,11 +10,12 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
 
-from threetowers.errors import BadSample, DataError
+from threetowers.errors import BadSample, DataError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,25 +296,39 @@ def describe(source: Source) -> str:
 
         captions.csv: table captions.csv, images in column `file`, captions in `caption`
         5 samples, 1 problem (missing file: 1)
+          captions.csv:3: missing file (b.jpg)
           a.jpg → a red square
 
-    At most three samples are shown.
+    At most three problems and three samples are shown.
     """
-    counts = Counter(problem.reason for problem in source.problems)
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
     classes = f", {len(source.class_names)} classes" if source.class_names else ""
-    lines = [
-        f"{source.name}: {source.layout}",
-        f"{len(source)} samples{classes}, {len(source.problems)} problems"
-        + (f" ({reasons})" if reasons else ""),
-    ]
+    problems, *named = (describe_problems(source) or "0 problems").split("\n")
+    lines = [f"{source.name}: {source.layout}", f"{len(source)} samples{classes}, {problems}", *named]
     for index in range(min(3, len(source))):
         record = source.record(index)
         texts = list(record.captions[:1])
         if record.label is not None:
             texts.append(source.class_names[record.label] if source.class_names else f"class {record.label}")
         lines.append(f"  {record.id} → {' | '.join(texts)}")
-    return "\n".join("".join(c if c.isprintable() else "\ufffd" for c in line) for line in lines)
+    return "\n".join(map(_printable, lines))
+
+
+def describe_problems(source: Source) -> str:
+    """The number of problems and their reasons, and at most three of them, a line each; empty where there is none."""
+    found = source.problems
+    if not found:
+        return ""
+    counts = Counter(problem.reason for problem in found)
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
+    lines = [f"{len(found)} problem{'s' if len(found) > 1 else ''} ({reasons})"]
+    lines += [f"  {problem}" for problem in found[:3]]
+    if len(found) > 3:
+        lines.append(f"  and {len(found) - 3} more")
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 def is_image_name(text: str) -> bool:
@@ -326,5 +341,18 @@ def is_picture_name(text: str) -> bool:
     return text.strip().lower().endswith(_PICTURES)
 
 
+def check_holds_no_data(out: Path) -> None:
+    """Raises UsageError for a folder with pictures or tables, among which what is written would lie."""
+    if not out.is_dir():
+        return
+    names = sorted(path.name for path in out.iterdir() if path.is_file())
+    data = [name for name in names if name.lower().endswith((*_PICTURES, *_TABLES))]
+    if data:
+        raise UsageError(
+            f"--out {out}: this folder holds data ({data[0]}{' and more' if len(data) > 1 else ''}); give another one"
+        )
+
+
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".tar")
 _IMAGES = tuple(f".{ending}" for ending in IMAGE_ENDINGS)
 _PICTURES = tuple(f".{ending}" for ending in PICTURE_ENDINGS)

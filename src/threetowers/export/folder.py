@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from threetowers.data.source import check_holds_no_data
 from threetowers.errors import UsageError
 from threetowers.files import write_whole, writing_aside
 
@@ -25,11 +26,14 @@ def written_whole(out: Path, own: Collection[str]) -> Iterator[Path]:
 
     own: those of MODELS that this format writes. A README.md in `out` that no export has written, or that somebody has
     given a licence, is kept, and the export's is called README-threetowers.md there. Raises UsageError when `out` holds
-    another model, because formats have file names in common, and what this format does not write would remain there.
+    another model, because formats have file names in common, and what this format does not write would remain there,
+    and when it holds data.
     """
     for name in MODELS:
         if name not in own and (out / name).exists():
             raise UsageError(f"--out {out}: this folder holds another model ({name}); give an empty folder")
+    if not any((out / name).exists() for name in own):
+        check_holds_no_data(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary)

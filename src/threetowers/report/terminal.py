@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 
 from threetowers.report.claims import terminal_claims
 from threetowers.report.story import next_step, story
@@ -43,6 +44,14 @@ def text_table(compare: Compare) -> str:
     lines += ["", "Claims:", *wrap(claims, "    ")] if claims else []
     lines += ["", *wrap([step])] if (step := next_step(compare)) else []
     return "".join(_printable(line).rstrip() + "\n" for line in lines)
+
+
+def how_to_export(compare: Compare, folder: Path) -> str:
+    """Where the runs are, and the command that exports one of the method with the best mean; its first seed."""
+    best = ranking(compare)[0]
+    runs = [run for run in compare["runs"] if (run["method"], run["third"]) == best]
+    run = folder / min(runs, key=lambda run: run["seed"])["path"]
+    return f"runs: {run.parent}; to export one: threetowers export {run} --to open_clip --out exported"
 
 
 def _terminal_cell(cell: Cell | None) -> str:

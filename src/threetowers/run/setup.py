@@ -17,7 +17,7 @@ from threetowers.data.kept import KeptImages
 from threetowers.data.loader import BatchReader
 from threetowers.data.open import splits
 from threetowers.data.order import Order, hash64
-from threetowers.data.source import Source, Subset, check_problems, describe
+from threetowers.data.source import Source, Subset, check_problems, describe, describe_problems
 from threetowers.data.tokenize import Tokenizer, load_tokenizer, train_tokenizer
 from threetowers.errors import DataError, UsageError
 from threetowers.model import Architecture, ThreeTowers, build
@@ -34,6 +34,7 @@ from threetowers.world.scenes import Kind
 from threetowers.world.write import write_world
 
 SHAPES_FOLDER = Path("data/shapes")
+FEW = 100  # test images: one is a point of R@1
 TOKENIZER_CAPTIONS = 200_000  # enough to learn a vocabulary from, whatever the size of the data
 learned_tokenizers: dict[tuple[str, int, int], Tokenizer] = {}
 """What this process has learned, by fingerprint of the data, size of the vocabulary and context length; the runs of a
@@ -217,7 +218,17 @@ def _drawn(source: Source, number: int) -> Source:
 def describe_data(config: RunConfig) -> str:
     """A few lines for people: what the training data is, its first rows, and the sizes of the three parts."""
     train, val, test = open_data(config)
-    return f"{describe(train)}\n{len(train):,} images to train on, {len(val):,} to validate, {len(test):,} to test"
+    lines = [
+        describe(train),
+        *(f"{part.name}: {text}" for part in (val, test) if (text := describe_problems(part))),
+        f"{len(train):,} images to train on, {len(val):,} to validate, {len(test):,} to test",
+    ]
+    if 0 < len(test) < FEW:
+        lines.append(
+            f"note: {len(test)} test images tell only large differences apart; where the data has no test part of "
+            "its own, a larger --inputs.test-fraction takes more"
+        )
+    return "\n".join(lines)
 
 
 def make_tokenizer(

@@ -36,7 +36,7 @@ from threetowers.store.read import (
     find_store,
     is_store,
 )
-from threetowers.store.write import Work, even_chunk, finish, unless_made
+from threetowers.store.write import BAD_FILE, Work, even_chunk, finish, unless_made
 from threetowers.system import OtherLoad
 from threetowers.towers.frozen.base import FrozenTower, digest_of
 
@@ -172,6 +172,11 @@ def write_store(
                     return None
             elif processes.first:
                 store = finish(work, out)
+                if unusable := store.num_unusable:
+                    warn(
+                        f"{source.name}: {unusable:,} of {len(source):,} images could not be embedded; "
+                        f"{out / BAD_FILE} names them and says why"
+                    )
                 if processes.size == 1:
                     return store
         break

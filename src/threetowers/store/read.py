@@ -198,9 +198,13 @@ class Store:
         """K when random views are stored, 0 when one fixed view is."""
         return self.contents.views.num
 
+    @property
+    def num_unusable(self) -> int:
+        return int((~self.usable).sum())
+
     def summary(self) -> str:
         """What is stored, in a line."""
-        what, bad = self.contents, int((~self.usable).sum())
+        what, bad = self.contents, self.num_unusable
         rows = f"{what.num_rows:,} captions of {len(self):,} samples" if self.side == "text" else (
             f"{len(self):,} images" + (f" in {self.num_views} random views" if self.num_views else "")
         )  # fmt: skip

@@ -128,7 +128,7 @@ def _sentence_settings(name: str, source: str) -> tuple[str, dict[str, Any]]:
 def _read_json(name: str, file: str, source: str) -> Any:
     """A JSON file of a folder, or of a name on the Hub; None where it has none."""
     transformers = import_transformers(source)
-    with foreign(source, file, REMEDY):
+    with foreign(source, file, REMEDY, hub=not Path(name).is_dir()):
         path = transformers.utils.cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 

@@ -10,6 +10,7 @@ import torch
 
 from threetowers.config import RunConfig
 from threetowers.data.loader import batches
+from threetowers.data.source import check_holds_no_data
 from threetowers.evaluate.encode import encode
 from threetowers.evaluate.retrieval import ranks_of, recalls
 from threetowers.evaluate.suite.live import suite_metrics
@@ -206,6 +207,8 @@ def _claim(config: RunConfig, folder: Path, fresh: bool) -> checkpoint.Restored 
         if differing_keys(path, config, all_keys=True):
             write_config(config, path)  # the evaluation, and whoever repeats the run, reads them there
         return checkpoint.find(folder / "checkpoints")
+    if not path.is_file():
+        check_holds_no_data(folder)
     for name in WRITTEN:
         (folder / name).unlink(missing_ok=True)
     checkpoint.discard(folder / "checkpoints")

@@ -20,6 +20,7 @@ from threetowers.evaluate.suite.sets import OpenSet
 from threetowers.files import write_whole
 from threetowers.heartbeats import PLACE, phases_told
 from threetowers.processes import ALONE, Processes
+from threetowers.progress import say
 from threetowers.run.finished import changed_parts
 from threetowers.run.setup import Setup, prepare
 from threetowers.settings import config_hash, did_you_mean
@@ -247,6 +248,8 @@ def _go_on(session: Session, found: checkpoint.Restored, environment: dict[str, 
         log.warn(f"the last bits of the result may differ from an uninterrupted run's: {', '.join(changed)}")
     session.restore(found)
     log.event(f"continuing from step {found.step}")
+    if session.processes.first:
+        say(f"{session.folder}: continuing from step {found.step}")
 
 
 def _environment(config: RunConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from threetowers.data.transforms import Colours, ImageSpec, normalise, per_channel
 from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.attention import own_attention
+from threetowers.towers.hub import cache_alone, why_no_hub
 
 Reads = Literal["images", "texts"]
 FEATURES = ("pooled", "cls", "mean")
@@ -249,12 +250,18 @@ def channels_of(source: str, mean: Any, std: Any, channels: int) -> Colours:
 
 
 @contextlib.contextmanager
-def foreign(source: str, what: str, remedy: str = "") -> Iterator[None]:
-    """Whatever another library's loader raises (network, hub, format) ends as CheckpointError with its reason."""
+def foreign(source: str, what: str, remedy: str = "", *, hub: bool = False) -> Iterator[None]:
+    """Whatever another library's loader raises (network, hub, format) ends as CheckpointError with its reason.
+
+    hub: whether the Hugging Face Hub may be asked. Where its address cannot be looked up, the loader takes what the
+    cache has, at once, instead of trying again for a minute.
+    """
+    reason = why_no_hub() if hub else ""
     try:
-        yield
+        with cache_alone() if reason else contextlib.nullcontext():
+            yield
     except Exception as error:
         advice = f". {remedy}" if remedy else ""
         raise CheckpointError(
-            f"{source}: {what} could not be loaded ({first_line(error)}){advice}"
+            f"{source}: {what} could not be loaded ({reason or first_line(error)}){advice}"
         ) from error

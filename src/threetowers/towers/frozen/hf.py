@@ -137,7 +137,7 @@ def load_model(name: str, source: str) -> tuple[Any, bool]:
         if found := no_weights(path):
             raise CheckpointError(f"{source}: {path} {found}")
     transformers = import_transformers(source)
-    with quiet(transformers), foreign(source, "the weights", REMEDY):
+    with quiet(transformers), foreign(source, "the weights", REMEDY, hub=not Path(name).is_dir()):
         model, info = transformers.AutoModel.from_pretrained(
             name,
             use_safetensors=True,
@@ -204,7 +204,7 @@ def processor_settings(name: str, source: str) -> dict[str, Any]:
     The Pillow backend is the one that is matched: the one on tensors rounds its resized pixels differently.
     """
     transformers = import_transformers(source)
-    with quiet(transformers), foreign(source, "the image processor", REMEDY):
+    with quiet(transformers), foreign(source, "the image processor", REMEDY, hub=not Path(name).is_dir()):
         processor = transformers.AutoImageProcessor.from_pretrained(
             name, backend="pil", trust_remote_code=False
         )
@@ -304,7 +304,7 @@ def skeleton(spec: str, name: str) -> Any:
     """transformers' model of a configuration, without memory and without weights; raises CheckpointError."""
     transformers = import_transformers(spec)
     folder = local_folder(name, spec)
-    with quiet(transformers), foreign(spec, "the configuration", REMEDY):
+    with quiet(transformers), foreign(spec, "the configuration", REMEDY, hub=not Path(folder).is_dir()):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             return transformers.AutoModel.from_config(config, trust_remote_code=False).eval()

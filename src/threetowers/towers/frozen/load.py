@@ -30,8 +30,24 @@ def kind_of(spec: str, *, key: str = "third") -> tuple[Kind, str]:
     if kind is None:
         near = did_you_mean(prefix, [kind.prefix for kind in KINDS]) if colon else ""
         hint = near if near.startswith(";") else ""
+        if form := _form_of_folder(spec):
+            raise UsageError(f"{key}: {spec!r} is a folder; write {form}{spec}")
         raise UsageError(f"{key}: {spec!r} names no tower{hint}. Write {_all_forms()}")
     return kind, name
+
+
+def _form_of_folder(path: str) -> str:
+    """How the name of a tower in a folder begins, by the files in it; empty for a folder of no such kind, or none."""
+    folder = Path(path)
+    if (folder / "open_clip_config.json").is_file():
+        return "open_clip:local-dir:"
+    if (folder / "pretrain.json").is_file():
+        return f"{FILE.prefix}:"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return "timm:local-dir:" if "architecture" in config else "hf:" if "model_type" in config else ""
 
 
 def _all_forms() -> str:

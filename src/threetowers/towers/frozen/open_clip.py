@@ -79,7 +79,7 @@ def load_pair(name: str, source: str, **options: bool) -> tuple[Any, dict[str, A
     wrapped = _wrapped(model_name, tag, **options) if tag.endswith(".safetensors") else None
     if wrapped is not None:
         return wrapped, config
-    with foreign(source, "the weights"):
+    with foreign(source, "the weights", hub=not (local or tag.endswith(".safetensors"))):
         model = open_clip.create_model(
             model_name, pretrained=tag or None, require_pretrained=not local, **options
         )

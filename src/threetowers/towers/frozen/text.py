@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -170,7 +171,7 @@ def _width(module: HuggingFaceText, tokens: HuggingFaceTokens, source: str) -> i
 def load_hf_tokenizer(name: str, source: str) -> Any:
     """transformers' tokenizer of that name; raises CheckpointError."""
     transformers = import_transformers(source)
-    with quiet(transformers), foreign(source, "the tokenizer", REMEDY):
+    with quiet(transformers), foreign(source, "the tokenizer", REMEDY, hub=not Path(name).is_dir()):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
         raise CheckpointError(  # the library makes such a one when it finds no vocabulary

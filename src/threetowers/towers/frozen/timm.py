@@ -70,7 +70,8 @@ def load_timm(name: str, features: str) -> Loaded:
                 f"third: timm:{name}@: no file behind the @, for example because a shell variable is empty; give "
                 f"timm:{name}@FILE, or timm:{name} for the published weights"
             )
-    with foreign(f"timm:{name}", "the weights", "Offline, give them as timm:NAME@FILE or timm:local-dir:DIR"):
+    remedy = "Offline, give them as timm:NAME@FILE or timm:local-dir:DIR"
+    with foreign(f"timm:{name}", "the weights", remedy, hub=not (local or at)):
         # with its classifier, so that timm checks the published weights key by key before the classifier goes
         trunk = timm.create_model(name, pretrained=not (local or at))
     classifier = trunk.pretrained_cfg.get("classifier", ())
@@ -102,6 +103,8 @@ def load_timm(name: str, features: str) -> Loaded:
 
 def known_name(name: str) -> None:
     """Raises UsageError, with the nearest name, unless timm has the model."""
+    if Path(name).is_dir():
+        raise UsageError(f"third: timm:{name} is a folder; write timm:local-dir:{name}")
     if not timm.is_model(name):
         raise UsageError(f"third: timm has no model {name!r}" + near_timm(name))
 

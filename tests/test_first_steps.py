@@ -1,0 +1,186 @@
+"""What a person meets on the first day: files that are not fine, folders given twice, a Hub out of reach."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from kit.runs import TINY_INPUTS, Config
+from threetowers import cli
+from threetowers.compare.runs import _Schedule, make_job
+from threetowers.config import CompareConfig
+from threetowers.errors import CheckpointError, UsageError
+from threetowers.export.open_clip import export_open_clip
+from threetowers.run import setup
+from threetowers.run.setup import describe_data, open_data
+from threetowers.towers import hub
+from threetowers.towers.frozen.load import load_frozen
+from threetowers.train.loop import train
+
+
+@pytest.fixture
+def own(photos: Path, tmp_path: Path) -> Path:
+    """A copy of the folder of photos."""
+    shutil.copytree(photos.parent, tmp_path / "own")
+    return tmp_path / "own"
+
+
+def test_a_run_is_not_written_among_the_photos(own: Path, photos: Path, tiny_config: Config) -> None:
+    before = sorted(own.iterdir())
+    with pytest.raises(UsageError, match=r"this folder holds data \(.* and more\); give another one"):
+        train(tiny_config(steps=2), own)
+    assert sorted(path for path in own.iterdir() if path.name != ".lock") == before
+
+
+def test_an_export_is_not_written_among_the_photos_but_again_over_itself(
+    own: Path, tiny_config: Config, tmp_path: Path
+) -> None:
+    train(tiny_config(steps=2), tmp_path / "run")
+    before = sorted(own.iterdir())
+    with pytest.raises(UsageError, match="this folder holds data"):
+        export_open_clip(tmp_path / "run", own)
+    assert sorted(own.iterdir()) == before
+    folder = export_open_clip(tmp_path / "run", tmp_path / "exported")
+    shutil.copyfile(own / "000.png", folder / "000.png")  # of a model card, for example
+    export_open_clip(tmp_path / "run", folder)
+
+
+def test_files_that_are_missing_are_named_before_training(own: Path, tiny_config: Config) -> None:
+    config = tiny_config(
+        data=str(own / "captions.csv"),
+        inputs=replace(TINY_INPUTS, max_bad_share=1.0, test_fraction=0.0, val_fraction=0.0),
+    )
+    (own / "050.png").unlink()
+    said = describe_data(config)
+    assert ", 1 problem (missing file: 1)\n" in said and "  050.png: missing file (captions.csv:52: " in said
+    for number in range(4):
+        (own / f"00{number}.png").unlink()
+    setup._open_splits.cache_clear()
+    said = describe_data(config)
+    assert ", 5 problems (missing file: 5)\n" in said and said.count(".png: missing file") == 3
+    assert "  and 2 more\n" in said
+
+
+def test_missing_files_of_the_test_part_are_named_too(own: Path, tiny_config: Config) -> None:
+    config = tiny_config(data=str(own / "captions.csv"), inputs=replace(TINY_INPUTS, max_bad_share=1.0))
+    *_, test = open_data(config)
+    (own / test.record(0).id).unlink()
+    setup._open_splits.cache_clear()
+    said = describe_data(config)
+    assert "/test: 1 problem (missing file: 1)\n" in said and test.record(0).id in said
+
+
+def test_validate_decodes_every_image_of_a_small_folder(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (3, 77):
+        (own / f"0{number:02d}.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["validate", "tiny", "--data", str(own / "captions.csv"), "--method", "baseline"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "images: 96 of 96 decoded" in said and "2 bad (2.1%)" in said
+    assert "003.png: not an image" in said and "077.png: not an image" in said
+
+
+def test_training_says_what_it_could_not_use_and_that_it_was_finished(
+    own: Path, timm_tower: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own / "003.png").write_bytes(b"no picture")
+    words = ["train", "tiny", "--data", str(own / "captions.csv"), "--third", timm_tower]
+    words += [
+        "--steps",
+        "8",
+        "--inputs.val-fraction",
+        "0",
+        "--inputs.test-fraction",
+        "0.2",
+        "--inputs.max-bad-share",
+        "0.5",
+    ]
+    said = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, "--out", str(tmp_path / "run")])
+        assert ended.value.code == 0
+        said.append(capsys.readouterr())
+    assert "images could not be embedded" in said[0].err
+    assert "bad_samples.jsonl names them and says why" in said[0].err
+    assert "was finished before" not in said[0].out
+    assert "this run was finished before; --fresh True trains it again" in said[1].out
+
+
+def test_few_test_images_are_said(tiny_config: Config) -> None:
+    assert "test images tell only large differences apart" in describe_data(tiny_config())
+
+
+def test_help_may_be_read_in_part() -> None:
+    """`threetowers compare --help | head -1` ends without a complaint."""
+    program = "from threetowers.cli import main; main(['compare', 'tiny', '--help'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
+    assert process.stdout and process.stderr
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    process.wait()
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def lookup(host: str, *rest: object) -> None:
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    start = time.monotonic()
+    with pytest.raises(CheckpointError) as raised:
+        load_frozen("timm:test_vit")
+    assert time.monotonic() - start < 20  # the Hub's own tries take a minute
+    assert "cannot be reached" in str(raised.value) and "timm:NAME@FILE or timm:local-dir:DIR" in str(
+        raised.value
+    )
+    assert asked and not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    ("config", "form"), [({"architecture": "x"}, "timm:local-dir:"), ({"model_type": "vit"}, "hf:"), ({}, "")]
+)
+def test_a_folder_given_as_a_tower_is_told_its_form(
+    config: dict[str, str], form: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError) as raised:
+        load_frozen(str(tmp_path))
+    assert (f"is a folder; write {form}{tmp_path}" in str(raised.value)) == bool(form)
+    with pytest.raises(UsageError, match="is a folder; write timm:local-dir:"):
+        load_frozen(f"timm:{tmp_path}")
+
+
+def test_a_comparison_says_how_many_runs_there_are(tiny_config: Config, tmp_path: Path) -> None:
+    def plan(options: CompareConfig) -> str:
+        config = tiny_config(method="baseline")
+        keys, thirds = [("baseline", ""), ("lit", "third")], {"third": "timm:x"}
+        make = partial(make_job, config, thirds, out=tmp_path)
+        return _Schedule(keys, options, make).plan()
+
+    assert plan(CompareConfig(lrs=(1e-3, 2e-3, 4e-3), seeds=(0, 1, 2))) == (
+        "10 runs: 2 methods, each with 3 learning rates with the first seed, then 2 more at the best one"
+    )
+    assert (
+        plan(CompareConfig(lrs=(1e-3,), seeds=(0, 1)))
+        == "4 runs: 2 methods, each with one learning rate, 2 seeds"
+    )
