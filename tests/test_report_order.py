@@ -95,6 +95,7 @@ def test_the_page_of_own_data_answers_before_it_tests(own: tuple[dict[str, Any],
     assert folded.index("<details>") < folded.index("C1 matched") < folded.index("</details>")
     assert "C1 matched" not in page[: page.index('id="claims"')]
     text = Page(folded).text
+    assert "<p>More seeds: some differences are still undecided." in section(page, "next")
     assert "Not tested: C5: The gap 3T − LiT grows" in text and folded.count("<li>") == 4
 
 
@@ -173,12 +174,12 @@ def test_a_p_near_one_is_explained() -> None:
 @pytest.mark.parametrize(
     ("id", "note", "said"),
     [
-        ("C1", "LiT was not compared", "which takes --methods lit"),
-        ("C1", "3T main warm was not compared", "which takes --methods 3t-main-warm"),
-        ("C2", "zero_shot/top1 of 3T was not measured", "which takes --classes"),
-        ("C4", "3t-twice was not compared", "as in `threetowers reproduce`"),
-        ("C4", "control/mean_r@1 of 3T was not measured", "which takes --methods baseline lit"),
-        ("C5", "it takes runs of several model sizes and data sizes", "as in `threetowers reproduce`"),
+        ("C1", "LiT was not compared", "--methods lit tests it"),
+        ("C1", "3T main warm was not compared", "--methods 3t-main-warm tests it"),
+        ("C2", "zero_shot/top1 of 3T was not measured", "--classes tests it"),
+        ("C4", "3t-twice was not compared", "`threetowers reproduce` tests it"),
+        ("C4", "control/mean_r@1 of 3T was not measured", "--methods baseline lit tests it"),
+        ("C5", "it takes runs of several model sizes and data sizes", "`threetowers reproduce` tests it"),
         ("C6", "there is no run to check", ""),
     ],
 )
@@ -187,7 +188,7 @@ def test_what_was_not_tested_says_what_would_test_it(id: str, note: str, said: s
         {"id": id, "third": "", "text": "It is so", "verdict": verdict, "note": note}
         for verdict in ("not tested", "held")
     ]
-    assert untested(rows) == f"{id}: It is so ({', '.join(filter(None, (note, said)))})"
+    assert untested(rows) == f"{id}: It is so ({'; '.join(filter(None, (note, said)))})"
 
 
 def test_one_validation_is_a_sentence_and_no_curve(tmp_path: Path) -> None:

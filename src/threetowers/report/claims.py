@@ -89,7 +89,7 @@ def untested(claims: Sequence[dict[str, Any]]) -> str:
     lacking = []
     for each in claims:
         if each["verdict"] == "not tested":
-            why = ", ".join(filter(None, (each["note"], _remedy(each))))
+            why = "; ".join(filter(None, (each["note"], _remedy(each))))
             lacking.append(f"{title(each)} ({why})" if why else title(each))
     return "; ".join(lacking)
 
@@ -98,13 +98,13 @@ def _remedy(claim: dict[str, Any]) -> str:
     """What would test a claim, by the note that says what it lacks; empty where no option does."""
     missing, _, lacks = claim["note"].partition(" was not ")
     if claim["id"] == "C5" or missing.endswith("-twice"):
-        return "as in `threetowers reproduce`"
+        return "`threetowers reproduce` tests it"
     if missing.startswith("zero_shot/"):
-        return "which takes --classes"
+        return "--classes tests it"
     if missing.startswith("control/"):
-        return "which takes --methods baseline lit"
+        return "--methods baseline lit tests it"
     named = [name for name, entry in METHODS.items() if entry.label == missing and lacks]
-    return f"which takes --methods {named[0]}" if named else ""
+    return f"--methods {named[0]} tests it" if named else ""
 
 
 def glance(claims: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -219,7 +219,7 @@ def _table(compare: Compare, found: Sequence[Difference]) -> Html:
         between = tag("small", _between(each)) if each.num > 1 else None
         better = first if each.mean > 0 else second
         says = tag("b", f"{better} is better") if each.clear else "undecided"
-        ahead = tag("small", f"the first is ahead in {each.ahead} of {each.num} seeds")
+        ahead = tag("small", f"first ahead in {each.ahead} of {each.num} seeds")
         rows.append(
             [
                 f"{first} against {second}",

@@ -195,8 +195,8 @@ def _opening_by_claims(compare: Compare, plots: list[Plot]) -> Html:
 
 
 def _next(compare: Compare) -> Html | None:
-    step = next_step(compare)
-    return tag("p", step) if step else None
+    step = next_step(compare).partition(": ")[2]
+    return tag("p", step[0].upper() + step[1:]) if step else None
 
 
 def _results(compare: Compare) -> Html | None:
