@@ -1,5 +1,6 @@
 """A comparison of the user's own data: what its page says first, how sure the order is, and what is folded."""
 
+import itertools
 import json
 import math
 import random
@@ -7,15 +8,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from test_report import Page, make_compare, rivals, save
 from threetowers.evaluate.statistics import paired_difference
+from threetowers.objective.pairs import METHODS
 from threetowers.report.claims import certainty_in_words, signed, untested
 from threetowers.report.order import MAX_PAIRS, difference, differences, headline
 from threetowers.report.page import write_report
+from threetowers.report.panels import PALETTE
 from threetowers.report.plots import draw_plots, measured_once
 from threetowers.report.tables import Cell, cells, read_curves
 
@@ -218,3 +222,19 @@ def test_neighbouring_charts_have_titles_of_their_own(tmp_path: Path) -> None:
     plots = draw_plots(compare | {"combination": compare["combination"] + second, "per_class": []}, {})
     titles = [re.findall(r'aria-label="([^"]+)"', p.svg) for p in plots["combination"] + plots["cost"]]
     assert all(len(title) == 1 for title in titles) and len({title[0] for title in titles}) == 6
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_no_two_methods_have_nearly_the_same_colour(theme: int) -> None:
+    """Distances in CIELAB (CIE 1976), where 2.3 is just noticeable."""
+
+    def lab(shade: str) -> np.ndarray[Any, Any]:
+        value = np.array([int(shade[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+        linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+        to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+        x, y, z = np.cbrt(to_xyz @ linear / [0.9505, 1.0, 1.089])
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    shades = {name: lab(PALETTE[name][theme]) for name in METHODS}
+    for a, b in itertools.combinations(shades, 2):
+        assert np.linalg.norm(shades[a] - shades[b]) > (25, 17)[theme], (a, b)
