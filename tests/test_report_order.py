@@ -213,6 +213,11 @@ def test_one_validation_is_a_sentence_and_no_curve(tmp_path: Path) -> None:
     with (tmp_path / "3t" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 240, "val/mean_r@1": 0.3}) + "\n")
     curves, _ = read_curves(tmp_path, compare)
+    early = {
+        key: {"train/loss/img-txt": [line[:1] for line in row["train/loss/img-txt"]]}
+        for key, row in curves.items()
+    }
+    assert measured_once(compare, early).startswith("Logged once, after step 60: loss img-txt, ")
     assert not measured_once(compare, curves) and len(draw_plots(compare, curves)["validation"]) == 1
 
 

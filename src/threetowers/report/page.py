@@ -91,8 +91,8 @@ def page_html(
     """The whole page; sections without content are left out, together with their links.
 
     On the built-in world, for which the paper's claims were written as an experiment, the page is about the claims. On
-    other data it answers which method is best there, and the claims come after that, folded. once: the validation in
-    words, where it has no curve.
+    other data it answers which method is best there, and the claims come after that, folded. once: what was logged at
+    one step alone, in words.
     """
     image, own_data = pictures(folder), compare.get("data") != BUILT_IN
     towers = ("towers", "What each method connects", connections(compare))
@@ -272,7 +272,7 @@ def training(
 ) -> Html | None:
     """The curves of validation and loss, and what could not be read of them; None when there is neither.
 
-    once: the validation in words, where it has no curve.
+    once: what was logged at one step alone, in words.
     """
     if not any((plots["validation"], plots["loss"], problems, once)):
         return None

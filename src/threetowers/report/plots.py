@@ -150,17 +150,35 @@ def _validated(compare: Compare, curves: Curves) -> str:
 
 
 def measured_once(compare: Compare, curves: Curves) -> str:
-    """The validation in a sentence where it ran at one step alone, of which no curve is drawn; otherwise empty."""
-    metric = _validated(compare, curves)
+    """The validation and the losses in sentences, where they have one step alone, of which no curve is drawn."""
+    sentences = [_once(compare, curves, metric) for metric in (_validated(compare, curves), *_logged(curves))]
+    return " ".join(filter(None, sentences))
+
+
+def _once(compare: Compare, curves: Curves, metric: str) -> str:
+    """A metric in a sentence where it was measured at one step alone; otherwise empty."""
     found = {key: line for key in curves if (line := average(curves[key].get(metric, [])))[0]}
     if not found or any(len(x) > 1 for x, *_ in found.values()):
         return ""
     steps = {x[0] for x, *_ in found.values()}
     after = f", after step {steps.pop():,.0f}" if len(steps) == 1 else ""
     ordered = sorted(found, key=lambda key: -found[key][1][0])
-    figures = ", ".join(f"{label(compare, key)} {percent(found[key][1][0])} %" for key in ordered)
-    name = metric_name(metric.removeprefix("val/"))
-    return f"Validation ran once{after}: {figures} {name}. --eval-every-steps N makes a curve of it."
+    if metric.startswith("val/"):
+        figures = ", ".join(f"{label(compare, key)} {percent(found[key][1][0])} %" for key in ordered)
+        name = metric_name(metric.removeprefix("val/"))
+        return f"Validation ran once{after}: {figures} {name}. --eval-every-steps N makes a curve of it."
+    figures = ", ".join(f"{label(compare, key)} {found[key][1][0]:.3g}" for key in ordered)
+    return f"Logged once{after}: {_loss_name(metric)}, {figures}."
+
+
+def _logged(curves: Curves) -> list[str]:
+    """The losses that were logged."""
+    names = (name for row in curves.values() for name in row if name.startswith("train/loss/"))
+    return list(dict.fromkeys(names))
+
+
+def _loss_name(metric: str) -> str:
+    return "loss " + metric.removeprefix("train/loss/")
 
 
 def _validation(compare: Compare, curves: Curves) -> list[Plot]:
@@ -174,14 +192,11 @@ def _validation(compare: Compare, curves: Curves) -> list[Plot]:
 
 
 def _losses(compare: Compare, curves: Curves) -> list[Plot]:
-    logged = dict.fromkeys(name for row in curves.values() for name in row if name.startswith("train/loss/"))
     return [
         plot
-        for metric in logged
+        for metric in _logged(curves)
         for third in _thirds(compare) or [""]
-        for plot in _curvepanel(
-            compare, curves, metric, third, "loss " + metric.removeprefix("train/loss/"), ""
-        )
+        for plot in _curvepanel(compare, curves, metric, third, _loss_name(metric), "")
     ]
 
 
