@@ -287,7 +287,10 @@ def test_a_sentence_says_the_claim_the_verdict_and_its_grounds() -> None:
         "C1: 3T is above the baseline in both directions of retrieval: not held (image → "
     )
     assert "text −10.0 points, 95 % −10.8 to −9.2; text → image −10.0" in sentence(row)
-    assert sentence(row).endswith("5 seeds, p = 1, corrected 1)")
+    assert sentence(row).endswith(
+        "the opposite holds: an interval lies on the other side of its bound; "
+        "5 seeds, p of the claim = 1, corrected 1)"
+    )
 
 
 def budget(steps: int, batch_size: int, num_train: int) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from PIL import Image, ImageDraw
 
 from threetowers.errors import DataError
 from threetowers.report.claims import glance, terminal_claims
+from threetowers.report.order import headline
 from threetowers.report.page import write_report
 from threetowers.report.panels import PALETTE, inline_svg, spread
 from threetowers.report.plots import average
 from threetowers.report.story import next_step, story
-from threetowers.report.tables import Html, headline, join, percent, read_curves, tag
+from threetowers.report.tables import Html, join, percent, read_curves, tag
 from threetowers.report.terminal import text_table
 
 COLOURS = ("red", "orange", "gold", "green", "cyan", "blue", "purple", "pink")
@@ -303,7 +304,7 @@ def test_page_is_offline_and_well_formed(kind: str, request: pytest.FixtureReque
 def test_page_shows_every_part(full: tuple[Path, str]) -> None:
     folder, page = full
     text = Page(page).text
-    assert "3T (matched) leads on shapes: 55.9 % mean R@1" in text
+    assert "3T (matched) wins on shapes: 55.9 % mean R@1" in text
     for part in (
         "not held", "not shown", "not tested", "+9.1 points, 95 % 7.2 to 11.0", "for the 3 tests of this page",
         "3 seeds, p = 0.004, corrected 0.012", "C1 matched: 3T is above LiT", "6 of 6", "a large red square on grass",
@@ -324,7 +325,7 @@ def test_page_of_one_seed_without_the_optional_parts(bare: tuple[Path, str]) -> 
     folder, page = bare
     text = Page(page).text
     assert "One seed: the 95 % intervals, a bootstrap over test queries" in text
-    assert "3T (matched) leads on shapes" in text  # one seed is never a win
+    assert "No clear winner on shapes: 3T (matched) 55.7 %, 3T regression (matched) 53.2 %" in text
     assert (
         "95 % over queries 7.2 to 11.0" in text
         and "one seed: not a test" in text
@@ -452,9 +453,12 @@ def test_the_least_that_makes_a_page(tmp_path: Path) -> None:
 
 
 def rivals(
-    first: tuple[float, float, float], second: tuple[float, float, float], num_seeds: int
+    first: tuple[float, float, float],
+    second: tuple[float, float, float],
+    num_seeds: int,
+    spread: float = 0.01,
 ) -> dict[str, Any]:
-    """A comparison of two methods with (mean, low, high)."""
+    """A comparison of two methods with (mean, low, high); seeds of the first are `spread` apart."""
     keys = ("mean", "low", "high")
     summary = [
         {
@@ -470,24 +474,41 @@ def rivals(
     ]
     methods = [{"method": m, "third": "", "label": NAMES[m]} for m in ("baseline", "3t")]
     results = [
-        {"method": m, "third": "", "task": "retrieval", "metric": "mean_r@1", "seed": seed, "value": value}
-        for m, value in (("3t", 0.6), ("baseline", 0.5)) for seed in range(num_seeds)
+        {
+            "method": m, "third": "", "task": "retrieval", "metric": "mean_r@1", "seed": seed,
+            "value": mean + (m == "3t") * half * (seed - (num_seeds - 1) / 2),
+        }
+        for m, mean, half in (("3t", first[0], spread), ("baseline", second[0], 0)) for seed in range(num_seeds)
     ]  # fmt: skip
     return {"schema": 2, "data": "birds", "methods": methods, "summary": summary, "results": results}
 
 
-def test_headline_says_wins_only_when_intervals_are_apart() -> None:
-    what, certainty = headline(rivals((0.6, 0.58, 0.62), (0.5, 0.48, 0.52), 3))
+def test_headline_says_wins_only_when_the_difference_is_clear() -> None:
+    apart = (0.6, 0.58, 0.62), (0.5, 0.48, 0.52)
+    what, certainty = headline(rivals(*apart, 3))
     assert what == "3T wins on birds: 60.0 % mean R@1, against 50.0 % for the runner-up baseline."
-    assert "do not overlap (58.0–62.0 and 48.0–52.0). The leader is ahead in 3 of 3 seeds." in certainty
-    what, certainty = headline(rivals((0.6, 0.48, 0.72), (0.5, 0.48, 0.52), 3))
     assert (
-        "leads" in what
-        and "overlap (48.0–72.0 and 48.0–52.0), so the order of these two is not certain" in certainty
+        certainty
+        == "Over 3 seeds 3T is 10.0 points above baseline, 95 % 7.5 to 12.5, and ahead in 3 of 3 seeds."
     )
-    what, certainty = headline(rivals((0.6, 0.58, 0.62), (0.5, 0.48, 0.52), 1))
+    wide = (0.6, 0.48, 0.72), (0.5, 0.48, 0.52)
+    assert "wins" in headline(rivals(*wide, 3))[0], (
+        "intervals of the two may overlap where the difference is clear"
+    )
+    what, certainty = headline(rivals(*apart, 3, spread=0.11))
+    assert what == (
+        "No clear winner on birds: 3T 60.0 %, baseline 50.0 % mean R@1; more seeds or more test data could decide."
+    )
+    assert certainty.endswith("95 % −17.3 to 37.3, and ahead in 2 of 3 seeds.")
+    what, certainty = headline(rivals(*apart, 3, spread=0))
+    assert "No clear winner" in what and "All seeds give the same difference, which is no test." in certainty
+    what, certainty = headline(rivals(*apart, 1))
     assert "leads" in what and certainty.startswith("One seed")
-    what, certainty = headline(rivals((0.6, math.nan, math.nan), (0.5, 0.48, 0.52), 3))
+    what, certainty = headline(rivals(*wide, 1))
+    assert (
+        what.endswith("; more seeds could decide.") and "overlap (48.0 to 72.0 and 48.0 to 52.0)" in certainty
+    )
+    what, certainty = headline({**rivals((0.6, math.nan, math.nan), (0.5, 0.48, 0.52), 3), "results": []})
     assert "leads" in what and "not known" in certainty
 
 
@@ -627,7 +648,7 @@ if __name__ == "__main__":  # python tests/test_report.py FOLDER: pages to look 
             (0, 1, 2),
             "To try next: longer runs, as said",
         ),
-        ({"few": True}, (0, 1, 2), "starts at the pretrained weights (3t-main-warm)"),
+        ({"few": True}, (0, 1, 2), "starts at the pretrained weights (--methods 3t-main-warm)"),
     ],
 )
 def test_the_last_line_says_what_to_try_next(

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from threetowers.objective.pairs import METHODS
+
 VERDICTS = {
     "held": ("✓", "yes"),
     "not held": ("✗", "no"),
@@ -17,7 +19,8 @@ TERMS = {
     "held": "A claim puts differences, paired by seed, on a side of a bound: 0, or minus a margin fixed before the "
     "runs. It is held when a t test over the seeds says so for each of them. p is twice the one-sided p; corrected "
     "by Holm's method for all tests of this page it is below 0.05.",
-    "not held": "The 95 % interval of a difference lies on the other side of its bound.",
+    "not held": "The 95 % interval of a difference lies on the other side of its bound: the opposite of the "
+    "claim holds. p is that of the claim, and is near 1 there.",
     "not shown": "The runs do not decide, for example because the seeds are too few. One seed is never a test. Its "
     "interval is a bootstrap over queries.",
 }
@@ -45,13 +48,63 @@ def certainty(claim: dict[str, Any]) -> str:
     return f"{claim['tests'][0]['num']} seeds, p {_p(claim['p'])}, corrected {corrected}"
 
 
+def certainty_in_words(claim: dict[str, Any]) -> str:
+    """As `certainty`, with what a p says that speaks against the claim.
+
+    p is that of the claimed side alone, so that a difference that is clearly on the other side has a p of 1.
+    """
+    figures = certainty(claim)
+    if not figures:
+        return ""
+    figures = figures.replace("p ", "p of the claim ", 1) if claim["p"] >= 0.995 else figures
+    if claim["verdict"] == "not held":
+        return f"the opposite holds: an interval lies on the other side of its bound; {figures}"
+    return f"{figures}: a difference is not on the claimed side" if _astray(claim) else figures
+
+
+def _astray(claim: dict[str, Any]) -> bool:
+    """Whether a mean is, as it is shown, not on the claimed side of its bound."""
+    signs = ((test["mean"] - test["bound"], 1 if test["side"] == "above" else -1) for test in claim["tests"])
+    return any(round(1000 * sign * value) <= 0 for value, sign in signs)
+
+
 def sentence(claim: dict[str, Any]) -> str:
     """The claim, its verdict, and in brackets what that rests on."""
     shown, tested = evidence(claim), bool(claim["tests"])
     alone = len(shown) == 1 and tested
     parts = [words if alone else f"{what} {words}" if tested else f"{words} {what}" for what, words in shown]
-    grounds = (", " if alone else "; ").join(filter(None, (*parts, certainty(claim), claim["note"])))
+    grounds = (", " if alone else "; ").join(filter(None, (*parts, certainty_in_words(claim), claim["note"])))
     return f"{title(claim)}: {claim['verdict']}" + (f" ({grounds})" if grounds else "")
+
+
+def counted(claims: Sequence[dict[str, Any]]) -> str:
+    """`12 claims: 3 held, 1 not held, 5 not shown, 3 not tested`."""
+    numbers = {name: sum(claim["verdict"] == name for claim in claims) for name in VERDICTS}
+    listed = ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
+    return f"{len(claims)} claim{'s' if len(claims) > 1 else ''}: {listed}"
+
+
+def untested(claims: Sequence[dict[str, Any]]) -> str:
+    """The claims that were not tested, each with what it lacks, in one line; empty where all were."""
+    lacking = []
+    for each in claims:
+        if each["verdict"] == "not tested":
+            why = "; ".join(filter(None, (each["note"], _remedy(each))))
+            lacking.append(f"{title(each)} ({why})" if why else title(each))
+    return "; ".join(lacking)
+
+
+def _remedy(claim: dict[str, Any]) -> str:
+    """What would test a claim, by the note that says what it lacks; empty where no option does."""
+    missing, _, lacks = claim["note"].partition(" was not ")
+    if claim["id"] == "C5" or missing.endswith("-twice"):
+        return "`threetowers reproduce` tests it"
+    if missing.startswith("zero_shot/"):
+        return "--classes tests it"
+    if missing.startswith("control/"):
+        return "--methods baseline lit tests it"
+    named = [name for name, entry in METHODS.items() if entry.label == missing and lacks]
+    return f"--methods {named[0]} tests it" if named else ""
 
 
 def glance(claims: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -97,12 +150,19 @@ def short_budget(compare: dict[str, Any]) -> str:
     )
 
 
+def signed(value: float) -> str:
+    """A number with its sign and one decimal: `+9.1`, `−3.4`; what rounds to 0 has no sign."""
+    text = f"{value:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
+
+
 def _difference(test: dict[str, Any]) -> str:
-    mean = f"{100 * test['mean']:+.1f} {test['unit']}"
+    mean = f"{signed(100 * test['mean'])} {test['unit']}"
     if test["low"] is None or test["high"] is None:
-        return f"{mean}, no interval".replace("-", "−")
+        return f"{mean}, no interval"
     over = " over queries" if test["over"] == "queries" else ""
-    return f"{mean}, 95 %{over} {100 * test['low']:.1f} to {100 * test['high']:.1f}".replace("-", "−")
+    low, high = (signed(100 * test[end]).lstrip("+") for end in ("low", "high"))
+    return f"{mean}, 95 %{over} {low} to {high}"
 
 
 def _p(value: float) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from threetowers.files import write_whole
-from threetowers.objective.pairs import METHODS, MethodEntry
 from threetowers.progress import duration
-from threetowers.report.claims import VERDICTS, certainty, evidence, glance, title
+from threetowers.report.claims import VERDICTS, certainty_in_words, counted, evidence, glance, title, untested
+from threetowers.report.connections import connections
 from threetowers.report.examples import examples, more, pictures, world
+from threetowers.report.order import headline, how_sure
 from threetowers.report.panels import PALETTE, Plot
-from threetowers.report.plots import average, draw_plots
+from threetowers.report.plots import average, draw_plots, measured_once
 from threetowers.report.settings import reading, settings, thirds
 from threetowers.report.story import next_step, story
 from threetowers.report.suite import suite
@@ -28,7 +29,6 @@ from threetowers.report.tables import (
     csv_text,
     definitions,
     finite,
-    headline,
     html_table,
     interval_note,
     join,
@@ -45,7 +45,8 @@ from threetowers.report.tables import (
     tag,
 )
 
-DRAWN = ("baseline", "lit", "3t")
+BUILT_IN = "shapes"
+"""The `data` of comparisons on the built-in world."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -62,7 +63,7 @@ def write_report(folder: Path) -> Path:
     for plot in (plot for group in plots.values() for plot in group):
         _write(folder / "figures" / f"{plot.name}.png", plot.png)
     page = folder / "report.html"
-    _write(page, page_html(folder, compare, plots, problems))
+    _write(page, page_html(folder, compare, plots, problems, measured_once(compare, curves)))
     return page
 
 
@@ -84,15 +85,36 @@ def _curve_table(curves: Curves) -> dict[str, str]:
     return {"curves.csv": csv_text(rows)} if rows else {}
 
 
-def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], problems: list[str]) -> str:
-    """The whole page; sections without content are left out, together with their links."""
-    image = pictures(folder)
+def page_html(
+    folder: Path, compare: Compare, plots: dict[str, list[Plot]], problems: list[str], once: str = ""
+) -> str:
+    """The whole page; sections without content are left out, together with their links.
+
+    On the built-in world, for which the paper's claims were written as an experiment, the page is about the claims. On
+    other data it answers which method is best there, and the claims come after that, folded. once: what was logged at
+    one step alone, in words.
+    """
+    image, own_data = pictures(folder), compare.get("data") != BUILT_IN
+    towers = ("towers", "What each method connects", connections(compare))
+    results = ("results", "Results", _results(compare))
+    sure = ("sure", "How sure the order is", how_sure(compare))
+    if own_data:
+        title, opening = "The claims of the paper", _opening(compare, plots["primary"])
+        folded = _folded_claims(compare)
+        first = [
+            results,
+            sure,
+            ("next", "What to try next", _next(compare)),
+            ("claims", title, folded),
+            towers,
+        ]
+    else:
+        opening = _opening_by_claims(compare, plots["primary"])
+        first = [towers, results, sure, ("claims", "Tests of the claims", _claims(compare))]
     sections = [
-        ("towers", "What each method connects", _towers(compare)),
-        ("results", "Results", _results(compare)),
-        ("claims", "Tests of the claims", _claims(compare)),
+        *first,
         ("combination", "Using the third tower after training", _combination(compare, plots["combination"])),
-        ("training", "Training", training(compare, plots, problems)),
+        ("training", "Training", training(compare, plots, problems, once)),
         ("examples", "Retrieval examples", examples(compare, image)),
         ("classes", "Zero-shot accuracy by class", _classes(compare, plots["classes"])),
         ("attributes", "What each method knows of the world", _attributes(compare)),
@@ -103,7 +125,7 @@ def page_html(folder: Path, compare: Compare, plots: dict[str, list[Plot]], prob
         ("settings", "Settings and machine", settings(compare)),
         ("reading", "How to read this page", reading(compare)),
     ]
-    return document(str(compare.get("title", "Comparison")), _opening(compare, plots["primary"]), sections)
+    return document(str(compare.get("title", "Comparison")), opening, sections)
 
 
 def document(title: str, opening: Html, sections: Sequence[tuple[str, str, Html | None]]) -> str:
@@ -138,8 +160,26 @@ def plot_panels(plots: Iterable[Plot]) -> Html | None:
 
 
 def _opening(compare: Compare, plots: list[Plot]) -> Html:
-    """The title, the headline and its certainty, the plot of the primary metric and a list of the claims."""
+    """The title, the headline and its certainty, the plot of the primary metric, and beside it the story."""
+    note = tag("figcaption", f"{metric_name(primary(compare))}, {interval_note(compare)}.")
+    figures = [tag("figure", Html(plot.svg), note) for plot in plots]
+    texts = [tag("p", text) for text in story(compare)]
+    beside = tag("div", *figures, tag("div", *texts) if texts else None, class_="panels beside")
+    return join(*_first_words(compare), beside if figures or texts else None)
+
+
+def _first_words(compare: Compare) -> list[Html]:
+    """The title, the headline and its certainty."""
     what, how_certain = headline(compare)
+    return [
+        tag("h1", str(compare.get("title", "Comparison"))),
+        tag("p", what, class_="headline"),
+        tag("p", how_certain, class_="certainty"),
+    ]
+
+
+def _opening_by_claims(compare: Compare, plots: list[Plot]) -> Html:
+    """The title, the headline and its certainty, the story, the plot of the primary metric and a list of the claims."""
     rows = [
         tag("li", state(verdict), tag("span", text)) for verdict, text in glance(compare.get("claims", []))
     ]
@@ -147,61 +187,23 @@ def _opening(compare: Compare, plots: list[Plot]) -> Html:
     note = tag("figcaption", f"{metric_name(primary(compare))}, {interval_note(compare)}.")
     figures = [tag("figure", tag("h3", "Which method wins"), Html(plot.svg), note) for plot in plots]
     return join(
-        tag("h1", str(compare.get("title", "Comparison"))),
-        tag("p", what, class_="headline"),
-        tag("p", how_certain, class_="certainty"),
+        *_first_words(compare),
         *(tag("p", text) for text in story(compare)),
         tag("div", *figures, claims, class_="panels beside"),
         tag("p", step, class_="certainty") if (step := next_step(compare)) else None,
     )
 
 
-def _towers(compare: Compare) -> Html:
-    """What each method connects and freezes: drawings of the basic methods, sentences for the others in use."""
-    used = {m["method"] for m in compare["methods"]}
-    figures, notes = [], []
-    for method, entry in METHODS.items():
-        text = join(tag("b", entry.label[0].upper() + entry.label[1:] + "."), " ", entry.summary)
-        if method in DRAWN:
-            figures.append(tag("figure", _drawing(method, entry), tag("figcaption", text)))
-        elif method in used:
-            notes.append(tag("p", text, class_="muted"))
-    return join(tag("div", *figures, class_="panels towers"), *notes)
-
-
-def _drawing(method: str, entry: MethodEntry) -> Html:
-    def box(x: int, y: int, name: str, state: str) -> str:
-        frozen = " frozen" if state == "frozen" else ""
-        return (
-            f'<rect class="box{frozen}" x="{x}" y="{y}" width="104" height="46" rx="7"/>'
-            f'<text x="{x + 52}" y="{y + 20}">{name}</text>'
-            f'<text class="note" x="{x + 52}" y="{y + 36}">{state}</text>'
-        )
-
-    def wire(path: str) -> str:
-        return f'<path class="wire" style="stroke: var(--{method})" d="{path}"/>'
-
-    left = ("third tower p", "frozen") if entry.image == "third" else ("image tower f", "trained")
-    parts = [wire("M106 109H214"), box(2, 86, *left), box(214, 86, "text tower g", "trained")]
-    beside = entry.third_beside
-    if beside:
-        third = box(108, 8, "third tower p", "frozen")
-        parts = [wire("M108 52L72 86"), wire("M212 52L248 86"), *parts, third]
-    for x, name in ((54, "image"), (266, "caption")):
-        parts.append(f'<path class="input" d="M{x} 156V136M{x - 4} 141L{x} 135L{x + 4} 141"/>')
-        parts.append(f'<text class="note" x="{x}" y="171">{name}</text>')
-    parts.append('<text class="note" x="160" y="127">contrastive</text>')
-    top = 0 if beside else 76
-    return Html(
-        f'<svg viewBox="0 {top} 320 {178 - top}" role="img" aria-label="What {entry.label} connects">'
-        f"{''.join(parts)}</svg>"
-    )
+def _next(compare: Compare) -> Html | None:
+    step = next_step(compare).partition(": ")[2]
+    return tag("p", step[0].upper() + step[1:]) if step else None
 
 
 def _results(compare: Compare) -> Html | None:
     if not any(cells(compare).values()):
         return None
     note = f"Percent: {interval_note(compare)}. ★ and bold type mark the best of each column."
+    note += " A name in small type is what the command line has for the method, and begins the folders of its runs."
     if any("combination/mean_r@1" in row for row in cells(compare).values()):
         note += " The combined score needs the third tower at inference; its α was chosen on validation data."
     return join(result_table(compare), tag("p", note, class_="muted"))
@@ -217,19 +219,33 @@ def state(verdict: str, words: str = "") -> Html:
 def claim_item(claim: dict[str, Any]) -> Html:
     """A claim with its verdict, its differences and its notes, as an entry of a list."""
     details = claim["details"].items() if claim["tests"] else ()
-    figures = [*evidence(claim), ("test", certainty(claim)), *details, ("note", claim["note"])]
+    figures = [*evidence(claim), ("test", certainty_in_words(claim)), *details, ("note", claim["note"])]
     rows = definitions((name, value) for name, value in figures if value)
     return tag("li", state(claim["verdict"]), tag("div", tag("p", title(claim)), rows))
 
 
-def _claims(compare: Compare) -> Html | None:
-    """Every claim with its differences; the correction is for all tests of the page together."""
-    items = [claim_item(claim) for claim in compare.get("claims", [])]
-    if not items:
+def _claims(compare: Compare, *, all_of_them: bool = True) -> Html | None:
+    """The claims with their differences; the correction is for all tests of the page together.
+
+    all_of_them: whether those that were not tested are items too, and not a line at the end.
+    """
+    found = compare.get("claims", [])
+    items = [claim_item(claim) for claim in found if all_of_them or claim["verdict"] != "not tested"]
+    lacking = "" if all_of_them else untested(found)
+    if not items and not lacking:
         return None
-    number = sum(claim["p"] is not None for claim in compare["claims"])
+    number = sum(claim["p"] is not None for claim in found)
     text = f"p is corrected by Holm's method for the {number} tests of this page." if number else None
-    return join(tag("p", text, class_="muted") if text else None, tag("ul", *items, class_="claims"))
+    return join(
+        tag("p", text, class_="muted") if text else None,
+        tag("ul", *items, class_="claims"),
+        tag("p", f"Not tested: {lacking}.", class_="muted") if lacking else None,
+    )
+
+
+def _folded_claims(compare: Compare) -> Html | None:
+    body = _claims(compare, all_of_them=False)
+    return more(counted(compare["claims"]), body) if body else None
 
 
 def _combination(compare: Compare, plots: list[Plot]) -> Html | None:
@@ -251,9 +267,14 @@ def _combination(compare: Compare, plots: list[Plot]) -> Html | None:
     return join(tag("p", text), tag("p", control), plot_panels(plots))
 
 
-def training(compare: Compare, plots: dict[str, list[Plot]], problems: list[str]) -> Html | None:
-    """The curves of validation and loss, and what could not be read of them; None when there is neither."""
-    if not any((plots["validation"], plots["loss"], problems)):
+def training(
+    compare: Compare, plots: dict[str, list[Plot]], problems: list[str], once: str = ""
+) -> Html | None:
+    """The curves of validation and loss, and what could not be read of them; None when there is neither.
+
+    once: what was logged at one step alone, in words.
+    """
+    if not any((plots["validation"], plots["loss"], problems, once)):
         return None
     several = "Lines are means over seeds; bands span the lowest to the highest seed."
     text = several if num_seeds(compare) > 1 else "One seed."
@@ -264,6 +285,7 @@ def training(compare: Compare, plots: dict[str, list[Plot]], problems: list[str]
     loss = join(tag("h3", "Loss by row"), tag("p", rows, class_="muted"), plot_panels(plots["loss"]))
     return join(
         tag("p", text, class_="muted"),
+        tag("p", once) if once else None,
         plot_panels(plots["validation"]),
         loss if plots["loss"] else None,
         *(tag("p", f"Not shown: {problem}.") for problem in problems),

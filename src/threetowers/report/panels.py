@@ -20,8 +20,8 @@ from scipy.optimize import isotonic_regression
 
 from threetowers.objective.pairs import METHODS
 
-# Colour in the light theme, colour in the dark theme. The methods take theirs in the order of their list, from Okabe
-# and Ito's colour-blind-safe set; a method beyond the last takes "other".
+# Colour in the light theme, colour in the dark theme. The methods take theirs in the order of their list: the first six
+# from Okabe and Ito's colour-blind-safe set, the others as far from all before them. One beyond the last takes "other".
 _METHOD_COLOURS = (
     ("#4d5560", "#b4bcc6"),
     ("#d55e00", "#f0803c"),
@@ -30,7 +30,7 @@ _METHOD_COLOURS = (
     ("#56b4e9", "#8fd0f5"),
     ("#009e73", "#35c79a"),
     ("#6a3d9a", "#a987d3"),
-    ("#b15928", "#d98c5f"),
+    ("#800020", "#d0407a"),
 )
 # Of the phases of a training step, in their order.
 PHASE_COLOURS = (

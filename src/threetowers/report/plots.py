@@ -59,7 +59,7 @@ def average(lines: Sequence[Line]) -> tuple[list[float], list[float], list[float
     Beyond MAX_POINTS, neighbouring steps are averaged.
     """
     tables = [dict(line) for line in lines]
-    steps = sorted(set.intersection(*(set(table) for table in tables)))
+    steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     if not steps:
         return [], [], [], []
     values = np.array([[table[step] for step in steps] for table in tables])
@@ -99,8 +99,8 @@ def _primary(compare: Compare) -> list[Plot]:
     figure, ax = panel(58 + 27 * len(keys), left=168, right=58, top=10, bottom=48)
     for place, key in enumerate(keys):
         cell, shade = table[key][path], colour(key[0])
-        if cell.low is not None and cell.high is not None:
-            ax.plot([100 * cell.low, 100 * cell.high], [place, place], color=shade, linewidth=2)
+        if cell.span:
+            ax.plot([100 * end for end in cell.span], [place, place], color=shade, linewidth=2)
         ax.plot(100 * cell.mean, place, **_marker(compare, key))
         weight = "bold" if place == 0 else "normal"
         text: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center", "fontweight": weight}
@@ -116,11 +116,11 @@ def _curvepanel(
 ) -> list[Plot]:
     """One metric over the steps: a line for the baseline and for every method with this third tower.
 
-    An empty list when none of them logged the metric.
+    An empty list when none of them logged the metric at two steps.
     """
     keys = [key for key in curves if key[1] in ("", third) and metric in curves[key]]
     drawn = {key: line for key in keys if (line := average(curves[key][metric]))[0]}
-    if not drawn:
+    if all(len(x) < 2 for x, *_ in drawn.values()):
         return []
     scale = 100 if unit else 1
     title = name + unit + (f" · {third}" if third else "")
@@ -142,10 +142,47 @@ def _curvepanel(
     return [finish(figure, f"{metric}-{third or 'all'}", f"{title}, by training step")]
 
 
-def _validation(compare: Compare, curves: Curves) -> list[Plot]:
+def _validated(compare: Compare, curves: Curves) -> str:
+    """The validation metric that is shown: the primary one, or else the first that was logged."""
     wanted = "val/" + primary(compare).split("/")[-1]
     logged = dict.fromkeys(name for row in curves.values() for name in row if name.startswith("val/"))
-    metric = wanted if wanted in logged or not logged else next(iter(logged))
+    return wanted if wanted in logged or not logged else next(iter(logged))
+
+
+def measured_once(compare: Compare, curves: Curves) -> str:
+    """The validation and the losses in sentences, where they have one step alone, of which no curve is drawn."""
+    sentences = [_once(compare, curves, metric) for metric in (_validated(compare, curves), *_logged(curves))]
+    return " ".join(filter(None, sentences))
+
+
+def _once(compare: Compare, curves: Curves, metric: str) -> str:
+    """A metric in a sentence where it was measured at one step alone; otherwise empty."""
+    found = {key: line for key in curves if (line := average(curves[key].get(metric, [])))[0]}
+    if not found or any(len(x) > 1 for x, *_ in found.values()):
+        return ""
+    steps = {x[0] for x, *_ in found.values()}
+    after = f", after step {steps.pop():,.0f}" if len(steps) == 1 else ""
+    ordered = sorted(found, key=lambda key: -found[key][1][0])
+    if metric.startswith("val/"):
+        figures = ", ".join(f"{label(compare, key)} {percent(found[key][1][0])} %" for key in ordered)
+        name = metric_name(metric.removeprefix("val/"))
+        return f"Validation ran once{after}: {figures} {name}. --eval-every-steps N makes a curve of it."
+    figures = ", ".join(f"{label(compare, key)} {found[key][1][0]:.3g}" for key in ordered)
+    return f"Logged once{after}: {_loss_name(metric)}, {figures}."
+
+
+def _logged(curves: Curves) -> list[str]:
+    """The losses that were logged."""
+    names = (name for row in curves.values() for name in row if name.startswith("train/loss/"))
+    return list(dict.fromkeys(names))
+
+
+def _loss_name(metric: str) -> str:
+    return "loss " + metric.removeprefix("train/loss/")
+
+
+def _validation(compare: Compare, curves: Curves) -> list[Plot]:
+    metric = _validated(compare, curves)
     name = "validation " + metric_name(metric.removeprefix("val/"))
     return [
         plot
@@ -155,14 +192,11 @@ def _validation(compare: Compare, curves: Curves) -> list[Plot]:
 
 
 def _losses(compare: Compare, curves: Curves) -> list[Plot]:
-    logged = dict.fromkeys(name for row in curves.values() for name in row if name.startswith("train/loss/"))
     return [
         plot
-        for metric in logged
+        for metric in _logged(curves)
         for third in _thirds(compare) or [""]
-        for plot in _curvepanel(
-            compare, curves, metric, third, "loss " + metric.removeprefix("train/loss/"), ""
-        )
+        for plot in _curvepanel(compare, curves, metric, third, _loss_name(metric), "")
     ]
 
 
@@ -192,7 +226,7 @@ def _combination(compare: Compare, method: str, third: str, metric: str, rows: l
         alphas, np.mean(tests, axis=0), color=shade, linewidth=2.4, label=f"{method_label(method)} combined"
     )
     best = [row["alpha"] for row in rows]
-    span = "–".join(dict.fromkeys(f"{alpha:.2f}" for alpha in (min(best), max(best))))
+    span = " to ".join(dict.fromkeys(f"{alpha:.2f}" for alpha in (min(best), max(best))))
     points = [float(np.interp(alpha, alphas, test)) for alpha, test in zip(best, tests, strict=True)]
     ax.plot(best, points, "o", color=INK, markersize=6, label=f"α chosen on val: {span}", zorder=4)
     for alone, end in (("baseline", 0), ("lit", 1)):
@@ -206,11 +240,11 @@ def _combination(compare: Compare, method: str, third: str, metric: str, rows: l
     below: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "fontsize": 10.5, "va": "top"}
     ax.text(0, -0.12, "main pair alone", ha="left", **below)
     ax.text(1, -0.12, "third tower alone", ha="right", **below)
-    title = f"test {metric_name(metric)}, %" + (f" · {third}" if third else "")
-    ax.set_title(short(title, 46))
+    title = f"{method_label(method, third)}: test {metric_name(metric)}, %"
+    ax.set_title(short(title, 50))
     legend(ax)
     stem = "combination" if method == "3t" else f"combination-{method}"
-    text = f"{method_label(method)}: {title}, by α; chosen on validation: {span}"
+    text = f"{title}, by α; chosen on validation: {span}"
     return finish(figure, f"{stem}-{metric}-{third or 'all'}", text)
 
 
@@ -263,13 +297,13 @@ def _class_bars(
 
 def _costs(compare: Compare) -> list[Plot]:
     panels = {
-        "train_seconds": ("training time, minutes", 1 / 60),
-        "inference_params": ("parameters at inference, millions", 1e-6),
+        "train_seconds": ("training time", "minutes", 1 / 60),
+        "inference_params": ("parameters at inference", "millions", 1e-6),
     }
-    return [plot for field, (axis, scale) in panels.items() for plot in _cost(compare, field, axis, scale)]
+    return [plot for field, axis in panels.items() for plot in _cost(compare, field, *axis)]
 
 
-def _cost(compare: Compare, field: str, axis: str, scale: float) -> list[Plot]:
+def _cost(compare: Compare, field: str, what: str, unit: str, scale: float) -> list[Plot]:
     table, path = cells(compare), primary(compare)
     costs = {row_key(m): finite(m.get(field)) for m in compare["methods"]}
     points = [
@@ -283,8 +317,9 @@ def _cost(compare: Compare, field: str, axis: str, scale: float) -> list[Plot]:
     for key, x in points:
         name = short(label(compare, key))
         ax.plot(x, 100 * table[key][path].mean, linestyle="", label=name, **_marker(compare, key))
-    ax.set(xlabel=axis, title=f"{metric_name(path)}, %")
+    heading = f"{metric_name(path)}, %, by {what}"
+    ax.set(xlabel=f"{what}, {unit}", title=heading)
     ax.margins(0.12)
     ax.set_xlim(left=0)
     legend(ax)
-    return [finish(figure, f"cost-{field}", f"{metric_name(path)} against {axis}")]
+    return [finish(figure, f"cost-{field}", heading)]

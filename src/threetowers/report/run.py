@@ -10,7 +10,7 @@ from threetowers.files import write_whole
 from threetowers.objective.pairs import METHODS, method_label
 from threetowers.report.page import document, training
 from threetowers.report.phases import time_split
-from threetowers.report.plots import draw_plots
+from threetowers.report.plots import draw_plots, measured_once
 from threetowers.report.tables import (
     Compare,
     definitions,
@@ -38,7 +38,11 @@ def write_run_report(folder: Path) -> Path:
     opening = join(tag("h1", run["title"]), tag("p", headline, class_="headline"))
     sections = [
         ("results", "Results on the test data, in percent", result_table(run) if run["summary"] else None),
-        ("training", "Training", training(run, draw_plots(run, curves), problems)),
+        (
+            "training",
+            "Training",
+            training(run, draw_plots(run, curves), problems, measured_once(run, curves)),
+        ),
         ("time", "Where the time of a step went", time_split(folder)),
         ("settings", "Settings", definitions(run["settings"].items())),
     ]

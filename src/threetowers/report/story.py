@@ -69,8 +69,8 @@ def next_step(compare: Compare) -> str:
     missing = [method for method in WARM if method not in methods]
     if reads_images and missing and 0 < pairs < FEW_PAIRS:
         steps.append(
-            f"methods whose image tower starts at the pretrained weights ({' '.join(missing)}): an image tower from "
-            f"scratch has {pairs:,} images to learn from here"
+            f"methods whose image tower starts at the pretrained weights (--methods {' '.join(missing)}): an image "
+            f"tower from scratch has {pairs:,} images to learn from here"
         )
     return f"To try next: {'; '.join(steps[:2])}." if steps else ""
 

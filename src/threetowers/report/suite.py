@@ -63,7 +63,7 @@ def _marked(found: list[dict[str, Any] | None]) -> list[str]:
             continue
         text = percent(finite(row["mean"]))
         if row["low"] is not None and row["high"] is not None:
-            text += f" ({percent(row['low'])}–{percent(row['high'])})"
+            text += f" ({percent(max(0.0, row['low']))} to {percent(min(1.0, row['high']))})"
         shown.append(tag("b", text) if row["mean"] == best else text)
     return shown
 

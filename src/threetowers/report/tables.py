@@ -15,7 +15,6 @@ from typing import Any
 
 from threetowers.errors import DataError
 from threetowers.objective.pairs import method_label
-from threetowers.report.claims import short_budget
 
 Compare = dict[str, Any]
 Line = list[tuple[float, float]]
@@ -70,8 +69,14 @@ class Cell:
 
     @property
     def interval(self) -> str:
-        """The interval as `59.8–62.8`; empty when it is not known."""
-        return "" if self.low is None or self.high is None else f"{percent(self.low)}–{percent(self.high)}"
+        """The interval as `59.8 to 62.8`, within 0 and 100; empty when it is not known."""
+        span = self.span
+        return f"{percent(span[0])} to {percent(span[1])}" if span else ""
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """The part of the interval that a share can have, from 0 to 1; None when the interval is not known."""
+        return None if self.low is None or self.high is None else (max(0.0, self.low), min(1.0, self.high))
 
 
 def read_json(path: Path, schema: int, again: str, renew: str = "") -> dict[str, Any]:
@@ -205,64 +210,6 @@ def num_seeds(compare: Compare) -> int:
     return min((row[path].num_seeds for row in cells(compare).values() if path in row), default=0)
 
 
-def headline(compare: Compare) -> tuple[str, str]:
-    """Which method is best by the primary metric, and how certain that is: two texts.
-
-    The best method "wins" when the 95 % intervals over several seeds do not overlap; otherwise it "leads". After too
-    few passes over the data the first text says so instead.
-    """
-    table, path = cells(compare), primary(compare)
-    ranked = [key for key in ranking(compare) if path in table[key]]
-    if not ranked:
-        return f"No method has a result for {metric_name(path)} yet.", ""
-    first, where = table[ranked[0]][path], f" on {compare['data']}" if compare.get("data") else ""
-    name, figure = label(compare, ranked[0]), f"{percent(first.mean)} % {metric_name(path)}"
-    if len(ranked) == 1:
-        return f"{name} is the only method{where}: {figure}.", ""
-    second = table[ranked[1]][path]
-    apart = None
-    if first.low is not None and second.high is not None:
-        apart = first.low > second.high
-    short = short_budget(compare)
-    verb = "wins" if apart and num_seeds(compare) > 1 and not short else "leads"
-    runner_up = f"{percent(second.mean)} % for the runner-up {label(compare, ranked[1])}"
-    what, certainty = (
-        f"{name} {verb}{where}: {figure}, against {runner_up}.",
-        _certainty(compare, ranked, apart),
-    )
-    return (short, f"After these steps {what} {certainty}") if short else (what, certainty)
-
-
-def _certainty(compare: Compare, ranked: Sequence[Key], apart: bool | None) -> str:
-    """What the first two methods' intervals say about their order.
-
-    apart: whether they do not overlap; None when an interval is not known.
-    """
-    count, table = num_seeds(compare), cells(compare)
-    a, b = (table[key][primary(compare)].interval for key in ranked[:2])
-    state = "are not known" if apart is None else f"{'do not overlap' if apart else 'overlap'} ({a} and {b})"
-    if count <= 1:
-        return (
-            f"One seed: the 95 % intervals, a bootstrap over test queries, {state}; "
-            "they do not include the variation between training runs."
-        )
-    text = f"The 95 % intervals over {count} seeds {state}"
-    text += ", so the order of these two is not certain" if apart is False else ""
-    leader, other = (_by_seed(compare, key) for key in ranked[:2])
-    shared = leader.keys() & other.keys()
-    ahead = sum(leader[seed] > other[seed] for seed in shared)
-    return f"{text}. The leader is ahead in {ahead} of {len(shared)} seeds." if shared else f"{text}."
-
-
-def _by_seed(compare: Compare, key: Key) -> dict[int, float]:
-    rows = compare.get("results", [])
-    return {
-        row["seed"]: row["value"]
-        for row in rows
-        if row_key(row) == key and f"{row['task']}/{row['metric']}" == primary(compare)
-    }
-
-
 def interval_note(compare: Compare) -> str:
     """What the figures and their intervals are."""
     count = num_seeds(compare)
@@ -287,8 +234,11 @@ def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
 
     body = tag("tbody", *(line("td", row) for row in rows))
     table = tag("table", tag("thead", line("th", headings)), body)
-    return tag(
-        "div", table, class_="scroll", tabindex="0", role="region", aria_label=f"Table by {headings[0]}"
+    # a narrow screen has no room for more columns than this
+    hint = "Scroll the table sideways for the other columns →" if len(headings) > 4 else ""
+    return join(
+        tag("p", hint, class_="hint muted") if hint else None,
+        tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=f"Table by {headings[0]}"),
     )
 
 
@@ -299,10 +249,17 @@ def result_table(compare: Compare) -> Html:
     paths = [first, *(path for path in COLUMNS if path != first)]
     paths = [path for path in paths if any(path in row for row in table.values())]
     rows = [
-        [label(compare, key), *(_result_cell(table[key].get(path)) for path in paths)]
+        [_method_name(compare, key), *(_result_cell(table[key].get(path)) for path in paths)]
         for key in ranking(compare)
     ]
     return html_table(["method", *(metric_name(path) for path in paths)], rows)
+
+
+def _method_name(compare: Compare, key: Key) -> Html:
+    """A method's label and below it, where they differ, the name that the command line has for it."""
+    shown = label(compare, key)
+    name = tag("small", tag("code", key[0])) if shown != key[0] else None
+    return join(shown, name)
 
 
 def _result_cell(cell: Cell | None) -> Html:

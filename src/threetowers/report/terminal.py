@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from threetowers.report.claims import terminal_claims
+from threetowers.report.order import headline
 from threetowers.report.story import next_step, story
-from threetowers.report.tables import Cell, Compare, cells, headline, interval_note, label, percent, ranking
+from threetowers.report.tables import Cell, Compare, cells, interval_note, label, percent, ranking
 
 COLUMNS = {
     "retrieval/i2t_r@1": "i2t R@1",
