@@ -145,6 +145,39 @@ def test_an_own_image_by_the_button_and_by_drag_and_drop(page: Page, tmp_path: P
     assert "not an image" in page.text_content("#status")
 
 
+def test_what_is_found_goes_by_what_is_looked_for(page: Page, tmp_path: Path) -> None:
+    """A text finds images and an image finds both, whatever came before; each keeps what a person chose for it."""
+    (tmp_path / "own.png").write_bytes(png("lime"))
+
+    def found() -> list[Any]:
+        chosen = page.get_attribute("input[name=want]:checked", "value")
+        visible = [
+            page.locator(f"#results .column:first-child .{kind}").is_visible() for kind in ("thumbs", "texts")
+        ]
+        return [page.text_content("#want-label"), chosen, *visible]
+
+    def look_for_text() -> list[Any]:
+        page.fill("#text", "a blue square")
+        page.click("#search-form .primary")
+        settled(page, "document.querySelectorAll('#results .right').length === 2")
+        return found()
+
+    def look_for_image() -> list[Any]:
+        page.set_input_files("#file", tmp_path / "own.png")
+        page.wait_for_selector("#results .texts li")
+        return found()
+
+    assert look_for_text() == ["A text finds", "images", True, False]
+    assert look_for_image() == ["An image finds", "both", True, True]
+    assert "images and" in page.text_content("#status") and "nearest captions" in page.text_content("#status")
+    assert look_for_text() == ["A text finds", "images", True, False]
+    look_for_image()
+    page.check("input[value=captions]")
+    settled(page, "document.querySelector('#results .images').hidden")
+    assert look_for_text() == ["A text finds", "images", True, False]
+    assert look_for_image() == ["An image finds", "captions", False, True]
+
+
 def test_classes_that_are_typed_in(page: Page, tmp_path: Path) -> None:
     page.click("#tab-classes")
     page.fill("#names", "red, lime\nblue")
