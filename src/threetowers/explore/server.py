@@ -21,9 +21,10 @@ from starlette.routing import Route
 
 from threetowers.data.decode import decode
 from threetowers.errors import BadSample, ThreeTowersError
-from threetowers.explore.curves import curves
+from threetowers.explore.curves import colours, curves
 from threetowers.explore.explorer import Explorer, Query, Search, UnknownError
 from threetowers.explore.guard import Guard, refused
+from threetowers.settings import read_config
 
 T = TypeVar("T")
 TEXT_CHARS = 1_000
@@ -86,6 +87,7 @@ class Page:
 
     def __init__(self, explorer: Explorer | None, folders: Sequence[Path]) -> None:
         self.explorer, self.folders = explorer, list(folders)
+        self.colours = colours([read_config(folder / "config.toml").method for folder in folders])
         self._models, self._images = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._waiting: list[tuple[Search, asyncio.Future[list[list[dict[str, Any]]]]]] = []
         self._task: asyncio.Task[None] | None = None
@@ -116,13 +118,15 @@ class Page:
             return JSONResponse({"columns": [], "gallery": None})
         values = await self._compute(self.explorer.about)
         for described, column in zip(values["columns"], self.explorer.columns, strict=True):
-            described["colour"] = self.folders.index(column.model.folder)  # that of the run's curves
+            described["colour"] = self.colours[self.folders.index(column.model.folder)]
         return JSONResponse(values)
 
     async def curves(self, request: Request) -> Response:
         loop = asyncio.get_running_loop()
         found = [await loop.run_in_executor(self._images, curves, folder) for folder in self.folders]
-        return JSONResponse(found)
+        return JSONResponse([
+            {**run, "colour": colour} for run, colour in zip(found, self.colours, strict=True)
+        ])  # fmt: skip
 
     async def image(self, request: Request) -> Response:
         gallery = self._explorer().gallery

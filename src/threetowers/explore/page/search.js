@@ -1,6 +1,7 @@
 // Search by text and by image: the best images, captions or both of every column, side by side.
 
 import { ask, latest, upload } from "./api.js";
+import { section, setWeight } from "./column.js";
 import { byId, cosine, h, number, say } from "./dom.js";
 import { picture, thumb } from "./thumb.js";
 
@@ -33,15 +34,12 @@ export function startSearch(page) {
   /** answers: what each column found, by kind; a kind that was not asked for is missing. */
   function show(answers, asked, alpha) {
     if (columns.length !== page.columns.length) {
-      columns = page.columns.map((column) => h("section", { class: "column", "aria-label": column.label },
-        h("h3", {}, h("span", { class: `swatch s${column.colour % 8}` }), column.label,
-          column.third === null ? null : h("small", { class: "weight" })),
+      columns = page.columns.map((column) => section(page, column,
         KINDS.map((kind) => h("div", { class: `found ${kind}` }, h("h4", {}, `nearest ${kind}`), h("ol", {})))));
       byId("results").replaceChildren(...columns);
     }
     columns.forEach((column, i) => {
-      const weight = column.querySelector(".weight");
-      if (weight) weight.textContent = `α ${alpha.toFixed(2)}`;
+      setWeight(column, alpha);
       for (const kind of KINDS) {
         const part = column.querySelector(`.${kind}`);
         const items = answers[kind]?.[i];
@@ -81,7 +79,7 @@ export function startSearch(page) {
     list.className = "texts";
     list.replaceChildren(...items.map((item) => h("li", {},
       h("button", { type: "button", class: "link", title: "Search with this caption", onclick: () => searchText(item.captions[0]) }, item.captions[0]),
-      h("small", {}, ` ${cosine(item.score)}`))));
+      h("small", {}, ` ${cosine(item.score)}`, item.trained ? ", trained on" : null))));
   }
 
   function searchText(words) {
