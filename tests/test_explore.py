@@ -300,18 +300,22 @@ def test_images_that_a_run_was_trained_on_are_marked(
     explored = open_runs([runs["baseline"], runs["lit"]], str(photos), "cpu")
     assert explored is not None and explored.gallery.num_trained == len(train) > 0
     everything = Search(Query(text="a square"), "captions", 0.0, len(explored.gallery.captions))
-    for item in explored.search([everything])[0][0]:
+    (found,) = explored.search([everything])
+    assert not isinstance(found, UnknownError)
+    for item in found[0]:
         picture = explored.picture(item["image"])
         assert item["trained"] == picture["trained"] == (picture["id"] in train)
-    test = open_data(config)[2]
-    assert trained_on(test, None, [config]) == frozenset()
     some = replace(config, inputs=replace(config.inputs, train_images=5))
-    assert len(trained_on(open_source(str(photos)), str(photos), [some]) or ()) == 5
-    assert trained_on(open_source(str(photos)), str(photos), [some, config]) == explored.gallery.trained
+    run, few = ((each, open_data(each)[0].fingerprint) for each in (config, some))
+    source = open_source(str(photos))
+    assert trained_on(open_data(config)[2], None, [run]) == frozenset()
+    assert len(trained_on(source, str(photos), [few]) or ()) == 5
+    assert trained_on(source, str(photos), [few, run]) == explored.gallery.trained
+    assert trained_on(source, str(photos), [run, (config, "of other data")]) is None
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "a.txt").write_text("a red square")
-    assert trained_on(open_source(str(tmp_path)), str(tmp_path), [config]) is None
-    assert trained_on(open_source(str(tmp_path)), None, [config]) is None
+    assert trained_on(open_source(str(tmp_path)), str(tmp_path), [run]) is None
+    assert trained_on(open_source(str(tmp_path)), None, [run]) is None
 
 
 @pytest.mark.parametrize(

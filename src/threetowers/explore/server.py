@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,7 +87,6 @@ class Page:
 
     def __init__(self, explorer: Explorer | None, folders: Sequence[Path]) -> None:
         self.explorer, self.folders = explorer, list(folders)
-        self.colours = colours([read_config(folder / "config.toml").method for folder in folders])
         self._models, self._images = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._waiting: list[tuple[Search, asyncio.Future[list[list[dict[str, Any]]]]]] = []
         self._task: asyncio.Task[None] | None = None
@@ -96,6 +95,10 @@ class Page:
             for each in files("threetowers.explore").joinpath("page").iterdir()
             if Path(each.name).suffix in _TYPES
         }
+
+    @cached_property
+    def colours(self) -> list[int]:
+        return colours([read_config(folder / "config.toml").method for folder in self.folders])
 
     async def _compute(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._models, function)

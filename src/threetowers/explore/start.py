@@ -142,7 +142,9 @@ def open_runs(folders: list[Path], data: str | None, device: str) -> "Explorer |
     if not len(source):
         raise DataError(f"{finished[0]}: it has no test data; name images to search with --data SOURCE")
     models = [open_model(folder, device) for folder in finished]
-    trained = trained_on(source, data, configs)
+    parts = [model.run.described.get("data", {}) for model in models]
+    fingerprints = [str(part.get("train", {}).get("fingerprint")) for part in parts]
+    trained = trained_on(source, data, list(zip(configs, fingerprints, strict=True)))
     return Explorer(models, *open_gallery(models, source, name, is_test=data is None, trained=trained))
 
 

@@ -9,23 +9,27 @@ from threetowers.errors import BadSample, ThreeTowersError
 from threetowers.run.setup import open_data
 
 
-def trained_on(source: Source, data: str | None, configs: Sequence[RunConfig]) -> frozenset[int] | None:
+def trained_on(
+    source: Source, data: str | None, runs: Sequence[tuple[RunConfig, str]]
+) -> frozenset[int] | None:
     """The samples of a source that at least one of the runs was trained on; None where that is not known.
 
-    data: the path that the source was opened from, or None for a part of the runs' own data. Runs of other data do not
-    count. It is known where the source and the training part choose from one collection that has not changed.
+    data: the path that the source was opened from, or None for a part of the runs' own data; runs of another path do
+    not count. runs: settings, and the fingerprint of the training data that the run has written. It is known where the
+    source and the training part choose from one collection, and where the data have not changed since the training.
     """
     found: set[int] = set()
     same = False
     origin, places = _origin(source)
-    for config in configs:
+    for config, fingerprint in runs:
         if data is not None and (config.data is None or Path(config.data).resolve() != Path(data).resolve()):
             continue
         try:
-            train_origin, trained = _origin(open_data(config)[0])
+            train = open_data(config)[0]
         except (ThreeTowersError, BadSample, OSError):
             return None
-        if train_origin.fingerprint != origin.fingerprint:
+        train_origin, trained = _origin(train)
+        if train.fingerprint != fingerprint or train_origin.fingerprint != origin.fingerprint:
             return None
         same = True
         chosen = set(trained)
