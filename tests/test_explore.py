@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -22,15 +23,19 @@ from kit.towers import byte_tower
 from threetowers import cli
 from threetowers.config import RunConfig
 from threetowers.data.decode import decode
+from threetowers.data.open import open_source
 from threetowers.errors import CheckpointError, DataError, UsageError
 from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.evaluate.zero_shot import class_embeddings
 from threetowers.explore import guard, server
-from threetowers.explore.curves import POINTS, thinned
+from threetowers.explore.curves import POINTS, colours, thinned
 from threetowers.explore.explorer import Explorer, Kind, Query, Search, UnknownError
 from threetowers.explore.gallery import features
 from threetowers.explore.models import open_model
 from threetowers.explore.start import ExploreArguments, check, open_runs, run_folders
+from threetowers.explore.templates import templates
+from threetowers.explore.trained import trained_on
+from threetowers.objective.pairs import METHODS
 from threetowers.report.panels import PALETTE
 from threetowers.run import thirds as thirds_module
 from threetowers.run.finished import load_run
@@ -264,7 +269,7 @@ def test_the_map_shows_every_image_and_caption(client: Client, explorer: Explore
     refused = client.post("/api/map", json={"column": 0, "system": "third"})
     assert refused.status_code == 404 and "no third tower" in refused.json()["error"]
     caption = post(client, "item", caption=1)
-    assert caption == {"image": gallery.text_image[1], "captions": [gallery.captions[1]]}
+    assert caption == {"image": gallery.text_image[1], "captions": [gallery.captions[1]], "trained": False}
     assert post(client, "item", image=0)["captions"] == gallery.captions_of(0)
 
 
@@ -280,8 +285,77 @@ def test_the_page_is_told_what_there_is(client: Client, explorer: Explorer) -> N
     assert about["columns"][0]["label"] == "baseline"
     assert [bool(column["third"]) for column in about["columns"]] == [False, True]
     assert about["gallery"]["images"] == len(explorer.gallery.index)
+    assert about["gallery"]["test"] and about["gallery"]["trained"] == 0
+    assert about["gallery"]["templates"] == ["a photo of a {}.", "{}"], "the captions are long"
     for example in about["gallery"]["examples"]:
         assert example["text"] in explorer.gallery.captions_of(example["image"])
+
+
+def test_images_that_a_run_was_trained_on_are_marked(
+    runs: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """The parts say which, for the runs' own data; of other data, and of data that have changed, it is not known."""
+    config = read_config(runs["baseline"] / "config.toml")
+    train = {record.id for record in map(open_data(config)[0].record, range(len(open_data(config)[0])))}
+    explored = open_runs([runs["baseline"], runs["lit"]], str(photos), "cpu")
+    assert explored is not None and explored.gallery.num_trained == len(train) > 0
+    everything = Search(Query(text="a square"), "captions", 0.0, len(explored.gallery.captions))
+    (found,) = explored.search([everything])
+    assert not isinstance(found, UnknownError)
+    for item in found[0]:
+        picture = explored.picture(item["image"])
+        assert item["trained"] == picture["trained"] == (picture["id"] in train)
+    some = replace(config, inputs=replace(config.inputs, train_images=5))
+    run, few = ((each, open_data(each)[0].fingerprint) for each in (config, some))
+    source = open_source(str(photos))
+    assert trained_on(open_data(config)[2], None, [run]) == frozenset()
+    assert len(trained_on(source, str(photos), [few]) or ()) == 5
+    assert trained_on(source, str(photos), [few, run]) == explored.gallery.trained
+    assert trained_on(source, str(photos), [run, (config, "of other data")]) is None
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.txt").write_text("a red square")
+    assert trained_on(open_source(str(tmp_path)), str(tmp_path), [run]) is None
+    assert trained_on(open_source(str(tmp_path)), None, [run]) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "captions", "first"),
+    [
+        (["a drawing of a {}."], ["A flower."], "a drawing of a {}."),
+        ([], ["A flower.", "An iris.", "The Sun."], "A {}."),
+        ([], ["a flower", "an iris", "a tennis ball", "Two boars"], "a {}"),
+        ([], ["flower", "iris."], "{}"),
+        ([], ["red flower.", "iris."], "{}."),
+        ([], ["一朵花", "一只狗"], "{}"),
+        ([], ["A dog runs over the beach at night."], "a photo of a {}."),
+        ([], [], "a photo of a {}."),
+    ],
+)
+def test_the_first_prompt_has_the_form_of_the_captions(
+    given: list[str], captions: list[str], first: str
+) -> None:
+    found = templates(given, captions)
+    assert found[0] == first and {"a photo of a {}.", "{}"} <= set(found) and len(set(found)) == len(found)
+
+
+def test_colours_are_those_of_the_methods_and_differ(client: Client) -> None:
+    assert [column["colour"] for column in client.get("/api/about").json()["columns"]] == [0, 3]
+    assert [run["colour"] for run in client.get("/api/curves").json()] == [0, 1, 3, 7], "two runs are 3T"
+    names = list(METHODS)
+    assert colours(names) == list(range(len(names)))
+    found = colours(["lit", *names, "lit"])
+    assert len(set(found)) == len(found) and [n % len(names) for n in found if n >= len(names)] == [1, 1]
+
+
+def test_a_tower_has_the_name_of_its_comparison(runs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs["3t"], tmp_path / "runs" / "mine")
+    row = {"method": "3t", "third": "small", "seed": 0, "path": "runs/mine"}
+    place = tmp_path / "compare.json"
+    place.write_text(json.dumps({"runs": [row]}))
+    assert open_model(tmp_path / "runs" / "mine").label == "3T (small)"
+    for text in ("[]", "{", json.dumps({"runs": [row | {"path": "runs/other"}]})):
+        place.write_text(text)
+        assert open_model(tmp_path / "runs" / "mine").label == open_model(runs["3t"]).label != "3T (small)"
 
 
 def test_curves_of_a_run_that_goes_on(client: Client) -> None:
@@ -642,6 +716,9 @@ def test_the_page_has_the_colours_of_the_report() -> None:
     for name in ("ink", "muted", "line", "paper", "soft"):
         light, dark = PALETTE[name]
         assert style.count(f"--{name}: {light};") == 1 and style.count(f"--{name}: {dark};") == 1, name
+    for number, method in enumerate(METHODS):
+        for shade in PALETTE[method]:
+            assert f"--s{number}: {shade};" in style, method
 
 
 def test_the_page_asks_nobody_else_and_writes_no_markup() -> None:

@@ -145,9 +145,46 @@ def test_an_own_image_by_the_button_and_by_drag_and_drop(page: Page, tmp_path: P
     assert "not an image" in page.text_content("#status")
 
 
+def test_what_is_found_goes_by_what_is_looked_for(page: Page, tmp_path: Path) -> None:
+    """A text finds images and an image finds both, whatever came before; each keeps what a person chose for it."""
+    (tmp_path / "own.png").write_bytes(png("lime"))
+
+    def found() -> list[Any]:
+        chosen = page.get_attribute("input[name=want]:checked", "value")
+        visible = [
+            page.locator(f"#results .column:first-child .{kind}").is_visible() for kind in ("thumbs", "texts")
+        ]
+        return [page.text_content("#want-label"), chosen, *visible]
+
+    def look_for_text() -> list[Any]:
+        page.fill("#text", "a blue square")
+        page.click("#search-form .primary")
+        settled(page, "document.querySelectorAll('#results .right').length === 2")
+        return found()
+
+    def look_for_image() -> list[Any]:
+        page.set_input_files("#file", tmp_path / "own.png")
+        page.wait_for_selector("#results .texts li")
+        return found()
+
+    assert look_for_text() == ["A text finds", "images", True, False]
+    assert look_for_image() == ["An image finds", "both", True, True]
+    assert "images and" in page.text_content("#status") and "nearest captions" in page.text_content("#status")
+    assert look_for_text() == ["A text finds", "images", True, False]
+    look_for_image()
+    page.check("input[value=captions]")
+    settled(page, "document.querySelector('#results .images').hidden")
+    assert look_for_text() == ["A text finds", "images", True, False]
+    assert look_for_image() == ["An image finds", "captions", False, True]
+
+
 def test_classes_that_are_typed_in(page: Page, tmp_path: Path) -> None:
     page.click("#tab-classes")
     page.fill("#names", "red, lime\nblue")
+    page.click("#templates button:last-child")
+    page.wait_for_selector(".class")
+    assert page.input_value("#template") == "{}"
+    assert "none of these" in page.text_content("#classes")
     page.fill("#template", "a {} square")
     page.click("#classes-form .primary")
     page.wait_for_selector(".class")
@@ -162,7 +199,10 @@ def test_classes_that_are_typed_in(page: Page, tmp_path: Path) -> None:
 
 def test_similarities_of_pinned_images(page: Page) -> None:
     page.hover("#results .column:first-child .thumb:first-child")
-    page.click("#results .column:first-child .thumb:first-child .pin")
+    pin = page.locator("#results .column:first-child .thumb:first-child .pin")
+    assert pin.text_content() == "Pin"
+    pin.click()
+    assert pin.text_content() == "Pinned" and pin.get_attribute("aria-pressed") == "true"
     page.click("#tab-matrix")
     page.wait_for_selector(".heat")
     assert page.locator(".heat").count() == 2 and page.locator("#pins img").count() == 1
@@ -191,6 +231,49 @@ def test_the_map_zooms_hovers_and_searches(page: Page) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector("#results li")
     assert page.get_attribute("#tab-search", "aria-selected") == "true"
+
+
+def test_the_map_stays_whole_when_the_window_changes(page: Page) -> None:
+    """As much is seen at another width: dots are painted, and none of them at the edges."""
+    page.click("#tab-map")
+    settled(page, "document.getElementById('status').textContent.includes('points')")
+    for width in (400, 1280, 330):
+        page.set_viewport_size({"width": width, "height": 860})
+        page.wait_for_timeout(300)
+        edge, inside = page.evaluate(
+            """() => {
+              const canvas = document.getElementById('canvas'), [w, h] = [canvas.width, canvas.height];
+              const read = new OffscreenCanvas(w, h).getContext('2d', { willReadFrequently: true });
+              read.drawImage(canvas, 0, 0);
+              const painted = (...box) => read.getImageData(...box).data.filter((v, i) => i % 4 === 3 && v).length;
+              return [painted(0, 0, w, 10) + painted(0, h - 10, w, 10) + painted(0, 0, 10, h)
+                + painted(w - 10, 0, 10, h), painted(0, 0, w, h)];
+            }"""
+        )
+        assert edge == 0 < inside, width
+
+
+@pytest.mark.parametrize("touch", [False, True])
+def test_captions_and_pins_are_seen_without_pointing(browser: Any, address: str, touch: bool) -> None:
+    for page in opened(
+        browser, address, viewport={"width": 400, "height": 860}, has_touch=touch, is_mobile=touch
+    ):
+        thumb = page.locator("#results .column:last-child .thumb").last
+        assert thumb.locator(".words").is_visible() and thumb.locator(".words").text_content()
+        opacity = thumb.locator(".pin").evaluate("pin => getComputedStyle(pin).opacity")
+        assert opacity == "1" if touch else opacity == "0"
+
+
+@pytest.mark.parametrize("width", [700, 1280])
+def test_answers_beside_each_other_begin_at_one_height(browser: Any, address: str, width: int) -> None:
+    """Also where the name of one run takes several lines."""
+    for page in opened(browser, address, viewport={"width": width, "height": 860}):
+        page.evaluate("document.querySelector('#results h3').append(' name'.repeat(30))")
+        tops = page.eval_on_selector_all(
+            "#results .thumbs", "all => all.map(each => each.getBoundingClientRect().top)"
+        )
+        assert len(tops) == 2 and len(set(tops)) == 1
+        assert [text[:1] for text in page.locator("#results .head small").all_text_contents()] == ["t", "α"]
 
 
 def test_curves_follow_a_run(page: Page, runs: dict[str, Path]) -> None:

@@ -2,11 +2,12 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from threetowers.errors import CheckpointError
-from threetowers.objective.pairs import method_label
+from threetowers.objective.pairs import METHODS, method_label
 from threetowers.settings import read_config
 
 POINTS = 400
@@ -55,6 +56,28 @@ def curves(folder: Path) -> dict[str, Any]:
         "steps": config.steps,
         "metrics": {name: thinned(points) for name, points in sorted(found.items())},
     }
+
+
+def colours(methods: Sequence[str]) -> list[int]:
+    """A number for each run's colour: its method's place in the list of methods, as in reports.
+
+    Of several runs of a method the first has that colour. The others take those of methods that are not there, and then
+    the method's own again, by numbers that are higher by multiples of the list's length.
+
+    >>> colours(["3t", "baseline", "3t"])
+    [3, 0, 7]
+    """
+    names = [str(name) for name in METHODS]
+    free = [place for place, name in enumerate(names) if name not in methods]
+    found: list[int] = []
+    for method in methods:
+        own = names.index(method)
+        if own in found and free:
+            own = free.pop()
+        while own in found:
+            own += len(names)
+        found.append(own)
+    return found
 
 
 def thinned(points: list[list[float]]) -> list[list[float]]:

@@ -24,6 +24,7 @@ from threetowers.evaluate.zero_shot import DEFAULT_TEMPLATES, check_prompts, cla
 from threetowers.explore.gallery import Features, Gallery
 from threetowers.explore.models import Model, Vectors
 from threetowers.explore.nearest import Nearest, nearest
+from threetowers.explore.templates import templates
 
 Kind = Literal["images", "captions"]
 KEPT_TEXTS = 2_000
@@ -127,7 +128,10 @@ class Explorer:
                 "name": self.gallery.name,
                 "images": len(self.gallery.index),
                 "captions": len(self.gallery.captions),
+                "test": self.gallery.is_test,
+                "trained": self.gallery.num_trained,
                 "classes": list(self.gallery.source.class_names)[:50],
+                "templates": templates(self.gallery.source.templates, self.gallery.captions),
                 "examples": self._examples(),
                 "key": self.gallery.source.fingerprint[:12],
             },
@@ -185,7 +189,8 @@ class Explorer:
     def _item(self, row: int, score: float, want: str) -> dict[str, Any]:
         image = row if want == "images" else self.gallery.text_image[row]
         captions = self.gallery.captions_of(image) if want == "images" else [self.gallery.captions[row]]
-        return {"image": image, "score": round(score, 5), "captions": captions[:5]}
+        trained = self.gallery.is_trained(image)
+        return {"image": image, "score": round(score, 5), "captions": captions[:5], "trained": trained}
 
     def zero_shot(
         self, names: Sequence[str], template: str, alpha: float, query: Query | None
@@ -289,12 +294,15 @@ class Explorer:
         """A caption and its image, which the map shows; raises UnknownError."""
         if not 0 <= row < len(self.gallery.captions):
             raise UnknownError(f"there is no caption {row}")
-        return {"image": self.gallery.text_image[row], "captions": [self.gallery.captions[row]]}
+        image = self.gallery.text_image[row]
+        trained = self.gallery.is_trained(image)
+        return {"image": image, "captions": [self.gallery.captions[row]], "trained": trained}
 
     def picture(self, row: int) -> dict[str, Any]:
         """An image's name and captions; raises UnknownError."""
         self.check_row(row)
-        return {"image": row, "id": self.gallery.id(row), "captions": self.gallery.captions_of(row)}
+        known = {"id": self.gallery.id(row), "captions": self.gallery.captions_of(row)}
+        return {"image": row, **known, "trained": self.gallery.is_trained(row)}
 
     def check_row(self, row: int) -> None:
         """Raises UnknownError for what is no row of the gallery."""

@@ -44,7 +44,9 @@ class Features(NamedTuple):
 class Gallery:
     """N images and M captions of a source.
 
-    name: for people. index: of each image in the source. text_image: the row of each caption's image.
+    name: for people. index: of each image in the source. text_image: the row of each caption's image. is_test: whether
+    these are the test data of a run. trained: the samples of the source that a run was trained on, None where that is
+    not known.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Gallery:
     index: list[int]
     captions: list[str]
     text_image: list[int]
+    is_test: bool = False
+    trained: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         # of this gallery alone, and so not a decorator of the method
@@ -63,6 +67,15 @@ class Gallery:
     def captions_of(self, row: int) -> list[str]:
         """The captions that the source has for the image of a row."""
         return list(self.source.record(self.index[row]).captions)
+
+    @property
+    def num_trained(self) -> int | None:
+        """Images that a run was trained on; None where that is not known."""
+        return None if self.trained is None else sum(self.is_trained(row) for row in range(len(self.index)))
+
+    def is_trained(self, row: int) -> bool:
+        """Whether it is known that a run was trained on the image of a row."""
+        return self.trained is not None and self.index[row] in self.trained
 
     def thumbnail(self, row: int) -> tuple[bytes, str]:
         """A small image file and its media type, encoded anew: what the source stores is never sent.
@@ -82,10 +95,13 @@ class Gallery:
         return decode(self.source.image(index), self.source.record(index).id)
 
 
-def open_gallery(models: Sequence[Model], source: Source, name: str) -> tuple[Gallery, list[Features]]:
+def open_gallery(
+    models: Sequence[Model], source: Source, name: str, *,
+    is_test: bool = False, trained: frozenset[int] | None = None,
+) -> tuple[Gallery, list[Features]]:  # fmt: skip
     """The images of a source that every model has vectors of, their captions, and each model's vectors of them.
 
-    name: of the gallery, for people. Raises DataError when no image can be used by all.
+    name, is_test, trained: as in Gallery. Raises DataError when no image can be used by all.
     """
     found = [features(model, source) for model in models]
     usable = set(found[0].used.tolist()).intersection(*(each.used.tolist() for each in found))
@@ -104,7 +120,7 @@ def open_gallery(models: Sequence[Model], source: Source, name: str) -> tuple[Ga
             chosen,
         ))  # fmt: skip
     kept = texts_of(source, index, samples)
-    return Gallery(name, source, index, kept.captions, kept.rows), common
+    return Gallery(name, source, index, kept.captions, kept.rows, is_test, trained), common
 
 
 def features(model: Model, source: Source) -> Features:

@@ -6,6 +6,7 @@ through the heads, as in `Encoded.systems`.
 Legend: N images or texts, D width of the shared space.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,19 @@ def open_model(folder: Path, device: str = "auto") -> Model:
     for third in run.described["thirds"]:
         if third["view"] in used:
             check_trained_with(folder, third, loaded[third["view"]])
-    label = method_label(config.method, ", ".join(_short(third) for third in run.described["thirds"]))
+    tower = _named_by_comparison(folder) or ", ".join(_short(third) for third in run.described["thirds"])
+    label = method_label(config.method, tower if run.described["thirds"] else "")
     return Model(folder, label, run, {view: loaded[view] for view in used})
+
+
+def _named_by_comparison(folder: Path) -> str:
+    """The name of the third tower in the comparison that a run is part of; empty without one."""
+    place = folder.resolve().parent.parent
+    try:
+        runs = json.loads((place / "compare.json").read_bytes())["runs"]
+        return next((str(run["third"]) for run in runs if place / run["path"] == folder.resolve()), "")
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _short(third: dict[str, str]) -> str:

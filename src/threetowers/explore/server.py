@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,9 +21,10 @@ from starlette.routing import Route
 
 from threetowers.data.decode import decode
 from threetowers.errors import BadSample, ThreeTowersError
-from threetowers.explore.curves import curves
+from threetowers.explore.curves import colours, curves
 from threetowers.explore.explorer import Explorer, Query, Search, UnknownError
 from threetowers.explore.guard import Guard, refused
+from threetowers.settings import read_config
 
 T = TypeVar("T")
 TEXT_CHARS = 1_000
@@ -95,6 +96,10 @@ class Page:
             if Path(each.name).suffix in _TYPES
         }
 
+    @cached_property
+    def colours(self) -> list[int]:
+        return colours([read_config(folder / "config.toml").method for folder in self.folders])
+
     async def _compute(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._models, function)
 
@@ -116,13 +121,15 @@ class Page:
             return JSONResponse({"columns": [], "gallery": None})
         values = await self._compute(self.explorer.about)
         for described, column in zip(values["columns"], self.explorer.columns, strict=True):
-            described["colour"] = self.folders.index(column.model.folder)  # that of the run's curves
+            described["colour"] = self.colours[self.folders.index(column.model.folder)]
         return JSONResponse(values)
 
     async def curves(self, request: Request) -> Response:
         loop = asyncio.get_running_loop()
         found = [await loop.run_in_executor(self._images, curves, folder) for folder in self.folders]
-        return JSONResponse(found)
+        return JSONResponse([
+            {**run, "colour": colour} for run, colour in zip(found, self.colours, strict=True)
+        ])  # fmt: skip
 
     async def image(self, request: Request) -> Response:
         gallery = self._explorer().gallery

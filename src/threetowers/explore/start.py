@@ -122,6 +122,7 @@ def open_runs(folders: list[Path], data: str | None, device: str) -> "Explorer |
     from threetowers.explore.explorer import Explorer
     from threetowers.explore.gallery import open_gallery
     from threetowers.explore.models import open_model
+    from threetowers.explore.trained import trained_on
     from threetowers.run.setup import open_data
     from threetowers.settings import read_config
 
@@ -133,15 +134,18 @@ def open_runs(folders: list[Path], data: str | None, device: str) -> "Explorer |
     finished = [folder for folder in folders if is_finished(folder)]
     if not finished:
         return None
+    configs = [read_config(folder / "config.toml") for folder in finished]
     if data is None:
-        config = read_config(finished[0] / "config.toml")
-        source, name = open_data(config)[2], f"the test data of {Path(config.data or '').name}"
+        source, name = open_data(configs[0])[2], Path(configs[0].data or "").name
     else:
         source, name = open_source(data), Path(data).name
     if not len(source):
         raise DataError(f"{finished[0]}: it has no test data; name images to search with --data SOURCE")
     models = [open_model(folder, device) for folder in finished]
-    return Explorer(models, *open_gallery(models, source, name))
+    parts = [model.run.described.get("data", {}) for model in models]
+    fingerprints = [str(part.get("train", {}).get("fingerprint")) for part in parts]
+    trained = trained_on(source, data, list(zip(configs, fingerprints, strict=True)))
+    return Explorer(models, *open_gallery(models, source, name, is_test=data is None, trained=trained))
 
 
 def serve(app: "Guard", arguments: ExploreArguments) -> None:

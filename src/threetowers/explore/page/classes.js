@@ -1,6 +1,7 @@
 // Zero-shot classes: names that are typed in, the images that each column takes for them, and one image's probabilities.
 
 import { ask, latest, upload } from "./api.js";
+import { section, swatch } from "./column.js";
 import { byId, h, number, say } from "./dom.js";
 import { picture, thumb } from "./thumb.js";
 
@@ -10,6 +11,12 @@ export function startClasses(page) {
   const names = byId("names");
   let query = null;
   let asked = false;
+  const template = byId("template");
+  const templates = page.gallery?.templates ?? [];
+  template.value = templates[0] ?? "";
+  byId("templates").replaceChildren(...templates.map((each) => h("button", {
+    type: "button", class: "chip", onclick: () => { template.value = each; if (typed().length) run(); },
+  }, each)));
   names.value = (page.gallery?.classes ?? []).slice(0, 8).join("\n");
 
   const typed = () => [...new Set(names.value.split(/[\n,]/).map((name) => name.trim()).filter(Boolean))];
@@ -17,7 +24,7 @@ export function startClasses(page) {
   const run = latest(async () => {
     const classes = typed();
     if (!classes.length) return say("Type at least one class name");
-    const found = await ask("zero-shot", { classes, template: byId("template").value, alpha: page.alpha(), query });
+    const found = await ask("zero-shot", { classes, template: template.value, alpha: page.alpha(), query });
     asked = true;
     byId("class-results").replaceChildren(query === null ? "" : probabilities(classes, found.columns), sorted(found.columns));
     say(`${number(page.gallery.images)} images sorted into ${classes.length} classes`);
@@ -30,8 +37,8 @@ export function startClasses(page) {
         return h("td", { class: best ? "best" : null }, percent(column.query[i]), meter(column.query[i]));
       })));
     return h("div", { class: "own" }, picture(query, "the image that is classified"),
-      h("div", { class: "scroll" }, h("table", {}, h("caption", {}, "Probabilities of this image"),
-        h("thead", {}, h("tr", {}, h("td", {}), ...page.columns.map((column) => h("th", { scope: "col" }, column.label)))),
+      h("div", { class: "scroll" }, h("table", {}, h("caption", {}, "Probabilities of this image among these classes"),
+        h("thead", {}, h("tr", {}, h("td", {}), ...page.columns.map((column) => h("th", { scope: "col" }, swatch(column.colour), column.label)))),
         h("tbody", {}, rows))));
   }
 
@@ -43,10 +50,8 @@ export function startClasses(page) {
 
   function sorted(columns) {
     return h("div", { class: "columns" }, columns.map((column, i) => {
-      const label = page.columns[i].label;
-      return h("section", { class: "column", "aria-label": label },
-        h("h3", {}, h("span", { class: `swatch s${page.columns[i].colour % 8}` }), label),
-        ...column.classes.map((each) => h("div", { class: "class" },
+      return section(page, page.columns[i],
+        column.classes.map((each) => h("div", { class: "class" },
           h("h4", {}, each.name, h("small", {}, ` ${number(each.count)}`)),
           meter(each.count / page.gallery.images),
           each.items.length

@@ -1,6 +1,7 @@
 // Learning curves of every run, drawn again every few seconds while one of them goes on.
 
 import { ask, latest } from "./api.js";
+import { shade, swatch } from "./column.js";
 import { byId, h, number, say } from "./dom.js";
 
 const FIRST = ["train/loss", "val/mean_r@1", "train/accuracy/img-txt", "train/loss/img-txt"];
@@ -20,9 +21,9 @@ export function startCurves() {
   });
 
   function draw(runs) {
-    byId("legend").replaceChildren(...runs.map((run, i) => {
+    byId("legend").replaceChildren(...runs.map((run) => {
       const steps = Math.max(0, ...Object.values(run.metrics).map((points) => points.at(-1)?.[0] ?? 0));
-      return h("li", {}, h("span", { class: `swatch s${i % 8}` }), run.name,
+      return h("li", {}, swatch(run.colour), run.name,
         h("small", {}, run.finished ? ` finished, ${number(steps)} steps` : ` step ${number(steps)} of ${number(run.steps)}`));
     }));
     const names = [...new Set(runs.flatMap((run) => Object.keys(run.metrics)))].sort();
@@ -53,8 +54,8 @@ export function startCurves() {
         h("text", { x: LEFT, y: HEIGHT - 6 }, "0"),
         h("text", { x: WIDTH - RIGHT, y: HEIGHT - 6, "text-anchor": "end" }, `step ${number(last)}`),
         lines.map((points, i) => points.length === 1
-          ? h("circle", { class: `curve s${i % 8}`, cx: x(points[0][0]), cy: y(points[0][1]), r: 3 })
-          : h("path", { class: `curve s${i % 8}${i >= 8 ? " dashed" : ""}`, d: points.map((point, j) => `${j ? "L" : "M"}${x(point[0]).toFixed(1)} ${y(point[1]).toFixed(1)}`).join("") }))));
+          ? h("circle", { class: `curve ${shade(runs[i].colour)}`, cx: x(points[0][0]), cy: y(points[0][1]), r: 3 })
+          : h("path", { class: `curve ${shade(runs[i].colour)}${runs[i].colour >= 8 ? " dashed" : ""}`, d: points.map((point, j) => `${j ? "L" : "M"}${x(point[0]).toFixed(1)} ${y(point[1]).toFixed(1)}`).join("") }))));
   }
 
   const spread = (low, high) => (low === high ? [low - Math.abs(low || 1) / 2, high + Math.abs(high || 1) / 2] : [low, high]);

@@ -109,6 +109,16 @@ function listen() {
   });
 }
 
+/** Which images these are, and what a good answer to them is worth. */
+function described({ name, images, captions, test, trained }) {
+  const own = `${number(images)} ${test ? "test " : ""}images and ${number(captions)} captions of ${name}`;
+  const other = test ? "; --data shows others" : "";
+  if (trained) return `${own}${other}. Runs were trained on ${number(trained)} of these images, marked “trained on”, which look better than new ones will.`;
+  if (trained === 0) return `${own}${other}. No run was trained on these images.`;
+  if (test) return `${own}${other}. The first run was not trained on these images.`;
+  return `${own}. It is not known whether runs were trained on some of them, which would then look better than new images will.`;
+}
+
 async function start() {
   const about = await ask("about");
   page.columns = about.columns;
@@ -116,8 +126,7 @@ async function start() {
   useGallery(about.gallery);
   views.curves = startCurves();
   if (page.columns.length) {
-    const { name, images, captions } = page.gallery;
-    byId("about").textContent = `${number(images)} images and ${number(captions)} captions of ${name}`;
+    byId("about").textContent = described(page.gallery);
     views.search = startSearch(page);
     views.classes = startClasses(page);
     views.matrix = startMatrix(page);

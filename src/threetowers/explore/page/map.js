@@ -12,7 +12,7 @@ export function startMap(page) {
   const context = canvas.getContext("2d");
   const system = byId("map-system");
   let points = [];
-  let view = { x: 0, y: 0, scale: 1 }; // the middle in the map's units, and px per unit
+  let view = { x: 0, y: 0, scale: 1, whole: 1 }; // the middle in the map's units, px per unit, and of them what shows all
   let chosen = -1;
   const known = new Map(); // what a dot is, once it was asked
   const fingers = new Map();
@@ -42,14 +42,29 @@ export function startMap(page) {
     return [width / 2 + (x - view.x) * view.scale, height / 2 - (y - view.y) * view.scale];
   };
 
-  function all() {
+  /** The middle of all points, and the px per unit at which they fit the canvas. */
+  function extent() {
     const [width, height] = size();
-    if (!points.length || !width) return;
     const xs = points.map((point) => point[0]);
     const ys = points.map((point) => point[1]);
     const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-    const scale = Math.min((width - 2 * MARGIN) / (right - left || 1), (height - 2 * MARGIN) / (high - low || 1));
-    view = { x: (left + right) / 2, y: (low + high) / 2, scale, least: scale / 4, most: scale * 400 };
+    const whole = Math.min((width - 2 * MARGIN) / (right - left || 1), (height - 2 * MARGIN) / (high - low || 1));
+    return { x: (left + right) / 2, y: (low + high) / 2, whole };
+  }
+
+  function all() {
+    if (!points.length || !size()[0]) return;
+    const found = extent();
+    view = { ...found, scale: found.whole };
+    draw();
+  }
+
+  /** Keeps in view what is in view when the canvas gets another size. */
+  function resized() {
+    if (!points.length || !size()[0]) return;
+    const { whole } = extent();
+    view.scale *= whole / view.whole;
+    view.whole = whole;
     draw();
   }
 
@@ -99,7 +114,7 @@ export function startMap(page) {
     const found = await ask("item", side ? { caption: row } : { image: row });
     known.set(which, { ...found, side });
     if (which === chosen) {
-      byId("spot-text").textContent = `${side ? "caption" : "image"}: ${found.captions[0] ?? "no caption"}`;
+      byId("spot-text").textContent = `${side ? "caption" : "image"}: ${found.captions[0] ?? "no caption"}${found.trained ? ", trained on" : ""}`;
       fillSpot();
       showSpot();
     }
@@ -114,7 +129,7 @@ export function startMap(page) {
 
   function fillSpot() {
     const found = known.get(chosen);
-    byId("spot").replaceChildren(...(found ? [picture({ image: found.image }, ""), h("p", {}, found.captions[0] ?? "no caption")] : []));
+    byId("spot").replaceChildren(...(found ? [picture({ image: found.image }, ""), h("p", {}, found.captions[0] ?? "no caption"), found.trained ? h("small", {}, "trained on") : null].filter(Boolean) : []));
   }
 
   function showSpot() {
@@ -138,7 +153,7 @@ export function startMap(page) {
   }
 
   function zoom(factor, x = size()[0] / 2, y = size()[1] / 2) {
-    const scale = Math.max(view.least, Math.min(view.most, view.scale * factor));
+    const scale = Math.max(view.whole / 4, Math.min(view.whole * 400, view.scale * factor));
     const [width, height] = size();
     // what is under (x, y) stays there
     view.x += (x - width / 2) * (1 / view.scale - 1 / scale);
@@ -224,7 +239,7 @@ export function startMap(page) {
   byId("zoom-out").addEventListener("click", () => zoomChosen(1 / 1.5));
   byId("zoom-all").addEventListener("click", all);
   for (const id of ["map-column", "map-system", "map-kind"]) byId(id).addEventListener("change", load);
-  new ResizeObserver(() => { if (points.length) draw(); }).observe(canvas);
+  new ResizeObserver(resized).observe(canvas);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
   return {

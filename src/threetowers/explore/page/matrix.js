@@ -1,6 +1,7 @@
 // Similarities of chosen images and texts: one table for each column.
 
 import { ask, latest, upload } from "./api.js";
+import { shade, swatch } from "./column.js";
 import { byId, cosine, h, say } from "./dom.js";
 import { picture } from "./thumb.js";
 
@@ -32,8 +33,8 @@ export function startMatrix(page) {
         cell.style.setProperty("--heat", `${Math.round(45 * (value - low) / Math.max(high - low, 1e-9))}%`);
         return cell;
       })));
-    return h("div", { class: `scroll heat s${colour % 8}`, tabindex: "0", role: "region", "aria-label": `Similarities, ${label}` },
-      h("table", {}, h("caption", {}, h("span", { class: `swatch s${colour % 8}` }), label),
+    return h("div", { class: `scroll heat ${shade(colour)}`, tabindex: "0", role: "region", "aria-label": `Similarities, ${label}` },
+      h("table", {}, h("caption", {}, swatch(colour), label),
         h("thead", {}, h("tr", {}, h("td", {}), ...lines.map((line) => h("th", { scope: "col" }, line)))),
         h("tbody", {}, body)));
   }

@@ -1,44 +1,53 @@
-// Search by text and by image: the best images or captions of every column, side by side.
+// Search by text and by image: the best images, captions or both of every column, side by side.
 
 import { ask, latest, upload } from "./api.js";
+import { section, setWeight } from "./column.js";
 import { byId, cosine, h, number, say } from "./dom.js";
 import { picture, thumb } from "./thumb.js";
 
 const ANSWERS = 12;
 
+const KINDS = ["images", "captions"];
+
 export function startSearch(page) {
   const text = byId("text");
+  const wants = { text: "images", image: page.gallery?.captions ? "both" : "images" }; // what each kind of query finds, until the person chooses another
   let query = null;
   let caption = ""; // of an image that is searched with
   let columns = [];
 
-  const want = () => document.querySelector("input[name=want]:checked").value;
+  const kindOf = (asked) => (asked === null || asked.text !== undefined ? "text" : "image");
 
   const run = latest(async () => {
     if (query === null) return;
     const asked = query;
     const alpha = page.alpha();
+    const want = wants[kindOf(asked)];
+    const kinds = KINDS.filter((kind) => want === kind || want === "both");
     const start = performance.now();
-    const found = await ask("search", { ...asked, want: want(), alpha, k: ANSWERS });
-    show(found.columns, asked, alpha);
-    const count = Math.max(...found.columns.map((items) => items.length));
-    say(`${number(count)} nearest ${want()} in ${Math.round(performance.now() - start)} ms`);
+    const found = await Promise.all(kinds.map((kind) => ask("search", { ...asked, want: kind, alpha, k: ANSWERS })));
+    show(Object.fromEntries(kinds.map((kind, i) => [kind, found[i].columns])), asked, alpha);
+    const counts = kinds.map((kind, i) => `${number(Math.max(...found[i].columns.map((items) => items.length)))} nearest ${kind}`);
+    say(`${counts.join(" and ")} in ${Math.round(performance.now() - start)} ms`);
   });
 
+  /** answers: what each column found, by kind; a kind that was not asked for is missing. */
   function show(answers, asked, alpha) {
-    if (columns.length !== answers.length) {
-      columns = page.columns.map((column, i) => h("section", { class: "column", "aria-label": column.label },
-        h("h3", {}, h("span", { class: `swatch s${column.colour % 8}` }), column.label,
-          column.third === null ? null : h("small", { class: "weight" })),
-        h("ol", {})));
+    if (columns.length !== page.columns.length) {
+      columns = page.columns.map((column) => section(page, column,
+        KINDS.map((kind) => h("div", { class: `found ${kind}` }, h("h4", {}, `nearest ${kind}`), h("ol", {})))));
       byId("results").replaceChildren(...columns);
     }
-    answers.forEach((items, i) => {
-      const list = columns[i].querySelector("ol");
-      const weight = columns[i].querySelector(".weight");
-      if (weight) weight.textContent = `α ${alpha.toFixed(2)}`;
-      if (want() === "images") showImages(list, items, asked);
-      else showCaptions(list, items);
+    columns.forEach((column, i) => {
+      setWeight(column, alpha);
+      for (const kind of KINDS) {
+        const part = column.querySelector(`.${kind}`);
+        const items = answers[kind]?.[i];
+        part.hidden = items === undefined;
+        part.firstChild.hidden = Object.keys(answers).length < 2;
+        if (kind === "images") showImages(part.lastChild, items ?? [], asked);
+        else showCaptions(part.lastChild, items ?? []);
+      }
     });
   }
 
@@ -70,19 +79,21 @@ export function startSearch(page) {
     list.className = "texts";
     list.replaceChildren(...items.map((item) => h("li", {},
       h("button", { type: "button", class: "link", title: "Search with this caption", onclick: () => searchText(item.captions[0]) }, item.captions[0]),
-      h("small", {}, ` ${cosine(item.score)}`))));
+      h("small", {}, ` ${cosine(item.score)}`, item.trained ? ", trained on" : null))));
   }
 
   function searchText(words) {
     text.value = words;
     setQuery({ text: words });
-    choose("images");
     run();
   }
 
   function setQuery(next, words = "") {
     query = next;
     caption = words;
+    const kind = kindOf(query);
+    byId("want-label").textContent = kind === "text" ? "A text finds" : "An image finds";
+    document.querySelector(`input[name=want][value=${wants[kind]}]`).checked = true;
     const box = byId("chosen");
     box.hidden = query === null || query.text !== undefined;
     if (box.hidden) return;
@@ -92,17 +103,15 @@ export function startSearch(page) {
       h("button", { type: "button", onclick: () => { setQuery(null); byId("results").replaceChildren(); columns = []; say(""); text.focus(); } }, "Clear"));
   }
 
-  function choose(value) {
-    document.querySelector(`input[name=want][value=${value}]`).checked = true;
-  }
-
   byId("search-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const words = text.value.trim();
     if (words) { setQuery({ text: words }); run(); }
     else if (query === null) say("Type what to look for, or choose an image");
   });
-  for (const radio of document.querySelectorAll("input[name=want]")) radio.addEventListener("change", run);
+  for (const radio of document.querySelectorAll("input[name=want]")) {
+    radio.addEventListener("change", () => { wants[kindOf(query)] = radio.value; run(); });
+  }
   if (page.gallery?.examples.length) {
     byId("examples").replaceChildren(h("span", { class: "muted" }, "for example "),
       ...page.gallery.examples.map((example) => h("button", { type: "button", class: "chip", onclick: () => searchText(example.text) }, example.text)));
@@ -116,15 +125,13 @@ export function startSearch(page) {
       if (first) searchText(first.text);
     },
     searchText,
-    searchImage(given, words, find = want()) {
+    searchImage(given, words) {
       setQuery(given, words);
-      choose(find);
       run();
     },
     async take(file) {
       say("Reading your image …");
       setQuery(await upload(file));
-      choose("captions");
       await run();
     },
   };
