@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import threetowers
 from test_report import Page, make_compare, rivals, save
 from threetowers.evaluate.statistics import paired_difference
 from threetowers.objective.pairs import METHODS
 from threetowers.report.claims import certainty_in_words, signed, untested
 from threetowers.report.order import MAX_PAIRS, difference, differences, headline
 from threetowers.report.page import write_report
-from threetowers.report.panels import PALETTE
+from threetowers.report.panels import METHOD_COLOURS, PALETTE
 from threetowers.report.plots import draw_plots, measured_once
 from threetowers.report.tables import Cell, cells, read_curves
 
@@ -243,3 +244,9 @@ def test_no_two_methods_have_nearly_the_same_colour(theme: int) -> None:
     shades = {name: lab(PALETTE[name][theme]) for name in METHODS}
     for a, b in itertools.combinations(shades, 2):
         assert np.linalg.norm(shades[a] - shades[b]) > (25, 17)[theme], (a, b)
+
+
+def test_the_page_of_explore_has_the_colours_of_the_report() -> None:
+    style = (Path(threetowers.__file__).parent / "explore" / "page" / "style.css").read_text(encoding="utf-8")
+    found = [re.findall(rf"--s{i}: (#[0-9a-f]{{6}})", style) for i in range(len(METHOD_COLOURS))]
+    assert found == [list(pair) for pair in METHOD_COLOURS]

@@ -22,7 +22,7 @@ from threetowers.objective.pairs import METHODS
 
 # Colour in the light theme, colour in the dark theme. The methods take theirs in the order of their list: the first six
 # from Okabe and Ito's colour-blind-safe set, the others as far from all before them. One beyond the last takes "other".
-_METHOD_COLOURS = (
+METHOD_COLOURS = (
     ("#4d5560", "#b4bcc6"),
     ("#d55e00", "#f0803c"),
     ("#e69f00", "#f3bb45"),
@@ -52,7 +52,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "line": ("#d9dde2", "#3a4048"),
     "paper": ("#ffffff", "#14171a"),
     "soft": ("#f4f5f7", "#1e2227"),
-    **dict(zip(METHODS, _METHOD_COLOURS, strict=False)),
+    **dict(zip(METHODS, METHOD_COLOURS, strict=False)),
     "other": ("#cc79a7", "#e39ac3"),
     **{f"phase-{number}": shades for number, shades in enumerate(PHASE_COLOURS)},
 }
