@@ -86,10 +86,11 @@ def combination(data: EvaluationData) -> Result | None:
         swept = sweep(pair_of(data.val, third), pair_of(data.test, third))
         sections[third] = swept.figures()
         items |= swept.ranks[swept.index].items(f"combination/{third}")
+        main, alone = swept.ends
         lines.append(
-            f"with {third} combined: α = {swept.alpha:g} chosen on validation, test mean_r@1 {swept.chosen:.1%} "
-            f"(main pair alone {swept.ends[0]:.1%}, {third} alone {swept.ends[1]:.1%}); α > 0 runs the frozen tower at "
-            "inference"
+            f"with {third} combined at inference: test mean_r@1 {swept.chosen:.1%} at α = {swept.alpha:g}, chosen on "
+            f"validation; the trained pair alone {main:.1%}, {third} alone {alone:.1%}"
+            + ("; the third tower is the better one here, so compare with method lit" if alone > main else "")
         )
     return Result({"combination": sections}, items, tuple(lines)) if sections else None
 

@@ -35,7 +35,7 @@ from threetowers.export.inputs import (
     processor_settings,
     write_tokenizer,
 )
-from threetowers.export.samples import CAPTIONS, check_difference, sample_pictures
+from threetowers.export.samples import CAPTIONS, check_difference, exactness, sample_pictures
 from threetowers.export.towers import Encoders, combined_encoders, main_encoders
 from threetowers.run.finished import FinishedRun, load_run
 from threetowers.towers.frozen.base import first_line
@@ -151,7 +151,7 @@ def export_onnx(run: str | Path, out: str | Path, *, quantize: bool = False, alp
             _write_graph(side, path)
             difference = float((side.run(path) - side.expected).abs().max())
             check_difference("onnxruntime", f"{side.name} vectors", difference)
-            said.append(f"onnxruntime computes the run's {side.name} vectors to {difference:.1e}")
+            said.append(f"onnxruntime computes the run's {side.name} vectors {exactness(difference)}")
             if quantize:
                 said.append(_write_quantized(side, path))
         name = Path(out).absolute().name
@@ -279,6 +279,7 @@ def _config(finished: FinishedRun, width: int) -> dict[str, Any]:
             "vocab_size": finished.txt.vocab_size,
             "max_position_embeddings": finished.txt.context_length,
             "eos_token_id": end_id(finished.tokenizer),
+            "bos_token_id": None,  # CLIP's own is beyond a small vocabulary
         },
         "vision_config": {"model_type": "clip_vision_model", "image_size": finished.architecture.image.size},
     }

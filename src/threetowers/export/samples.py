@@ -30,3 +30,8 @@ def check_difference(library: str, what: str, difference: float) -> None:
             f"at most {TOLERANCE:.0e} is allowed). Nothing was written. Please report this with the model.json of the "
             "run, and export --to open_clip meanwhile"
         )
+
+
+def exactness(difference: float) -> str:
+    """How near to the run's the vectors are, in words."""
+    return f"to {difference:.1e}" if difference else "exactly"

@@ -36,7 +36,7 @@ from threetowers.export.inputs import (
     processor_settings,
     write_tokenizer,
 )
-from threetowers.export.samples import CAPTIONS, check_difference, sample_pictures
+from threetowers.export.samples import CAPTIONS, check_difference, exactness, sample_pictures
 from threetowers.objective.losses import unit
 from threetowers.run.finished import FinishedRun, load_run
 from threetowers.towers.encoder import is_encoder
@@ -123,7 +123,7 @@ def export_transformers(run: str | Path, out: str | Path) -> Path:
             tags=("sentence-transformers",),
         )  # fmt: skip
     print(
-        f"note: transformers computes the run's vectors, of images to {image:.1e}, of texts to {text:.1e}",
+        f"note: transformers computes the run's vectors, of images {exactness(image)}, of texts {exactness(text)}",
         file=sys.stderr,
     )
     for line in differences:

@@ -279,7 +279,7 @@ OPEN_CLIP_TEXT = Kind(
     prefix="open_clip-text",
     reads="texts",
     forms=("open_clip-text:NAME@TAG", "open_clip-text:local-dir:DIR"),
-    help="the text tower of an open_clip model, likewise; or open_clip-text:local-dir:DIR",
+    help="the text tower of an open_clip model, likewise",
     load=load_open_clip_text,
     card=open_clip_text_card,
 )
