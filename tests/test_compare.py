@@ -1,6 +1,7 @@
 """The comparison end to end on small real files."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ def prepared(tiny_config: Config, world: Path, tower: str) -> RunConfig:
 
 
 def test_a_comparison_trains_all_continues_and_repeats_nothing(
-    tiny_config: Config, small_world: Path, timm_tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_config: Config, small_world: Path, timm_tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     config = prepared(tiny_config, small_world, timm_tower)
     trained: list[str] = []
     limit = 3
@@ -61,6 +63,9 @@ def test_a_comparison_trains_all_continues_and_repeats_nothing(
     assert len(trained) == len(set(trained)) == 3 * (2 + 1), (
         "two learning rates with the first seed, one more seed"
     )
+    said = capsys.readouterr().out
+    tests = re.findall(r"^  retrieval on \d+ test images", said, re.MULTILINE)
+    assert said.count("  validation mean_r@1 ") == 6 and len(tests) == 3, "trials show no test figures"
     again = compare(config, OPTIONS, tmp_path)
     assert again is not None and again["results"] == result["results"] and len(trained) == 9
 

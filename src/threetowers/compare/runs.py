@@ -82,6 +82,8 @@ class Job:
             write_whole(self.folder / DIVERGED, f"{error}\n")
             return Outcome(True, False, f"{error}\nThis learning rate counts as 0")
         text = evaluate_run(self.folder).text() if trained.finished else ""
+        if text and self.trial:  # test figures would tempt to choose by them
+            text = f"validation {PRIMARY} {self.score():.1%}"
         return Outcome(trained.finished, trained.stopped, text)
 
     @property
