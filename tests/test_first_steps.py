@@ -112,7 +112,7 @@ def test_training_says_what_it_could_not_use_and_that_it_was_finished(
             cli.main([*words, "--out", str(tmp_path / "run")])
         assert ended.value.code == 0
         said.append(capsys.readouterr())
-    assert "images could not be embedded" in said[0].err
+    assert "samples could not be embedded" in said[0].err
     assert "bad_samples.jsonl names them and says why" in said[0].err
     assert "was finished before" not in said[0].out
     assert "this run was finished before; --fresh True trains it again" in said[1].out

@@ -174,7 +174,7 @@ def write_store(
                 store = finish(work, out)
                 if unusable := store.num_unusable:
                     warn(
-                        f"{source.name}: {unusable:,} of {len(source):,} images could not be embedded; "
+                        f"{source.name}: {unusable:,} of {len(source):,} samples could not be embedded; "
                         f"{out / BAD_FILE} names them and says why"
                     )
                 if processes.size == 1:
