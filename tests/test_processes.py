@@ -1,5 +1,6 @@
 """Training in several processes is training in one: losses, weights, decisions, and what happens when one ends."""
 
+import json
 import math
 import os
 import random
@@ -16,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +41,7 @@ from threetowers.config import ObjectiveConfig, RunConfig
 from threetowers.data import loader
 from threetowers.errors import ThreeTowersError, UsageError
 from threetowers.evaluate.encode import encode
+from threetowers.evaluate.evaluation import evaluate_run
 from threetowers.processes import ALONE, Processes
 from threetowers.run.setup import prepare
 from threetowers.settings import read_config
@@ -46,6 +49,7 @@ from threetowers.train import loop, together
 from threetowers.train.guards import StopRequest
 from threetowers.train.loop import train
 from threetowers.train.session import open_session
+from threetowers.world.write import write_world
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +298,35 @@ def test_a_continued_run_of_two_processes_is_the_uninterrupted_one_to_the_bit(
     alike(group.run(trained, config, tmp_path / "parts", (0, 3)))
     alike(group.run(trained, config, tmp_path / "parts"))
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def evaluated(folder: Path) -> dict[str, Any]:
+    """The evaluation of a finished run in a process of a group."""
+    return evaluate_run(folder, processes=Processes(dist.get_rank(), dist.get_world_size())).as_dict()
+
+
+@pytest.mark.parametrize("method", ["3t", "lit"])
+def test_processes_share_an_evaluation_and_find_what_one_does(
+    method: str, group: Group, tiny_config: Config, tmp_path: Path
+) -> None:
+    """Retrieval, classes and the combination; the files too. Only the first process has figures."""
+    world = tmp_path / "shapes"
+    write_world(world, num_train=64, num_val=25, num_test=33, num_labelled=96)
+    config = tiny_config(method=method, steps=2, data=str(world), classes=str(world / "objects" / "test"))
+    train(config, tmp_path / "run")
+    alone = evaluate_run(tmp_path / "run").as_dict()
+    names = ("evaluation.json", "features.safetensors")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in names}
+    for name in names:
+        (tmp_path / "run" / name).unlink()
+    first, other = group.run(evaluated, tmp_path / "run")
+    assert alone["zero_shot"] and first.keys() == alone.keys() and not other.get("test")
+    assert json.dumps(first) == json.dumps(alone) == json.dumps(json.loads(json.dumps(alone)))
+    (tmp_path / "one.safetensors").write_bytes(before["features.safetensors"])
+    one, two = (load_file(path) for path in (tmp_path / "one.safetensors", tmp_path / "run" / names[1]))
+    assert one.keys() == two.keys()
+    for name, values in one.items():
+        torch.testing.assert_close(two[name], values, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shard", ["none", "blocks"])

@@ -294,7 +294,10 @@ def test_a_sample_that_cannot_be_used_is_counted(format: Format, example: Exampl
         assert len(problems) == defect
         assert {problem.reason for problem in problems} <= set(SOURCE_REASONS)
         source = open_source(path)
-        assert (len(source.problems), f"{int(defect)} problems" in describe(source)) == (defect, True)
+        assert (len(source.problems), ("1 problem (" if defect else "0 problems") in describe(source)) == (
+            defect,
+            True,
+        )
 
 
 @every_example

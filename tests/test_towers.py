@@ -16,6 +16,7 @@ from kit.towers import image_tower, open_clip_folder
 from threetowers.config import PairConfig
 from threetowers.data.transforms import ImageSpec, fixed_view, normalise
 from threetowers.errors import CheckpointError, UsageError
+from threetowers.towers.frozen import base
 from threetowers.towers.frozen.image_tower import as_image_tower
 from threetowers.towers.frozen.load import load_frozen
 from threetowers.towers.heads import head
@@ -123,10 +124,12 @@ def _misshapen(state: dict[str, torch.Tensor], key: str, folder: Path) -> Path:
     return path
 
 
-def test_a_network_name_without_network_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hub", ["", "the Hub cannot be reached"])
+def test_a_network_name_without_network_says_how_to_go_on(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("no route to host")
 
+    monkeypatch.setattr(base, "why_no_hub", lambda: hub)
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(CheckpointError, match=r"no route to host.*@FILE"):
         load_frozen("timm:resnet18")

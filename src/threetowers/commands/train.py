@@ -46,6 +46,7 @@ def train(arguments: TrainArguments, out: Path, words: Sequence[str]) -> int:
                 profile=arguments.profile,
                 processes=processes,
             )
+            evaluation = evaluate_run(out, processes=processes) if result.finished else None
     except ThreeTowersError as error:
         _ignore_launcher(started)
         if is_first_to_say(str(error)):
@@ -59,12 +60,12 @@ def train(arguments: TrainArguments, out: Path, words: Sequence[str]) -> int:
             result.profile
             or f"--profile: {out} is finished, so no step was taken; --fresh True trains it again"
         )
-    if not result.finished:
+    if evaluation is None:
         print(f"stopped at step {result.step}; the same command continues. Run folder: {out}")
         return STOPPED
     if was_finished and not arguments.fresh:
         print("this run was finished before; --fresh True trains it again")
-    print(evaluate_run(out).text())
+    print(evaluation.text())
     if (out / BAD_FILE).is_file():
         count = len((out / BAD_FILE).read_bytes().splitlines())
         print(f"{count:,} samples could not be used as they are; {out / BAD_FILE} names them and says why")

@@ -25,6 +25,8 @@ from threetowers.evaluate.retrieval import ranks_from_features, recalls, retriev
 from threetowers.evaluate.suite.live import describe_watched, open_watched
 from threetowers.evaluate.zero_shot import DEFAULT_TEMPLATES, check_prompts, class_embeddings, zero_shot
 from threetowers.files import write_whole
+from threetowers.heartbeats import PLACE
+from threetowers.processes import ALONE, Processes
 from threetowers.progress import warn
 from threetowers.run.finished import changed_parts, read_description, restore_trained
 from threetowers.run.setup import Setup, autocast, check_enough, open_data, prepare, world
@@ -86,14 +88,28 @@ class Evaluation:
 
 
 def evaluate_run(
-    folder: Path, *, data: str | None = None, classes: str | None = None, ranked: Rankings | None = None
+    folder: Path,
+    *,
+    data: str | None = None,
+    classes: str | None = None,
+    ranked: Rankings | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Evaluates a finished run and writes evaluation.json and features.safetensors into its folder.
 
     data: other images and captions to test on. classes: other labelled images. With either, the run's files stay as
-    they are. ranked: where to write the ranked ids of the test data, or None.
+    they are. ranked: where to write the ranked ids of the test data, or None. processes: those that call this together,
+    of which each encodes its share. The first one measures and writes, and what the others return has no figures.
     Raises CheckpointError for an unfinished run and DataError for data that cannot be used.
     """
+    with PLACE.named("validation"):
+        return _evaluate_run(folder, data, classes, ranked, processes)
+
+
+def _evaluate_run(
+    folder: Path, data: str | None, classes: str | None, ranked: Rankings | None, processes: Processes
+) -> Evaluation:
+    processes.told(lambda: None)  # the first one has written the run
     own = data is None and classes is None
     described = read_description(folder)
     if own and not os.access(folder, os.W_OK):
@@ -103,21 +119,24 @@ def evaluate_run(
     config = read_config(folder / "config.toml")
     if classes is not None:
         config = replace(config, classes=classes)
-    labelled = open_labelled(config)
-    other = None if data is None else open_source(
-        data, image_column=config.inputs.image_column, caption_columns=config.inputs.caption_columns
-    )  # fmt: skip
-    setup = prepare(config, folder, saved_tokenizer=folder)
+    with processes.one_before_all():
+        labelled = open_labelled(config)
+        other = None if data is None else open_source(
+            data, image_column=config.inputs.image_column, caption_columns=config.inputs.caption_columns
+        )  # fmt: skip
+    setup = prepare(config, folder, saved_tokenizer=folder, processes=processes)
     restore_trained(setup.model, folder)
     changed = changed_parts(described.get("data", {}), setup.parts())
-    if changed:
+    if changed and processes.first:
         warn(
             f"{folder}: the data has changed since this run was trained: {', '.join(changed)}. The figures are of the "
             "data as it is, and not comparable with earlier ones"
         )
-    _check_thirds(setup, described, folder)
+    _check_thirds(setup, described, folder, says=processes.first)
     test = other or setup.test
-    encoded = encode_all(setup, test, labelled)
+    encoded = encode_all(setup, test, labelled, processes)
+    if not processes.first:
+        return Evaluation(test.name, len(setup.val), len(test), {}, [])
     evaluation, saved = evaluate(encoded, test.name, len(setup.val), len(test))
     if ranked and encoded.test is not None:
         ranked.write("test", encoded.test, test)
@@ -131,8 +150,8 @@ def evaluate_run(
     return evaluation
 
 
-def _check_thirds(setup: Setup, described: dict[str, Any], folder: Path) -> None:
-    """Says which frozen towers are not those of the training.
+def _check_thirds(setup: Setup, described: dict[str, Any], folder: Path, *, says: bool) -> None:
+    """Says which frozen towers are not those of the training, unless another process does.
 
     Raises CheckpointError where such a tower is the main image tower.
     """
@@ -145,7 +164,8 @@ def _check_thirds(setup: Setup, described: dict[str, Any], folder: Path) -> None
     )
     if setup.model.img is None:
         raise CheckpointError(f"{text}. It is the image tower of the trained model; put it back")
-    warn(f"{text}. Figures in which it takes part say nothing about the trained model; put it back")
+    if says:
+        warn(f"{text}. Figures in which it takes part say nothing about the trained model; put it back")
 
 
 def check_evaluation(config: RunConfig) -> list[str]:
@@ -210,12 +230,17 @@ def _check_readable(source: Source) -> None:
     )
 
 
-def encode_all(setup: Setup, test: Source, labelled: Source | None) -> EvaluationData:
-    """Encodes the validation data, the test data and the labelled images of a setup with trained weights."""
+def encode_all(
+    setup: Setup, test: Source, labelled: Source | None, processes: Processes = ALONE
+) -> EvaluationData:
+    """Encodes the validation data, the test data and the labelled images of a setup with trained weights.
+
+    processes: as in `encode`.
+    """
     return EvaluationData(
-        val=_captioned(setup, setup.val),
-        test=_captioned(setup, test),
-        labelled=None if labelled is None else _labelled(setup, labelled),
+        val=_captioned(setup, setup.val, processes),
+        test=_captioned(setup, test, processes),
+        labelled=None if labelled is None else _labelled(setup, labelled, processes),
     )
 
 
@@ -261,12 +286,12 @@ def save_features(path: Path, data: EvaluationData, saved: dict[str, Tensor]) ->
     write_safetensors(path, tensors)
 
 
-def _captioned(setup: Setup, source: Source) -> Encoded | None:
-    encoded = _encode(setup, source) if len(source) else None
+def _captioned(setup: Setup, source: Source, processes: Processes) -> Encoded | None:
+    encoded = _encode(setup, source, processes) if len(source) else None
     return encoded if encoded is not None and encoded.captions else None
 
 
-def _encode(setup: Setup, source: Source, *, merge: bool = True) -> Encoded:
+def _encode(setup: Setup, source: Source, processes: Processes, *, merge: bool = True) -> Encoded:
     return encode(
         setup.model,
         source,
@@ -277,14 +302,19 @@ def _encode(setup: Setup, source: Source, *, merge: bool = True) -> Encoded:
         autocast=autocast(setup.config, setup.device),
         merge=merge,
         kept=setup.kept_views(source),
+        processes=processes,
     )
 
 
-def _labelled(setup: Setup, source: Source) -> Labelled:
-    encoded = _encode(setup, source, merge=False)  # accuracy is over the published number of images
+def _labelled(setup: Setup, source: Source, processes: Processes) -> Labelled:
+    encoded = _encode(
+        setup, source, processes, merge=False
+    )  # accuracy is over the published number of images
     precision = autocast(setup.config, setup.device)
     classes = class_embeddings(
-        lambda texts: encode_texts(setup.model, texts, setup.tokenizer, setup.device, autocast=precision),
+        lambda texts: encode_texts(
+            setup.model, texts, setup.tokenizer, setup.device, autocast=precision, processes=processes
+        ),
         source.class_names,
         source.templates or DEFAULT_TEMPLATES,
     )

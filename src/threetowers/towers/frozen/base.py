@@ -12,6 +12,7 @@ Legend: B images or texts, n tokens, N places of a feature map, P the tower's wi
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -262,6 +263,7 @@ def foreign(source: str, what: str, remedy: str = "", *, hub: bool = False) -> I
             yield
     except Exception as error:
         advice = f". {remedy}" if remedy else ""
-        raise CheckpointError(
-            f"{source}: {what} could not be loaded ({reason or first_line(error)}){advice}"
-        ) from error
+        said = first_line(error)
+        if reason and re.search("offline|connect|cache", said, re.IGNORECASE):  # what the libraries then say
+            said = reason
+        raise CheckpointError(f"{source}: {what} could not be loaded ({said}){advice}") from error
