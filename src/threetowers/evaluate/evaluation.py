@@ -291,7 +291,7 @@ def _captioned(setup: Setup, source: Source, processes: Processes) -> Encoded | 
     return encoded if encoded is not None and encoded.captions else None
 
 
-def _encode(setup: Setup, source: Source, processes: Processes, *, merge: bool = True) -> Encoded:
+def _encode(setup: Setup, source: Source, processes: Processes = ALONE, *, merge: bool = True) -> Encoded:
     return encode(
         setup.model,
         source,
@@ -306,7 +306,7 @@ def _encode(setup: Setup, source: Source, processes: Processes, *, merge: bool =
     )
 
 
-def _labelled(setup: Setup, source: Source, processes: Processes) -> Labelled:
+def _labelled(setup: Setup, source: Source, processes: Processes = ALONE) -> Labelled:
     encoded = _encode(
         setup, source, processes, merge=False
     )  # accuracy is over the published number of images
