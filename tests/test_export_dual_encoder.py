@@ -134,6 +134,17 @@ def test_a_network_that_timm_builds_otherwise_is_refused(
         return torch.nn.Sequential(timm.create_model(*arguments, **more))
 
     finished = load_run(run)
+
+    def rounded(*arguments: Any, **more: Any) -> torch.nn.Module:
+        """The same network on another processor, with features of which some are much larger than others."""
+        network: Any = timm.create_model(*arguments, **more)
+        noise = 1e-5 * torch.randn(network.num_features, generator=torch.Generator().manual_seed(0))
+        network.register_forward_hook(lambda *call: call[2] + noise * call[2].abs().mean())
+        built: torch.nn.Module = network
+        return built
+
+    assert dual_encoder.network_arguments(finished) == {}
+    monkeypatch.setattr(dual_encoder, "timm", SimpleNamespace(create_model=rounded))
     assert dual_encoder.network_arguments(finished) == {}
     for build in (other_values, other_weights):
         monkeypatch.setattr(dual_encoder, "timm", SimpleNamespace(create_model=build))

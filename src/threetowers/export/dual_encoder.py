@@ -56,7 +56,8 @@ def network_arguments(finished: FinishedRun) -> dict[str, Any] | None:
                 continue
             other.load_state_dict(trunk.state_dict())
             found, wanted = other(images), trunk(images)
-            if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-5, atol=1e-6):
+            # another network is off by its whole length; rounding takes up to 1e-5, as its weights lie elsewhere
+            if found.shape == wanted.shape and (found - wanted).norm() <= 1e-3 * wanted.norm():
                 return arguments
     return None
 
