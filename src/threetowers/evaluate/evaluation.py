@@ -87,6 +87,7 @@ class Evaluation:
         return counts | repeated | self.sections | {"num_bad": self.num_bad}
 
 
+@PLACE.named("validation")
 def evaluate_run(
     folder: Path,
     *,
@@ -102,13 +103,6 @@ def evaluate_run(
     of which each encodes its share. The first one measures and writes, and what the others return has no figures.
     Raises CheckpointError for an unfinished run and DataError for data that cannot be used.
     """
-    with PLACE.named("validation"):
-        return _evaluate_run(folder, data, classes, ranked, processes)
-
-
-def _evaluate_run(
-    folder: Path, data: str | None, classes: str | None, ranked: Rankings | None, processes: Processes
-) -> Evaluation:
     processes.told(lambda: None)  # the first one has written the run
     own = data is None and classes is None
     described = read_description(folder)
@@ -307,9 +301,8 @@ def _encode(setup: Setup, source: Source, processes: Processes = ALONE, *, merge
 
 
 def _labelled(setup: Setup, source: Source, processes: Processes = ALONE) -> Labelled:
-    encoded = _encode(
-        setup, source, processes, merge=False
-    )  # accuracy is over the published number of images
+    # accuracy is over the published number of images
+    encoded = _encode(setup, source, processes, merge=False)
     precision = autocast(setup.config, setup.device)
     classes = class_embeddings(
         lambda texts: encode_texts(
