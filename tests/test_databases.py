@@ -23,11 +23,6 @@ from threetowers.train.loop import train
 TEXTS = ["a red square at the top left", "the bottom right is blue"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("databases")
-
-
 @pytest.fixture
 def run(folder: Path, tiny_config: Config) -> Path:
     if not (folder / "run").exists():

@@ -152,8 +152,11 @@ class ThreeTowers(nn.Module):
         """What the loss of one row of the table is computed from; see `loss`."""
         row = self.objective.rows[index]
         view = self.view if LOSSES[row.kind].unit else self.raw_view
+        return self._compared(index, view(row.a, feats), view(row.b, feats), ids, bf16)
+
+    def _compared(self, index: int, a: Tensor, b: Tensor, ids: tuple[Tensor, ...], bf16: bool) -> Compared:
         bias = None if self.bias is None else self.bias[index]
-        return Compared(view(row.a, feats), view(row.b, feats), self.scale(index), bias, ids, bf16)
+        return Compared(a, b, self.scale(index), bias, ids, bf16)
 
     def row_loss(
         self, index: int, feats: Mapping[str, Tensor], ids: tuple[Tensor, ...] = (), *, bf16: bool = False
@@ -201,8 +204,7 @@ class ThreeTowers(nn.Module):
             source = self.source(frozen)
             if row.kind in sharded.SHARES and source in self.thirds:
                 views[i] = partial(self._view_of, frozen)
-                bias = None if self.bias is None else self.bias[i]
-                compared = Compared(self.view(main, feats), feats[source], self.scale(i), bias, ids, bf16)
+                compared = self._compared(i, self.view(main, feats), feats[source], ids, bf16)
             else:
                 compared = self.compared(i, feats, ids, bf16=bf16)
             rows.append((row.kind, compared))
