@@ -27,6 +27,7 @@ from threetowers.export.open_clip import export_open_clip
 from threetowers.export.transformers import export_transformers
 from threetowers.objective.losses import unit
 from threetowers.run.finished import FinishedRun, load_run
+from threetowers.towers import clip
 from threetowers.train.loop import train
 
 TEXTS = [
@@ -118,7 +119,7 @@ def test_the_end_token_is_moved_away_from_the_id_that_means_the_highest_one(
     run: Path, exported: Path
 ) -> None:
     finished = load_run(run)
-    assert inputs.end_id(finished.tokenizer) == export.ARGMAX_ID
+    assert inputs.end_id(finished.tokenizer) == clip.ARGMAX_ID
     config = json.loads((exported / "config.json").read_text())["text_config"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     assert config["eos_token_id"] == tokenizer.eos_token_id == config["vocab_size"] - 1
@@ -236,8 +237,8 @@ def test_the_image_processor_makes_the_runs_pixels(
 
 
 def swapped_norms(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(export.BLOCK, "ln_1", "layer_norm2")
-    patch.setitem(export.BLOCK, "ln_2", "layer_norm1")
+    patch.setitem(clip.BLOCK, "ln_1", "layer_norm2")
+    patch.setitem(clip.BLOCK, "ln_2", "layer_norm1")
 
 
 def end_left_where_it_is(patch: pytest.MonkeyPatch) -> None:
@@ -250,7 +251,7 @@ def other_mean(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_activation(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(export, "_activation", lambda block: "quick_gelu")
+    patch.setattr(clip, "activation", lambda block: "quick_gelu")
 
 
 @pytest.mark.parametrize("damage", [swapped_norms, end_left_where_it_is, other_mean, other_activation])

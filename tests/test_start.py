@@ -240,7 +240,3 @@ def test_without_a_projection_the_two_widths_must_agree(tiny_config: Config, tmp
     )  # fmt: skip
     with pytest.raises(UsageError, match=r"lit_projection: without it the pair is \d+ wide"):
         assemble(config, tmp_path / "second")
-    quick = replace(tiny_config().pair, model="ViT-B-32-quickgelu", vision={}, text={})
-    config = tiny_config(method="3t-warm", pair=quick, start=StartConfig(text=f"file:{tmp_path / 'first'}"))
-    with pytest.raises(UsageError, match=r"pair\.model: .* would change the activation of 'file:"):
-        assemble(config, tmp_path / "third")

@@ -32,7 +32,7 @@ from threetowers.towers.pair import (
     load_pair_weights,
     model_config,
 )
-from threetowers.towers.start import TextStart, is_half_of_pair
+from threetowers.towers.start import TextStart, is_half_of_pair, one_activation
 
 
 @dataclass(frozen=True)
@@ -267,25 +267,27 @@ def build(
     table = objective(config)
     model_cfg = model_config(config.pair)
     projects = False  # onto the pair's space, by a new layer behind a started image tower
-    if text_start is not None and text_start.in_pair and model_cfg.get("quick_gelu"):
-        raise UsageError(
-            f"pair.model: {config.pair.model!r} would change the activation of {text_start.spec!r}; take a pair "
-            "without quickgelu"
-        )
+    source: FrozenTower | None = None
+    if table.image == "third":
+        (source,) = thirds.values()
+    elif table.image == "start":
+        source = image_start or thirds[start_view(config)]
+    if one_activation(config.pair, model_cfg, source, text_start):
+        model_cfg["quick_gelu"] = True
+    else:
+        model_cfg.pop("quick_gelu", None)
     pair_width = text_start.width if text_start is not None and text_start.in_pair else None
     if pair_width is not None:
         model_cfg["embed_dim"] = pair_width
     model_cfg["text_cfg"] = {**model_cfg["text_cfg"], **text_cfg}
     image = image_spec(model_cfg, config.pair)
     img: nn.Module | None
-    if table.image == "own":
+    if source is None:
         img = build_image_tower(model_cfg, config.seed)
     elif table.image == "third":
-        (third,) = thirds.values()
-        _image_tower_of(third, config, model_cfg, projects=config.objective.lit_projection)
-        img, image = None, third.image  # its network joins the pair when training is done
+        _image_tower_of(source, config, model_cfg, projects=config.objective.lit_projection)
+        img, image = None, source.image  # its network joins the pair when training is done
     else:
-        source = image_start or thirds[start_view(config)]
         if image_start is not None and is_half_of_pair(source.spec):
             projects = pair_width not in (None, source.width)
         else:
@@ -296,7 +298,7 @@ def build(
         text_start = text_start.projected(
             model_cfg["embed_dim"], config.seed, always=config.objective.lit_projection
         )
-        model_cfg["text_cfg"] = {**text_start.config, **text_cfg}
+        model_cfg["text_cfg"] = {**text_cfg, **text_start.config}
     txt = build_text_tower(model_cfg, config.seed)
     if text_start is not None:
         if model_cfg["embed_dim"] != text_start.width:
@@ -354,9 +356,4 @@ def _image_tower_of(
     else:
         model_cfg["embed_dim"] = third.width
     img, model_cfg["vision_cfg"] = as_image_tower(third, projection, size)
-    if model_cfg.get("quick_gelu") and "timm_model_name" not in model_cfg["vision_cfg"]:
-        raise UsageError(
-            f"pair.model: {config.pair.model!r} would change the activation of {third.spec!r}; take a pair without "
-            "quickgelu"
-        )
     return img

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer, VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from threetowers.data.tokenize import marks_in_text
@@ -39,6 +39,7 @@ from threetowers.export.inputs import (
 from threetowers.export.samples import CAPTIONS, check_difference, exactness, sample_pictures
 from threetowers.objective.losses import unit
 from threetowers.run.finished import FinishedRun, load_run
+from threetowers.towers.clip import ARGMAX_ID, activation, blocks_to_transformers, to_transformers
 from threetowers.towers.encoder import is_encoder
 from threetowers.towers.frozen.base import foreign
 from threetowers.towers.frozen.hf import REMEDY, import_transformers, load_model, quiet
@@ -46,16 +47,6 @@ from threetowers.towers.frozen.text import load_hf_tokenizer
 from threetowers.towers.pair import takes_short_text
 from threetowers.towers.weights import load_strictly
 
-BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-"""The modules of a transformer block, but for queries, keys and values: open_clip's name and transformers' name."""
-ARGMAX_ID = 2
-"""With this id of the end token, transformers' CLIP pools at the highest id of a text and not at its end token."""
 USAGE = """```python
 import torch
 from PIL import Image
@@ -180,16 +171,8 @@ def _block_obstacles(name: str, tower: Any) -> Iterator[str]:
     for block in tower.transformer.resblocks:
         if type(block) is not ResidualAttentionBlock or not isinstance(block.ls_1, nn.Identity):
             yield f"the {name} tower has blocks that CLIP does not have, or a layer scale (ls_init_value)"
-        elif _activation(block) is None:
+        elif activation(block) is None:
             yield f"the {name} tower has the activation {type(block.mlp.gelu).__name__} (act_kwargs)"
-
-
-def _activation(block: Any) -> str | None:
-    """transformers' name of a block's activation; None when it has none for it."""
-    if isinstance(block.mlp.gelu, QuickGELU):
-        return "quick_gelu"
-    kinds = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
-    return kinds.get(block.mlp.gelu.approximate) if isinstance(block.mlp.gelu, nn.GELU) else None
 
 
 def _write_model(
@@ -224,74 +207,35 @@ def clip_config(finished: FinishedRun, moved: tuple[int, int] | None = None) -> 
     config = {
         "projection_dim": embed_dim,
         "logit_scale_init_value": float(np.log(finished.scale)),
-        "text_config": {**_blocks_config(txt, txt.ln_final), **text, "projection_dim": embed_dim},
+        "text_config": {**blocks_to_transformers(txt, txt.ln_final), **text, "projection_dim": embed_dim},
     }
     if isinstance(img, VisionTransformer):
         vision = {"image_size": img.image_size[0], "patch_size": img.patch_size[0]}
-        config["vision_config"] = {**_blocks_config(img, img.ln_post), **vision, "projection_dim": embed_dim}
+        config["vision_config"] = {
+            **blocks_to_transformers(img, img.ln_post),
+            **vision,
+            "projection_dim": embed_dim,
+        }
     return config
 
 
-def _blocks_config(tower: Any, norm: Any) -> dict[str, Any]:
-    block = tower.transformer.resblocks[0]
-    return {
-        "hidden_size": tower.transformer.width,
-        "intermediate_size": block.mlp.c_fc.out_features,
-        "num_hidden_layers": len(tower.transformer.resblocks),
-        "num_attention_heads": block.attn.num_heads,
-        "hidden_act": _activation(block),
-        "layer_norm_eps": norm.eps,
-    }
-
-
 def clip_weights(finished: FinishedRun, moved: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """The towers' weights under transformers' names. Projections are [D, W] there, and [W, D] in open_clip's own."""
-    txt = finished.txt.state_dict()
-    tokens = txt["token_embedding.weight"].clone()  # [V, W]
+    """The towers' weights under transformers' names."""
+    img: Any = finished.img
+    txt: Any = finished.txt
+    text = txt.state_dict()
+    tokens = text["token_embedding.weight"].clone()  # [V, W]
     if moved is not None:
         tokens[list(moved)] = tokens[list(reversed(moved))]
-    projection = txt.get("text_projection")  # without one, W is D
-    state = {
-        "logit_scale": torch.tensor(finished.scale).log(),
-        "text_projection.weight": torch.eye(tokens.shape[1]) if projection is None else projection.T,
-        "text_model.embeddings.token_embedding.weight": tokens,
-        "text_model.embeddings.position_embedding.weight": txt["positional_embedding"],
-    }
-    for part in ("weight", "bias"):
-        state[f"text_model.final_layer_norm.{part}"] = txt[f"ln_final.{part}"]
-    state |= {f"text_model.{key}": value for key, value in _block_weights(txt)}
-    state |= vision_weights(finished) if isinstance(finished.img, TimmModel) else _vit_weights(finished.img)
+    text["token_embedding.weight"] = tokens
+    text.setdefault("text_projection", torch.eye(tokens.shape[1]))  # without one, W is D
+    state = {"logit_scale": torch.tensor(finished.scale).log()}
+    state |= to_transformers("txt", text, len(txt.transformer.resblocks))
+    if isinstance(img, TimmModel):
+        state |= vision_weights(finished)
+    else:
+        state |= to_transformers("img", img.state_dict(), len(img.transformer.resblocks))
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
-
-
-def _vit_weights(tower: nn.Module) -> dict[str, Tensor]:
-    img = tower.state_dict()
-    state = {
-        "visual_projection.weight": img["proj"].T,
-        "vision_model.embeddings.class_embedding": img["class_embedding"],
-        "vision_model.embeddings.patch_embedding.weight": img["conv1.weight"],
-        "vision_model.embeddings.position_embedding.weight": img["positional_embedding"],
-    }
-    for part in ("weight", "bias"):
-        state[f"vision_model.pre_layrnorm.{part}"] = img[f"ln_pre.{part}"]  # their spelling
-        state[f"vision_model.post_layernorm.{part}"] = img[f"ln_post.{part}"]
-    return state | {f"vision_model.{key}": value for key, value in _block_weights(img)}
-
-
-def _block_weights(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a tower's transformer blocks under transformers' names."""
-    inside = "transformer.resblocks."
-    for key, value in state.items():
-        if not key.startswith(inside):
-            continue
-        index, name = key.removeprefix(inside).split(".", 1)
-        module, _, part = name.rpartition(".")
-        layer = f"encoder.layers.{index}"
-        if module == "attn":  # in_proj_weight and in_proj_bias stack queries, keys and values
-            for letter, piece in zip("qkv", value.chunk(3), strict=True):
-                yield f"{layer}.self_attn.{letter}_proj.{part.removeprefix('in_proj_')}", piece
-        else:
-            yield f"{layer}.{BLOCK[module]}.{part}", value
 
 
 # The end token.

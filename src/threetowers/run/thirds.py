@@ -23,7 +23,8 @@ from threetowers.run.allocator import return_freed_memory
 from threetowers.store.embed import find_or_make_store, store_for_training
 from threetowers.store.read import FIXED, Store, Views, find_store, is_store
 from threetowers.towers.frozen.base import FrozenTower, digest_of
-from threetowers.towers.frozen.load import kind_of, load_frozen
+from threetowers.towers.frozen.load import load_frozen
+from threetowers.towers.start import image_start
 
 NORM_SAMPLES = 1_024
 """Samples from which the norm of a live tower's features is taken."""
@@ -53,9 +54,8 @@ def load_image_start(config: RunConfig) -> FrozenTower | None:
     spec = config.start.image
     if spec is None or start_view(config):
         return None
-    kind_of(spec, key="start.image")
     try:
-        return load_frozen(spec, "start")
+        return image_start(spec)
     except UsageError as error:
         raise UsageError(str(error).replace("third:", "start.image:", 1)) from None
 

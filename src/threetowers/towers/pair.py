@@ -15,7 +15,7 @@ from open_clip.model import (
     _build_vision_tower,
     convert_to_custom_text_state_dict,
 )
-from open_clip.transformer import TextTransformer, text_global_pool
+from open_clip.transformer import QuickGELU, TextTransformer, text_global_pool
 from torch import Tensor, nn
 
 from threetowers.config import PairConfig
@@ -107,6 +107,11 @@ def checkpoint_activations(*towers: nn.Module | None) -> None:
                 tower.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AttributeError, NotImplementedError, AssertionError, TypeError, ValueError) as error:
             raise UsageError(f"grad_checkpointing: {type(tower).__name__} cannot do it ({error})") from None
+
+
+def has_quick_gelu(tower: nn.Module) -> bool:
+    """Whether the blocks of a tower have QuickGELU, which open_clip keeps as one key for both towers of a pair."""
+    return any(isinstance(module, QuickGELU) for module in tower.modules())
 
 
 def compile_towers(image: nn.Module | None, text: nn.Module) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from threetowers.errors import CheckpointError, UsageError
 from threetowers.towers.encoder import BESIDE, CONFIG, POOLERS, TYPES
 from threetowers.towers.frozen.base import foreign
 from threetowers.towers.frozen.hf import REMEDY, import_transformers, load_model, local_folder
-from threetowers.towers.frozen.text import VOCABULARIES, load_hf_tokenizer, token_limit
+from threetowers.towers.frozen.text import VOCABULARIES, fast_rules, load_hf_tokenizer, token_limit
 
 MODULES = ("Transformer", "Pooling", "Normalize")
 """The modules of sentence-transformers that can be taken over; the last changes no cosine."""
@@ -135,17 +134,13 @@ def _read_json(name: str, file: str, source: str) -> Any:
 
 def _tokenizer(loaded: Any, limit: int, *, lower: bool, source: str) -> FileTokenizer:
     """transformers' tokenizer as a tokenizer.json of ours; raises UsageError for one that cannot be one."""
-    if not loaded.is_fast:
-        raise UsageError(
-            f"{source}: {type(loaded).__name__} has no form in tokenizer.json; save the encoder with a fast tokenizer"
-        )
+    rules = fast_rules(loaded, source)
     others = (None, loaded.unk_token_id, loaded.eos_token_id, loaded.sep_token_id)
     if loaded.pad_token_id in others:
         raise UsageError(
             f"{source}: the tokenizer has no token for padding alone (pad_token = {loaded.pad_token!r}), by which "
             "open_clip's text tower tells texts from padding; give another encoder"
         )
-    rules = FastTokenizer.from_str(loaded.backend_tokenizer.to_str())
     if lower:  # sentence-transformers does it before the tokenizer's own steps
         steps = [normalizers.Lowercase(), *([rules.normalizer] if rules.normalizer else [])]
         rules.normalizer = normalizers.Sequence(steps)

@@ -34,8 +34,8 @@ def load_file(name: str, features: str) -> Loaded:
     load_strictly(
         image, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, f"file:{name}"
     )
-    vision_cfg = None if quick_gelu else model_config["vision_cfg"]
-    return Loaded(image, model_config["embed_dim"], ImageSpec.from_dict(described["image"]), vision_cfg)
+    spec = ImageSpec.from_dict(described["image"])
+    return Loaded(image, model_config["embed_dim"], spec, model_config["vision_cfg"])
 
 
 FILE = Kind(

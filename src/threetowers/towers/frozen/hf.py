@@ -300,14 +300,19 @@ def probe(model: Any, features: str, image: ImageSpec, source: str) -> tuple[int
     return tokens.shape[2], num_prefix
 
 
+def read_config(name: str, source: str) -> Any:
+    """transformers' configuration of a folder or a name on the Hub; raises CheckpointError."""
+    transformers = import_transformers(source)
+    with quiet(transformers), foreign(source, "the configuration", REMEDY, hub=not Path(name).is_dir()):
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
 def skeleton(spec: str, name: str) -> Any:
     """transformers' model of a configuration, without memory and without weights; raises CheckpointError."""
+    config = read_config(local_folder(name, spec), spec)
     transformers = import_transformers(spec)
-    folder = local_folder(name, spec)
-    with quiet(transformers), foreign(spec, "the configuration", REMEDY, hub=not Path(folder).is_dir()):
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            return transformers.AutoModel.from_config(config, trust_remote_code=False).eval()
+    with quiet(transformers), foreign(spec, "the network", REMEDY), torch.device("meta"):
+        return transformers.AutoModel.from_config(config, trust_remote_code=False).eval()
 
 
 def hf_card(spec: str, name: str) -> Card:

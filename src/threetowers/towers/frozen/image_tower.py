@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from threetowers.errors import UsageError
 from threetowers.towers.frozen.base import FrozenTower
 from threetowers.towers.frozen.timm import TimmTrunk, pool_name
+from threetowers.towers.pair import has_quick_gelu
 from threetowers.towers.weights import load_strictly
 
 
@@ -39,6 +40,7 @@ def as_image_tower(
             f"third: {tower.spec!r} cannot become the image tower of an open_clip model: its network was built with "
             "arguments of its own, or ends in a head, that open_clip's format does not record. It can serve as third "
             "tower of 3t"
+            + (", and a CLIPModel of transformers as start.image" if tower.spec.startswith("hf:") else "")
         )
     config = dict(tower.vision_cfg)
     state = {key: value.cpu() for key, value in tower.module.state_dict().items()}
@@ -57,7 +59,8 @@ def as_image_tower(
         state[key] = state[key] @ projection.T if native else projection @ state[key]
     if size is not None:
         config["image_size"] = size
-    image = _build_vision_tower(tower.width if projection is None else len(projection), config)
+    width = tower.width if projection is None else len(projection)
+    image = _build_vision_tower(width, config, has_quick_gelu(tower.module))
     if isinstance(image, VisionTransformer):
         _interpolate(state, image, tower.spec)
     load_strictly(image, state, tower.spec)

@@ -48,10 +48,8 @@ def load_open_clip(name: str, features: str) -> Loaded:
 
 def image_side(model: Any, config: dict[str, Any], source: str) -> Loaded:
     """The image tower of what `load_pair` returned; raises UsageError for preprocessing that ImageSpec cannot say."""
-    # open_clip keeps QuickGELU as a key of the whole model, which a pair with another text tower cannot take over
-    vision_cfg = None if config.get("quick_gelu") else dict(config["vision_cfg"])
     image = image_spec(open_clip.get_model_preprocess_cfg(model), source)
-    return Loaded(model.visual, config["embed_dim"], image, vision_cfg)
+    return Loaded(model.visual, config["embed_dim"], image, dict(config["vision_cfg"]))
 
 
 def load_pair(name: str, source: str, **options: bool) -> tuple[Any, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import _build_text_tower
+from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor, nn
 
 from threetowers.data.tokenize import OPEN_CLIP_MARKS, marks_in_text, without_marks
@@ -178,6 +179,16 @@ def load_hf_tokenizer(name: str, source: str) -> Any:
             f"{source}: the tokenizer has no vocabulary; tokenizer.json or the vocabulary's own file is missing"
         )
     return tokenizer
+
+
+def fast_rules(loaded: Any, source: str) -> FastTokenizer:
+    """A copy of transformers' tokenizer as one of `tokenizers`; raises UsageError for one that cannot be that."""
+    if not loaded.is_fast:
+        raise UsageError(
+            f"{source}: {type(loaded).__name__} has no form in tokenizer.json; save the model with a fast tokenizer"
+        )
+    rules: FastTokenizer = FastTokenizer.from_str(loaded.backend_tokenizer.to_str())
+    return rules
 
 
 def token_limit(tokenizer: Any, config: Any) -> int:
