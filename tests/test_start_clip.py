@@ -190,6 +190,18 @@ def test_towers_of_different_activations_are_no_pair(tiny_config: Config, tmp_pa
         started(tiny_config, tmp_path / "run", both(mixed))
 
 
+def test_an_encoder_keeps_its_own_activation_beside_a_tower_with_quick_gelu(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    encoder = sentence_encoder(tmp_path / "encoder")
+    start = StartConfig(text=f"hf-text:{encoder}")
+    train(tiny_config(method="baseline", start=start, steps=1), tmp_path / "first")
+    image = f"hf:{clip_folder(tmp_path / 'clip')}"
+    for each in (f"hf-text:{encoder}", f"file:{tmp_path / 'first'}"):
+        setup = started(tiny_config, tmp_path / "run", StartConfig(image=image, text=each))
+        assert "QuickGELU" in repr(setup.model.img) and "QuickGELU" not in repr(setup.model.txt)
+
+
 def test_quick_gelu_of_open_clip_is_kept_too_and_by_a_locked_image_tower(
     tiny_config: Config, tmp_path: Path
 ) -> None:
@@ -325,6 +337,7 @@ def other_tokenizer(patch: pytest.MonkeyPatch) -> None:
     ("damage", "side", "says"),
     [(swapped_norms, "image", "computes other features"), (swapped_norms, "text", "computes other features"),
      (other_tokenizer, "text", "gives other ids")],
+    ids=["image", "text", "tokenizer"],
 )  # fmt: skip
 def test_towers_that_compute_something_else_are_refused(
     damage: Callable[[pytest.MonkeyPatch], None],

@@ -41,11 +41,11 @@ class StartConfig:
     """Towers that start at the weights of another model, whose network and preprocessing they take over."""
 
     image: str | None = None
-    """`third` (one of several: third_NAME), or any frozen tower of images by its name, such as timm:NAME,
-    open_clip:NAME@TAG or file:RUN; `none`: the image tower that `pair` describes."""
+    """`third` (one of several: third_NAME), or a tower of images by its name: timm:NAME, open_clip:NAME@TAG, file:RUN
+    or a transformers CLIP hf:DIR_OR_ID; `none`: the image tower that `pair` describes."""
     text: str | None = None
-    """open_clip:NAME@TAG, file:RUN or a sentence encoder hf-text:DIR_OR_ID, with its tokenizer; `none`: the text tower
-    that `pair` describes."""
+    """open_clip:NAME@TAG, file:RUN, a transformers CLIP hf:DIR_OR_ID or a sentence encoder hf-text:DIR_OR_ID, with its
+    tokenizer; `none`: the text tower that `pair` describes."""
     image_size: int | None = None
     """Side of the image tower's square input in pixels; `none`: that of its source."""
     lr: float = 0.15

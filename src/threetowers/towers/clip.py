@@ -83,7 +83,7 @@ REMEDIES = {
 }
 """What to give instead of related types of models."""
 OTHERS = "others are timm:NAME or open_clip:NAME@TAG for images, hf-text:DIR_OR_ID for texts"
-SAMPLE = ("a photo of a red square", "Ein Größenvergleich, sehr lang " * 40, "")
+SAMPLE = ("a photo of a red square", "Ein sehr langer Größenvergleich, " * 40 + "Ende", "")
 """Texts whose features have to be transformers' own; the second is longer than any context length in use."""
 TOLERANCE = 1e-5
 """The largest difference between two unit vectors, in any component, at which they count as the same."""
@@ -247,7 +247,7 @@ def _load_clip(name: str, source: str, needs: tuple[str, ...]) -> Any:
     if found != "clip":
         remedy = REMEDIES.get(found, OTHERS)
         raise UsageError(
-            f"{source}: a model of the type {found!r}, and hf: starts a main tower at a CLIPModel alone; {remedy}"
+            f"{source}: a model of the type {found!r}, and main towers start at transformers' CLIPModel alone; {remedy}"
         )
     return load_model(name, source)[0]
 

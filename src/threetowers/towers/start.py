@@ -154,7 +154,7 @@ def one_activation(
     found: dict[str, bool] = {}
     if image is not None and isinstance(image.module, VisionTransformer):
         found[f"the image tower of {image.spec!r}"] = has_quick_gelu(image.module)
-    if text is not None and text.in_pair:
+    if text is not None and _takes_quick_gelu(text.config):
         found[f"the text tower of {text.spec!r}"] = text.quick_gelu
     fresh = [model_cfg["vision_cfg"]] * (image is None) + [model_cfg["text_cfg"]] * (text is None)
     if pair.model is not None and any(map(_takes_quick_gelu, fresh)):
