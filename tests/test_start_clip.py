@@ -87,7 +87,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the tanh of gelu": {"act": "gelu_pytorch_tanh"},
     "pooled at the highest id": {"text": {"eos_token_id": 2}},
     "other epsilon, heads and MLP": {
-        "text": {"layer_norm_eps": 1e-3, "hidden_size": 28, "num_attention_heads": 4, "intermediate_size": 45},
+        "text": {"layer_norm_eps": 1e-3, "hidden_size": 28, "num_attention_heads": 4, "intermediate_size": 61},
         "vision": {"layer_norm_eps": 1e-6, "hidden_size": 49, "num_attention_heads": 7, "intermediate_size": 147},
     },
     "more positions and rows than the tokenizer uses": {"text": {"vocab_size": 800}, "limit": 11},
