@@ -266,12 +266,7 @@ def build(
     """
     table = objective(config)
     model_cfg = model_config(config.pair)
-    projects = False  # onto the pair's space, by a new layer behind a started image tower
-    source: FrozenTower | None = None
-    if table.image == "third":
-        (source,) = thirds.values()
-    elif table.image == "start":
-        source = image_start or thirds[start_view(config)]
+    source = _image_source(table, config, thirds, image_start)
     if one_activation(config.pair, model_cfg, source, text_start):
         model_cfg["quick_gelu"] = True
     else:
@@ -280,61 +275,42 @@ def build(
     if pair_width is not None:
         model_cfg["embed_dim"] = pair_width
     model_cfg["text_cfg"] = {**model_cfg["text_cfg"], **text_cfg}
-    image = image_spec(model_cfg, config.pair)
     img: nn.Module | None
     if source is None:
+        projects, image = False, image_spec(model_cfg, config.pair)
         img = build_image_tower(model_cfg, config.seed)
-    elif table.image == "third":
-        _image_tower_of(source, config, model_cfg, projects=config.objective.lit_projection)
-        img, image = None, source.image  # its network joins the pair when training is done
     else:
-        if image_start is not None and is_half_of_pair(source.spec):
+        if source is image_start and is_half_of_pair(source.spec):
             projects = pair_width not in (None, source.width)
         else:
             projects = config.objective.lit_projection
-        img = _image_tower_of(source, config, model_cfg, projects, config.start.image_size)
-        image = source.image.at(config.start.image_size)
-    if text_start is not None:
-        text_start = text_start.projected(
-            model_cfg["embed_dim"], config.seed, always=config.objective.lit_projection
-        )
-        model_cfg["text_cfg"] = {**text_cfg, **text_start.config}
-    txt = build_text_tower(model_cfg, config.seed)
-    if text_start is not None:
-        if model_cfg["embed_dim"] != text_start.width:
-            raise UsageError(
-                f"objective.lit_projection: without it the pair is {model_cfg['embed_dim']} wide, and the text tower "
-                f"of {text_start.spec!r} {text_start.width}"
-            )
-        text_start.load_into(txt)
+        size = config.start.image_size if table.image == "start" else None
+        img, image = _image_tower_of(source, config, model_cfg, projects, size), source.image.at(size)
+        if table.image == "third":
+            img = None  # it joins the pair when training is done
+    txt = _text_tower(config, model_cfg, text_cfg, text_start)
     if config.pair.weights is not None:
-        if table.image != "own" or text_start is not None:
-            whose = "start.text" if table.image == "own" else f"method {config.method!r} or start.image"
-            raise UsageError(
-                f"pair.weights: these are weights of both towers, and {whose} names others for one"
-            )
-        assert img is not None
-        load_pair_weights(img, txt, config.pair.weights)
-    used = {tower_of(view) for view in table.views()}
-    widths = {view: t.width for view, t in thirds.items() if view in used or table.image == "third"}
-    for row in table.rows:
-        if row.a in ("img", "txt") and widths.get(row.b, model_cfg["embed_dim"]) != model_cfg["embed_dim"]:
-            raise UsageError(
-                f"objective.heads: none compares {row.a}, {model_cfg['embed_dim']} wide, with {row.b}, "
-                f"{widths[row.b]} wide; give another pair.embed_dim, or heads"
-            )
+        _load_weights_of_pair(table, config, img, txt, text_start)
+    widths = _third_widths(table, thirds, model_cfg["embed_dim"])
     model = ThreeTowers(
         table, img, txt, model_cfg["embed_dim"], widths, config.objective, image, config.seed,
         text_thirds=[view for view in widths if thirds[view].reads == "texts"],
     )  # fmt: skip
-    if config.pair.weights is not None:
-        model.started = {"img": 1.0, "txt": 1.0}
-    image_part = "img.trunk" if projects and hasattr(img, "trunk") else "img"
-    text_part = "txt" if text_start is None or text_start.in_pair else "txt.transformer"
-    starts = {image_part: table.image == "start", text_part: text_start is not None}
-    model.started |= {name: config.start.lr for name, given in starts.items() if given}
+    model.started = _started(table, config, img, projects, text_start)
     model.keep_statistics = table.image == "start" and config.start.batchnorm == "frozen"
     return model, Architecture(model_cfg, image)
+
+
+def _image_source(
+    table: Objective, config: RunConfig, thirds: Mapping[str, FrozenTower], image_start: FrozenTower | None
+) -> FrozenTower | None:
+    """The frozen tower that the image tower is, or starts at; None for one that `pair` describes."""
+    if table.image == "third":
+        (third,) = thirds.values()
+        return third
+    if table.image == "start":
+        return image_start or thirds[start_view(config)]
+    return None
 
 
 def _image_tower_of(
@@ -357,3 +333,59 @@ def _image_tower_of(
         model_cfg["embed_dim"] = third.width
     img, model_cfg["vision_cfg"] = as_image_tower(third, projection, size)
     return img
+
+
+def _text_tower(
+    config: RunConfig, model_cfg: dict[str, Any], text_cfg: Mapping[str, Any], start: TextStart | None
+) -> nn.Module:
+    """The text tower, with the weights that it starts at; writes its text_cfg into model_cfg."""
+    if start is None:
+        return build_text_tower(model_cfg, config.seed)
+    start = start.projected(model_cfg["embed_dim"], config.seed, always=config.objective.lit_projection)
+    if model_cfg["embed_dim"] != start.width:
+        raise UsageError(
+            f"objective.lit_projection: without it the pair is {model_cfg['embed_dim']} wide, and the text tower "
+            f"of {start.spec!r} {start.width}"
+        )
+    model_cfg["text_cfg"] = {**text_cfg, **start.config}
+    txt = build_text_tower(model_cfg, config.seed)
+    start.load_into(txt)
+    return txt
+
+
+def _load_weights_of_pair(
+    table: Objective, config: RunConfig, img: nn.Module | None, txt: nn.Module, text_start: TextStart | None
+) -> None:
+    """Gives both towers the weights of `pair.weights`."""
+    if table.image != "own" or text_start is not None:
+        whose = "start.text" if table.image == "own" else f"method {config.method!r} or start.image"
+        raise UsageError(f"pair.weights: these are weights of both towers, and {whose} names others for one")
+    assert img is not None and config.pair.weights is not None
+    load_pair_weights(img, txt, config.pair.weights)
+
+
+def _third_widths(table: Objective, thirds: Mapping[str, FrozenTower], embed_dim: int) -> dict[str, int]:
+    """The widths of the third towers that the model reads; raises UsageError for a row that compares two widths."""
+    used = {tower_of(view) for view in table.views()}
+    widths = {view: t.width for view, t in thirds.items() if view in used or table.image == "third"}
+    for row in table.rows:
+        if row.a in ("img", "txt") and widths.get(row.b, embed_dim) != embed_dim:
+            raise UsageError(
+                f"objective.heads: none compares {row.a}, {embed_dim} wide, with {row.b}, {widths[row.b]} wide; give "
+                "another pair.embed_dim, or heads"
+            )
+    return widths
+
+
+def _started(
+    table: Objective, config: RunConfig, img: nn.Module | None, projects: bool, text_start: TextStart | None
+) -> dict[str, float]:
+    """The parts that start at given weights, with their multiple of the learning rate; new projections are none."""
+    if config.pair.weights is not None:
+        return {"img": 1.0, "txt": 1.0}
+    started = {}
+    if table.image == "start":
+        started["img.trunk" if projects and hasattr(img, "trunk") else "img"] = config.start.lr
+    if text_start is not None:
+        started["txt" if text_start.in_pair else "txt.transformer"] = config.start.lr
+    return started
