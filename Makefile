@@ -27,6 +27,8 @@ test: $(STAMP) ## the test suite
 
 test-slow: $(STAMP) ## the tests marked slow
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench,docs]'
+	@if command -v npm > /dev/null; then \
+	  npm install --prefix tests/javascript --ignore-scripts --no-package-lock --no-audit --no-fund --silent; fi
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m slow
 
 guards: $(STAMP) ## remove each guard once and check that a test fails; about three minutes

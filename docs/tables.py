@@ -44,6 +44,15 @@ THIRDS = ("matched", "rich", "partly", "mismatched", "random")
 RETRIEVAL, CLASSES = "retrieval/mean_r@1", "zero_shot/top1"
 CHOICES = [(f"`{name}`", name) for name in ("baseline", "lit", "lit-unlocked", "3t", "3t-main")]
 """The methods that docs/choosing.md compares: heading and label."""
+SCHEDULES = (
+    ("1/3 each (`3t`)", "3t"),
+    ("0.6, 0.2, 0.2 (`3t-main`)", "3t-main"),
+    ("0.8, 0.1, 0.1", "weights .8 .1 .1"),
+    ("0.2, 0.4, 0.4", "weights .2 .4 .4"),
+    ("from 0.2, 0.4, 0.4 to 0.8, 0.1, 0.1, linear", "weights from .2 .4 .4 to .8 .1 .1, linear"),
+    ("from 0.2, 0.4, 0.4 to 0.8, 0.1, 0.1, cosine", "weights from .2 .4 .4 to .8 .1 .1, cosine"),
+)
+"""The weights and schedules that docs/method.md compares: heading, and label of the ablation."""
 IMAGE_TOWERS = {
     "own": "trained from scratch",
     "third": "the frozen tower and one trained linear projection",
@@ -106,6 +115,8 @@ def tables() -> dict[str, str]:
                 ("scores of baseline and LiT averaged", "3t-main", "control/mean_r@1"),
             ],
         ),
+        "choosing-budgets": by_steps(study),
+        "schedules": schedules(study),
         "weightings": by_third(
             study,
             [
@@ -141,10 +152,35 @@ def by_third(study: dict[str, Any], columns: Sequence[tuple[str, str, str]]) -> 
     return markdown(("third tower", *(head for head, _, _ in columns)), rows)
 
 
-def _percent(cell: dict[str, float] | None) -> str:
-    if cell is None:
+def schedules(study: dict[str, Any]) -> str:
+    """Constant weights and schedules of them among the ablations of the study, beside 3T with the paper's."""
+    found = {row["label"]: row for row in study["ablations"]}
+    rows = [
+        (heading, _percent(found[label]["score"]), _percent(found[label].get("difference"), "+"))
+        for heading, label in SCHEDULES
+    ]
+    return markdown(("weights", "mean R@1", "difference to 1/3 each"), rows)
+
+
+def by_steps(study: dict[str, Any]) -> str:
+    """Mean R@1 of the study's longer runs by their training steps, as `by_third` writes it."""
+    found = {(row["label"].split()[0], row["steps"]): row["score"] for row in study["budgets"]}
+    methods = [(heading, label) for heading, label in CHOICES if any(label == given for given, _ in found)]
+    rows = [
+        (f"{steps:,}", *(_percent(found.get((label, steps))) for _, label in methods))
+        for steps in sorted({steps for _, steps in found})
+    ]
+    return markdown(("steps", *(heading for heading, _ in methods)), rows)
+
+
+def _percent(cell: dict[str, float] | None, signed: str = "") -> str:
+    """ "mean [low, high]" in %, without an interval for one seed. signed: "+" writes the sign of positive ones too."""
+    if cell is None or cell["low"] == cell["high"] == 0:  # a method and itself
         return "–"
-    return f"{100 * cell['mean']:.1f} [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
+    mean, *ends = (
+        f"{100 * cell[key]:{signed}.1f}" for key in ("mean", "low", "high") if cell[key] is not None
+    )
+    return f"{mean} [{', '.join(ends)}]".replace("-", "−") if ends else mean
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

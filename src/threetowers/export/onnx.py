@@ -208,7 +208,26 @@ def _text_side(finished: FinishedRun, encoders: Encoders, folder: Path) -> _Side
         # `encode_text` takes another way at the full length; the graph of shorter texts holds there too
         axes[1] = torch.export.Dim("sequence", max=context_length - 1)
     expected = encoders.encode_text(CAPTIONS)
-    return _Side("text", encoders.text, "input_ids", "text_embeds", axes, batches, expected)
+    network = _WithEnd(encoders.text, end_id(finished.tokenizer))
+    return _Side("text", network, "input_ids", "text_embeds", axes, batches, expected)
+
+
+class _WithEnd(nn.Module):
+    """Gives texts without an end token one in the last place; transformers.js cuts it off with the rest of a text.
+
+    encode: token ids [B, n] to vectors. end: the id of the end token.
+    """
+
+    def __init__(self, encode: nn.Module, end: int) -> None:
+        super().__init__()
+        self.encode = encode
+        self.end = end
+
+    def forward(self, ids: Tensor) -> Tensor:
+        cut = (ids != self.end).all(dim=1, keepdim=True)
+        last = torch.arange(ids.shape[1], device=ids.device) == ids.shape[1] - 1
+        found: Tensor = self.encode(torch.where(cut & last, self.end, ids))
+        return found
 
 
 def _write_graph(side: _Side, path: Path) -> None:
