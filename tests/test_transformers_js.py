@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kit.clip import clip_folder
 from kit.runs import TINY_PAIR, Config, with_vit
 from kit.sentences import sentence_encoder
 from threetowers.config import RunConfig, StartConfig
@@ -54,11 +55,17 @@ def starts_from_sentences(config: RunConfig, folder: Path) -> RunConfig:
     return replace(config, start=StartConfig(text=f"hf-text:{sentence_encoder(folder / 'encoder')}"))
 
 
+def starts_from_clip(config: RunConfig, folder: Path) -> RunConfig:
+    clip = f"hf:{clip_folder(folder / 'clip')}"
+    return replace(config, start=StartConfig(image=clip, text=clip))
+
+
 VARIANTS: dict[str, Callable[[RunConfig, Path], RunConfig]] = {
     "own vocabulary": own_vocabulary,
     "open_clip's vocabulary": open_clips_vocabulary,
     "a text tower that looks at its padding": looks_at_padding,
     "a sentence encoder": starts_from_sentences,
+    "a CLIPModel": starts_from_clip,
 }
 
 
@@ -96,7 +103,8 @@ def test_transformers_js_computes_the_vectors_of_the_run(
     train(VARIANTS[name](tiny_config(steps=2), tmp_path), tmp_path / "run")
     export_onnx(tmp_path / "run", tmp_path / "exported", quantize=True)
     ours = load_run(tmp_path / "run")
-    size = ours.architecture.image.size
+    spec = ours.architecture.image
+    size = spec.resize_size or spec.size  # a shorter side of this length is only cropped
     images = pictures(tmp_path, (size, size), (size, size), (size, size + 8), (70, 50))
     found = javascript(tmp_path / "exported", images)
     torch.testing.assert_close(found["texts"], ours.encode_text(TEXTS), rtol=0, atol=1e-5)
