@@ -184,3 +184,116 @@ def test_a_comparison_says_how_many_runs_there_are(tiny_config: Config, tmp_path
         plan(CompareConfig(lrs=(1e-3,), seeds=(0, 1)))
         == "4 runs: 2 methods, each with one learning rate, 2 seeds"
     )
+
+
+def answer(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
+    """Exit code, standard output and standard error of a command in this process."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_validate_is_short_where_all_is_well_and_tells_more_on_request(
+    own: Path, timm_tower: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["validate", "tiny", "--data", str(own), "--third", timm_tower]
+    words += ["--inputs.caption-columns", "caption_0"]
+    code, short, _ = answer(words, capsys)
+    assert code == 0 and len([line for line in short.splitlines() if "note: " not in line]) <= 10, short
+    for part in (
+        "images in column `path`",
+        "images to train on",
+        "96 of 96 decoded",
+        "1.0 per image",
+        "needs: about",
+    ):
+        assert part in short
+    assert short.endswith("\nvalid\n")
+    code, long, _ = answer([*words, "--details", "True"], capsys)
+    assert code == 0 and len(long.splitlines()) > 20
+    for part in (
+        "are cut at",
+        "are training captions too",
+        "head txt@third",
+        "trains: ",
+        "step: loss",
+        "disk: ",
+    ):
+        assert part in long and part not in short
+
+
+def test_what_is_not_well_is_shown_without_asking(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (own / "captions.csv").read_text(encoding="utf-8").splitlines()
+    rows[1:] = [f"{row.split(',')[0]},a square,{'a very ' * 30}long text" for row in rows[1:]]
+    (own / "captions.csv").write_text("\n".join(rows), encoding="utf-8")
+    _, said, _ = answer(["validate", "tiny", "--data", str(own), "--method", "baseline"], capsys)
+    assert "50.0% are cut at the context length, 100.0% occur more than once" in said
+    assert "test captions: 100.0% are equal to one of another image" in said
+    assert "test captions: 100.0% are training captions too" in said
+
+
+def without_torch(words: list[str]) -> str:
+    """What a command answers to a mistake in a process of its own, which may not have imported torch by then."""
+    program = (
+        f"import sys\nfrom threetowers.cli import main\ntry:\n    main({words!r})\n"
+        "except SystemExit as ended:\n    assert ended.code in (2, 3), ended.code\n"
+        "assert 'torch' not in sys.modules, 'torch is there'"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+RUN = ["tiny", "--third", "timm:resnet18", "--data"]
+STORE = ["--tower", "timm:resnet18", "--out", "store", "--data"]
+
+
+@pytest.mark.parametrize(
+    "words", [["validate", *RUN], ["train", *RUN], ["compare", *RUN], ["advise", *RUN], ["embed", *STORE]]
+)
+def test_wrong_columns_are_refused_before_torch_is_imported(own: Path, words: list[str]) -> None:
+    """Of a folder with a table, by a name that is given and by a header that is not recognised."""
+    flag = "--caption-columns" if words[0] == "embed" else "--inputs.caption-columns"
+    said = without_torch([*words, str(own), flag, "nope"])
+    assert "captions.csv: there is no column `nope`. Its columns: path, caption_0, caption_1" in said
+    rows = [f"{number},{number * number}" for number in range(30)]
+    (own / "captions.csv").write_text("\n".join(["a,b", *rows]), encoding="utf-8")
+    said = without_torch([*words, str(own)])
+    assert "captions.csv: no column holds paths of images. Name it as image_column. Its columns: a, b" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", *RUN[:-1]], "data: say what to train on"),
+        (["train", *RUN, "pohtos"], "pohtos: there is no such file or folder"),
+        (["train", *RUN, "photos", "--steps", "0"], "steps: 0 is out of range"),
+    ],
+)
+def test_other_first_mistakes_are_refused_before_torch_is_imported(words: list[str], says: str) -> None:
+    assert says in without_torch(words)
+
+
+@pytest.mark.parametrize(
+    ("flag", "given", "better"),
+    [
+        ("--methods", "baseline,3t", "baseline 3t"),
+        ("--seeds", "0,1", "0 1"),
+        ("--lrs", "1e-3,", "1e-3"),
+        ("--optim.betas", "0.9,0.98", "0.9 0.98"),
+        ("--objective.weights", "1,1,1", "1 1 1"),
+    ],
+)
+def test_commas_between_values_are_told_to_be_spaces(
+    flag: str, given: str, better: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ([flag, given], [f"{flag}={given}"]):
+        code, _, said = answer(["compare", "tiny", *words], capsys)
+        assert code == 2 and said.endswith(f"several values are separated by spaces: {flag} {better}\n")
+
+
+def test_commas_between_columns_are_told_to_be_spaces(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "tiny", "--data", str(own), "--inputs.caption-columns", "caption_0,caption_1"]
+    words += ["--method", "baseline"]
+    code, _, said = answer(words, capsys)
+    assert code == 2 and "separated by spaces: caption_0 caption_1" in said

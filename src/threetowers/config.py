@@ -288,6 +288,15 @@ class CompareConfig:
     title: str = "Which method wins on this data"
 
 
+def data_of(config: RunConfig) -> str:
+    """What to train on; raises UsageError where the configuration names nothing."""
+    if config.data is None:
+        raise UsageError(
+            "data: say what to train on: --data FOLDER|TABLE|SHARDS, or --data shapes for the built-in world"
+        )
+    return config.data
+
+
 def check(config: RunConfig) -> None:
     """Raises UsageError for a number that no run can have, by its key."""
     inputs, optim, objective = config.inputs, config.optim, config.objective

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from threetowers.config import RunConfig, check
+from threetowers.config import RunConfig, check, data_of
 from threetowers.data.decode import check_decoder
 from threetowers.data.kept import KeptImages
 from threetowers.data.loader import BatchReader
@@ -148,11 +148,8 @@ def rendered(folder: Path, **sizes: Any) -> Path:
 
 def open_data(config: RunConfig) -> tuple[Source, Source, Source]:
     """The training, validation and test sources of a configuration; raises DataError or UsageError."""
-    if config.data is None:
-        raise UsageError(
-            "data: say what to train on: --data FOLDER|TABLE|SHARDS, or --data shapes for the built-in world"
-        )
-    path = str(world()) if config.data == "shapes" else config.data
+    data = data_of(config)
+    path = str(world()) if data == "shapes" else data
     inputs = config.inputs
     parts, train = _open_splits(
         path,
