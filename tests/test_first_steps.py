@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from kit.runs import TINY_INPUTS, Config
+from kit.runs import TINY_INPUTS, Config, with_vit
 from threetowers import cli
 from threetowers.compare.runs import _Schedule, make_job
 from threetowers.config import CompareConfig
@@ -297,3 +297,23 @@ def test_commas_between_columns_are_told_to_be_spaces(own: Path, capsys: pytest.
     words += ["--method", "baseline"]
     code, _, said = answer(words, capsys)
     assert code == 2 and "separated by spaces: caption_0 caption_1" in said
+
+
+def test_an_export_says_in_short_sentences_what_to_know(
+    tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(with_vit(tiny_config(steps=1, method="baseline")), tmp_path / "run")
+    for form in ("open_clip", "transformers", "onnx"):
+        capsys.readouterr()
+        out = str(tmp_path / form)
+        code, said, notes = answer(["export", str(tmp_path / "run"), "--to", form, "--out", out], capsys)
+        assert code == 0 and said.startswith(
+            f"written to {out}, where README.md shows its use. Load it with "
+        )
+        card = Path(out, "README.md").read_text(encoding="utf-8")
+        for line in notes.splitlines():
+            kind, _, text = line.partition(": ")
+            assert kind in ("note", "checked") and max(map(len, text.split(". "))) < 120, line
+            if kind == "note":
+                assert text.endswith(".") and f"- {text}\n" in card and len(text) < 220, line
+        assert notes.count("note: ") >= 1
