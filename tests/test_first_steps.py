@@ -1,6 +1,7 @@
 """What a person meets on the first day: files that are not fine, folders given twice, a Hub out of reach."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -23,6 +25,7 @@ from threetowers.run import setup
 from threetowers.run.setup import describe_data, open_data
 from threetowers.towers import hub
 from threetowers.towers.frozen.load import load_frozen
+from threetowers.train import loop
 from threetowers.train.loop import train
 
 
@@ -317,3 +320,27 @@ def test_an_export_says_in_short_sentences_what_to_know(
             if kind == "note":
                 assert text.endswith(".") and f"- {text}\n" in card and len(text) < 220, line
         assert notes.count("note: ") >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "minutes", "says"),
+    [
+        ({}, 0.0, r"4/4 steps, [\d.]+/s, in \d+ s · loss .*"),
+        ({}, 1e-9, r"1/4 steps, [\d.]+/s, \d+ s left"),
+        (
+            {"eval_every_steps": 1, "keep_best": "val/mean_r@1", "patience": 1},
+            0.0,
+            r"2/2 steps, [\d.]+/s, in \d+ s · ended early: no better val/mean_r@1 in 1 validations",
+        ),
+    ],
+)
+def test_a_short_run_off_a_terminal_tells_steps_rate_and_time(
+    changes: dict[str, Any], minutes: float, says: str, tiny_config: Config, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also one that is stopped, or that ends because it does not get better."""
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val/mean_r@1": 0.5})
+    config = tiny_config(steps=4, log_every_steps=100, method="baseline", **changes)
+    train(config, tmp_path / "run", max_minutes=minutes)
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training baseline: ")]
+    assert len(shown) == 1 and re.fullmatch(f"training baseline: {says}", shown[0]), shown
