@@ -161,7 +161,7 @@ def _report(result: dict[str, Any] | None, out: Path) -> int:
     from threetowers.report.terminal import how_to_export, text_table
 
     page = write_report(out)
-    print(f"\n{text_table(result)}\n\n{how_to_export(result, out)}\nreport: {page}")
+    print(f"\n{text_table(result)}\n{how_to_export(result, out)}\nreport: {page}")
     return 0
 
 

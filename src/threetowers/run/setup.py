@@ -222,8 +222,8 @@ def describe_data(config: RunConfig) -> str:
     ]
     if 0 < len(test) < FEW:
         lines.append(
-            f"note: {len(test)} test images tell only large differences apart; where the data has no test part of "
-            "its own, a larger --inputs.test-fraction takes more"
+            f"note: {len(test)} test images tell only large differences apart. A larger --inputs.test-fraction takes "
+            "more, unless the data has a test part of its own"
         )
     return "\n".join(lines)
 
