@@ -14,6 +14,7 @@ from threetowers.commands import validate
 from threetowers.config import OptimConfig, RunConfig
 from threetowers.run.setup import assemble
 from threetowers.settings import write_config
+from threetowers.system import PeakMemory
 
 LINUX = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux alone"
@@ -26,7 +27,7 @@ def told(config: RunConfig, folder: Path) -> str:
 
 @LINUX
 def test_a_rise_of_memory_is_measured_and_scaled() -> None:
-    memory = validate._Memory()
+    memory = PeakMemory()
     before = memory.peak(0)
     size = 100 << 20
     with mmap.mmap(-1, size) as block:  # not from the allocator, which may keep freed memory
@@ -34,7 +35,7 @@ def test_a_rise_of_memory_is_measured_and_scaled() -> None:
     assert memory.peak(1) - before >= 0.9 * size
     assert memory.peak(3) - before == pytest.approx(3 * (memory.peak(1) - before), rel=0.01)
     highest = memory.peak(1)
-    assert validate._Memory().peak(0) < highest - (80 << 20), "each measurement begins anew"
+    assert PeakMemory().peak(0) < highest - (80 << 20), "each measurement begins anew"
 
 
 @LINUX
@@ -53,7 +54,7 @@ def test_the_memory_of_a_run_is_foreseen(tiny_config: Config, tmp_path: Path) ->
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True
     )
-    size, unit = re.search(r"memory of this process: about ([\d.]+) (MB|GB)", done.stdout).groups()  # type: ignore[union-attr]
+    size, unit = re.search(r"([\d.]+) (MB|GB) of memory at a step", done.stdout).groups()  # type: ignore[union-attr]
     said = float(size) * (1e9 if unit == "GB" else 1e6)
     real = int(done.stdout.split()[-1]) * 1024
     assert said == pytest.approx(real, rel=0.33)
@@ -72,7 +73,8 @@ def test_all_images_and_views_count_when_they_are_embedded(tiny_config: Config, 
 
 def test_the_evaluation_counts_and_what_is_left_out_is_said(tiny_config: Config, tmp_path: Path) -> None:
     text = told(tiny_config(), tmp_path / "run")
-    assert re.search(r"to embed all images once, .* to evaluate; starting, saving, .* are left out", text)
+    assert re.search(r"needs: about .* to embed all images once, .* to evaluate, ", text)
+    assert re.search(r"time: .*; starting, saving, .* are left out", text)
 
 
 def test_a_warm_up_that_takes_the_whole_run_is_said(tiny_config: Config, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_everyday_flags() -> None:
         (["train", "tiny", "--data", "x", "--third", "timm:a", "timm:b"], 2, ["NAME=SPEC"]),
         (["evaluate", "/nowhere"], 3, ["model.json"]),
         (["export", "/nowhere", "--to", "onnnx", "--out", "x"], 2, ["onnnx", "did you mean `onnx`"]),
-        (["compare", "tiny", "--data", "x"], 2, ["--third"]),
+        (["compare", "tiny", "--data", "."], 2, ["--third"]),
     ],
 )
 def test_mistakes_are_one_screen_with_the_remedy_and_the_right_exit_code(

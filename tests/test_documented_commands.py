@@ -15,6 +15,7 @@ import timm
 
 from threetowers import cli
 from threetowers.commands import arguments
+from threetowers.commands import words as words_module
 from threetowers.config import RunConfig
 from threetowers.explore import start as explore_start
 from threetowers.objective.pairs import objective
@@ -76,7 +77,7 @@ def reads_only(monkeypatch: pytest.MonkeyPatch) -> None:
         target = kind
         if inspect.isfunction(kind):
             target = functools.wraps(kind)(lambda *given, **named: named)  # reads, and does nothing
-        raise Parsed(arguments.parse(target, words, verb, default))
+        raise Parsed(words_module.parse(target, words, verb, default))
 
     def run_arguments(kind: Any, words: list[str], verb: str) -> Any:
         name, *rest = words

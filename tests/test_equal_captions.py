@@ -282,7 +282,10 @@ def test_figures_by_the_plain_convention_and_the_share_are_written(
     monkeypatch.setattr(evaluation_module, "encode", knowing(True))
     train(config_of(tiny_config, repeating, method="baseline", third=()), tmp_path / "run")
     result = evaluate_run(tmp_path / "run")
-    assert "retrieval on 28 test images, 100.0% of their captions repeated: i2t_r@1 100.0%" in result.text()
+    assert (
+        "retrieval on 28 test images, 100.0% of their captions repeated: image → text R@1 100.0%"
+        in result.text()
+    )
     written = json.loads((tmp_path / "run" / "evaluation.json").read_bytes())
     assert written["repeated_captions"] == {"val": 1.0, "test": 1.0}
     plain = written["clip_benchmark"][0]["metrics"]

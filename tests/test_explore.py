@@ -364,6 +364,15 @@ def test_curves_of_a_run_that_goes_on(client: Client) -> None:
     assert [step for step, _ in found["begun"]["metrics"]["train/loss"]] == [2, 4, 6]
     assert found["begun"]["metrics"]["val/mean_r@1"][-1] == [7, 0.5]
     assert found["begun"]["steps"] == 6
+    columns = {column["run"]: column for column in client.get("/api/about").json()["columns"]}
+    for name in ("baseline", "3t"):
+        assert (found[name]["label"], found[name]["colour"]) == (
+            columns[name]["label"],
+            columns[name]["colour"],
+        )
+    assert found["begun"]["label"] == columns["3t"]["label"] != "3T", (
+        "it is a run of 3T too, with a third tower"
+    )
 
 
 @pytest.mark.parametrize("num", [1, POINTS - 1, POINTS, POINTS + 1, 10 * POINTS])

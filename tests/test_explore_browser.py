@@ -280,6 +280,10 @@ def test_curves_follow_a_run(page: Page, runs: dict[str, Path]) -> None:
     page.click("#tab-curves")
     page.wait_for_selector("#plots path")
     assert "step 7 of 6" in page.text_content("#legend")
+    finished = page.locator("#legend li").nth(2).text_content() or ""
+    assert finished.startswith("3T (") and finished.endswith(") 3t, finished, 6 steps"), (
+        "the folder comes second"
+    )
     path = runs["begun"] / "metrics.jsonl"
     before = path.read_text()
     try:

@@ -1,6 +1,7 @@
 """What a person meets on the first day: files that are not fine, folders given twice, a Hub out of reach."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -9,11 +10,12 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from kit.runs import TINY_INPUTS, Config
+from kit.runs import TINY_INPUTS, Config, with_vit
 from threetowers import cli
 from threetowers.compare.runs import _Schedule, make_job
 from threetowers.config import CompareConfig
@@ -23,6 +25,7 @@ from threetowers.run import setup
 from threetowers.run.setup import describe_data, open_data
 from threetowers.towers import hub
 from threetowers.towers.frozen.load import load_frozen
+from threetowers.train import loop
 from threetowers.train.loop import train
 
 
@@ -184,3 +187,160 @@ def test_a_comparison_says_how_many_runs_there_are(tiny_config: Config, tmp_path
         plan(CompareConfig(lrs=(1e-3,), seeds=(0, 1)))
         == "4 runs: 2 methods, each with one learning rate, 2 seeds"
     )
+
+
+def answer(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
+    """Exit code, standard output and standard error of a command in this process."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_validate_is_short_where_all_is_well_and_tells_more_on_request(
+    own: Path, timm_tower: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["validate", "tiny", "--data", str(own), "--third", timm_tower]
+    words += ["--inputs.caption-columns", "caption_0"]
+    code, short, _ = answer(words, capsys)
+    assert code == 0 and len([line for line in short.splitlines() if "note: " not in line]) <= 10, short
+    for part in (
+        "images in column `path`",
+        "images to train on",
+        "96 of 96 decoded",
+        "1.0 per image",
+        "needs: about",
+    ):
+        assert part in short
+    assert short.endswith("\nvalid\n")
+    code, long, _ = answer([*words, "--details", "True"], capsys)
+    assert code == 0 and len(long.splitlines()) > 20
+    for part in (
+        "are cut at",
+        "are training captions too",
+        "head txt@third",
+        "trains: ",
+        "step: loss",
+        "disk: ",
+    ):
+        assert part in long and part not in short
+
+
+def test_what_is_not_well_is_shown_without_asking(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (own / "captions.csv").read_text(encoding="utf-8").splitlines()
+    rows[1:] = [f"{row.split(',')[0]},a square,{'a very ' * 30}long text" for row in rows[1:]]
+    (own / "captions.csv").write_text("\n".join(rows), encoding="utf-8")
+    _, said, _ = answer(["validate", "tiny", "--data", str(own), "--method", "baseline"], capsys)
+    assert "50.0% are cut at the context length, 100.0% occur more than once" in said
+    assert "test captions: 100.0% are equal to one of another image" in said
+    assert "test captions: 100.0% are training captions too" in said
+
+
+def without_torch(words: list[str]) -> str:
+    """What a command answers to a mistake in a process of its own, which may not have imported torch by then."""
+    program = (
+        f"import sys\nfrom threetowers.cli import main\ntry:\n    main({words!r})\n"
+        "except SystemExit as ended:\n    assert ended.code in (2, 3), ended.code\n"
+        "assert 'torch' not in sys.modules, 'torch is there'"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+RUN = ["tiny", "--third", "timm:resnet18", "--data"]
+STORE = ["--tower", "timm:resnet18", "--out", "store", "--data"]
+
+
+@pytest.mark.parametrize(
+    "words", [["validate", *RUN], ["train", *RUN], ["compare", *RUN], ["advise", *RUN], ["embed", *STORE]]
+)
+def test_wrong_columns_are_refused_before_torch_is_imported(own: Path, words: list[str]) -> None:
+    """Of a folder with a table, by a name that is given and by a header that is not recognised."""
+    flag = "--caption-columns" if words[0] == "embed" else "--inputs.caption-columns"
+    said = without_torch([*words, str(own), flag, "nope"])
+    assert "captions.csv: there is no column `nope`. Its columns: path, caption_0, caption_1" in said
+    rows = [f"{number},{number * number}" for number in range(30)]
+    (own / "captions.csv").write_text("\n".join(["a,b", *rows]), encoding="utf-8")
+    said = without_torch([*words, str(own)])
+    assert "captions.csv: no column holds paths of images. Name it as image_column. Its columns: a, b" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", *RUN[:-1]], "data: say what to train on"),
+        (["train", *RUN, "pohtos"], "pohtos: there is no such file or folder"),
+        (["train", *RUN, "photos", "--steps", "0"], "steps: 0 is out of range"),
+    ],
+)
+def test_other_first_mistakes_are_refused_before_torch_is_imported(words: list[str], says: str) -> None:
+    assert says in without_torch(words)
+
+
+@pytest.mark.parametrize(
+    ("flag", "given", "better"),
+    [
+        ("--methods", "baseline,3t", "baseline 3t"),
+        ("--seeds", "0,1", "0 1"),
+        ("--lrs", "1e-3,", "1e-3"),
+        ("--optim.betas", "0.9,0.98", "0.9 0.98"),
+        ("--objective.weights", "1,1,1", "1 1 1"),
+    ],
+)
+def test_commas_between_values_are_told_to_be_spaces(
+    flag: str, given: str, better: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ([flag, given], [f"{flag}={given}"]):
+        code, _, said = answer(["compare", "tiny", *words], capsys)
+        assert code == 2 and said.endswith(f"several values are separated by spaces: {flag} {better}\n")
+
+
+def test_commas_between_columns_are_told_to_be_spaces(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "tiny", "--data", str(own), "--inputs.caption-columns", "caption_0,caption_1"]
+    words += ["--method", "baseline"]
+    code, _, said = answer(words, capsys)
+    assert code == 2 and "separated by spaces: caption_0 caption_1" in said
+
+
+def test_an_export_says_in_short_sentences_what_to_know(
+    tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(with_vit(tiny_config(steps=1, method="baseline")), tmp_path / "run")
+    for form in ("open_clip", "transformers", "onnx"):
+        capsys.readouterr()
+        out = str(tmp_path / form)
+        code, said, notes = answer(["export", str(tmp_path / "run"), "--to", form, "--out", out], capsys)
+        assert code == 0 and said.startswith(
+            f"written to {out}, where README.md shows its use. Load it with "
+        )
+        card = Path(out, "README.md").read_text(encoding="utf-8")
+        for line in notes.splitlines():
+            kind, _, text = line.partition(": ")
+            assert kind in ("note", "checked") and max(map(len, text.split(". "))) < 120, line
+            if kind == "note":
+                assert text.endswith(".") and f"- {text}\n" in card and len(text) < 220, line
+        assert notes.count("note: ") >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "minutes", "says"),
+    [
+        ({}, 0.0, r"4/4 steps, [\d.]+/s, in \d+ s · loss .*"),
+        ({}, 1e-9, r"1/4 steps, [\d.]+/s, \d+ s left"),
+        (
+            {"eval_every_steps": 1, "keep_best": "val/mean_r@1", "patience": 1},
+            0.0,
+            r"2/2 steps, [\d.]+/s, in \d+ s · ended early: no better val/mean_r@1 in 1 validations",
+        ),
+    ],
+)
+def test_a_short_run_off_a_terminal_tells_steps_rate_and_time(
+    changes: dict[str, Any], minutes: float, says: str, tiny_config: Config, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also one that is stopped, or that ends because it does not get better."""
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val/mean_r@1": 0.5})
+    config = tiny_config(steps=4, log_every_steps=100, method="baseline", **changes)
+    train(config, tmp_path / "run", max_minutes=minutes)
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training baseline: ")]
+    assert len(shown) == 1 and re.fullmatch(f"training baseline: {says}", shown[0]), shown

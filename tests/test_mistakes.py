@@ -31,9 +31,10 @@ def test_a_mistake_is_answered_on_one_screen(mistake: Mistake, kit: Path, tmp_pa
 
 
 @pytest.mark.parametrize("flags", ["--steps 0", "--device gpu", "--pair.model ViT-B-23", "--third none"])
-def test_settings_are_judged_before_data_is_read(flags: str, kit: Path) -> None:
-    answer = told(f"train run.toml --data nowhere {flags}", kit)
-    assert answer.code == 2 and "nowhere" not in answer.output, answer.output
+def test_settings_are_judged_before_data_is_read(flags: str, kit: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    answer = told(f"train run.toml --data {tmp_path}/empty {flags}", kit)
+    assert answer.code == 2 and "empty" not in answer.output, answer.output
 
 
 def test_the_mistakes_are_many_and_the_page_shows_them_all() -> None:

@@ -73,6 +73,14 @@ def test_plain_lines_off_a_terminal_and_one_line_on_it() -> None:
     )
 
 
+def test_the_time_is_told_while_nothing_is_done() -> None:
+    stream = io.StringIO()
+    bar = Progress("work", 10, "steps", stream=stream)
+    bar._start -= 100
+    bar.update(0, force=True)
+    assert stream.getvalue() == "work: 0/10 steps, 0.0/s, 1 min 40 s so far\n"
+
+
 @pytest.mark.parametrize("term", ["dumb", "unknown", "DUMB"])
 def test_a_terminal_without_control_codes_gets_plain_lines(
     term: str, monkeypatch: pytest.MonkeyPatch

@@ -535,7 +535,7 @@ def test_text_table_is_aligned_and_narrow(full: tuple[Path, str]) -> None:
     ends = [match.end() for match in re.finditer(r"\S+(?: \S+)?(?=\s{2,}|$)", lines[head])][1:]
     assert all(row[end - 1] != " " for row in rows for end in ends)
     assert [row.count("*") for row in rows] == [5] + [0] * 8
-    text = " ".join(line.strip() for line in lines[lines.index("Claims:") :])
+    text = " ".join(line.strip() for line in lines[lines.index("Claims of the paper:") :])
     assert (
         "C1 matched: 3T is above LiT in both directions of retrieval: held (image → text +9.1 points, 95 % 7.2"
         in text

@@ -29,11 +29,11 @@ from threetowers.commands.arguments import (
     TrainArguments,
     ValidateArguments,
     VectorsArguments,
-    parse,
     run_arguments,
     run_folder,
-    spelled_out,
 )
+from threetowers.commands.early import check_data, check_run
+from threetowers.commands.words import parse, spelled_out
 from threetowers.config import CompareConfig
 from threetowers.errors import STOPPED, ThreeTowersError, UsageError, of_system
 from threetowers.explore.start import explore
@@ -100,6 +100,7 @@ def _overview() -> str:
 def _train(words: list[str]) -> int:
     """train a model: threetowers train PRESET|FILE.toml --data PATH [--third timm:NAME] [--method 3t] …"""
     name, arguments = run_arguments(TrainArguments, words, "train")
+    check_run(arguments.run)
 
     from threetowers.commands.train import train
 
@@ -109,6 +110,7 @@ def _train(words: list[str]) -> int:
 def _compare(words: list[str]) -> int:
     """find out which method wins: threetowers compare PRESET|FILE --data PATH --third NAME=SPEC … [--seeds 0 1 2]"""
     _, arguments = run_arguments(CompareArguments, words, "compare")
+    check_run(arguments.run, compared=True)
     return _compared(arguments)
 
 
@@ -123,6 +125,7 @@ def _compared(arguments: CompareArguments) -> int:
 def _advise(words: list[str]) -> int:
     """which method for my data, from short pilots: threetowers advise PRESET|FILE --data PATH --third NAME=SPEC …"""
     _, arguments = run_arguments(AdviseArguments, words, "advise")
+    check_run(arguments.run, compared=True)
 
     from threetowers.compare.advise import advise
 
@@ -158,7 +161,7 @@ def _report(result: dict[str, Any] | None, out: Path) -> int:
     from threetowers.report.terminal import how_to_export, text_table
 
     page = write_report(out)
-    print(f"\n{text_table(result)}\n\n{how_to_export(result, out)}\nreport: {page}")
+    print(f"\n{text_table(result)}\n{how_to_export(result, out)}\nreport: {page}")
     return 0
 
 
@@ -301,12 +304,11 @@ def _average(words: list[str]) -> int:
 def _validate(words: list[str]) -> int:
     """check a run in seconds, train nothing: threetowers validate PRESET|FILE.toml [the flags of train]"""
     name, arguments = run_arguments(ValidateArguments, words, "validate")
-    out = run_folder(name, arguments)
+    check_run(arguments.run)
 
-    from threetowers.commands.validate import validate
+    from threetowers.commands.validate import show_findings
 
-    for line in validate(arguments.run, out, near=arguments.near_copies, processes=arguments.processes):
-        print(line, flush=True)
+    show_findings(arguments, run_folder(name, arguments))
     return 0
 
 
@@ -335,6 +337,7 @@ def _doctor(words: list[str]) -> int:
 def _embed(words: list[str]) -> int:
     """store a frozen tower's features of a source: threetowers embed --tower SPEC --data PATH --out DIR [--part I/N]"""
     arguments = parse(EmbedArguments, words, "embed")
+    check_data(arguments.data, arguments.image_column, arguments.caption_columns)
 
     from threetowers.commands.embed import embed
 

@@ -136,11 +136,13 @@ class OptimConfig:
     """AdamW, its schedule, and which parameters it touches."""
 
     lr: float = 1e-3
+    """Highest learning rate, after the warm-up; from there it falls along a cosine."""
     weight_decay: float = 0.1
     """Applied to matrices only; never to heads, biases, norms or the scale."""
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     warmup_steps: int = 100
+    """Steps in which the learning rate rises to lr."""
     clip_norm: float = 1.0
     """Largest norm of the gradient over all parameters; 0 does not clip."""
     scale_lr_multiplier: float = 1.0
@@ -168,13 +170,18 @@ class RunConfig:
     third: tuple[str, ...] = ()
     """Frozen third towers, such as timm:NAME; several as NAME=SPEC. `threetowers towers` lists what there is."""
     method: Method = "3t"
+    """How to train. `baseline` trains the pair alone, the other methods need a third tower; see docs/method.md."""
     steps: int = 1000
+    """Batches to train on."""
     batch_size: int = 256
+    """Images, each with a caption, in a batch. Each of them is compared with all the others."""
     micro_batch_size: int = 0
     """Samples that go through the towers at once, for batches beyond memory; 0 is the whole batch. The loss is that
     of the whole batch all the same; the towers' forward pass is done twice."""
     seed: int = 0
+    """Decides initial weights, the order of the data and augmentation."""
     log_every_steps: int = 20
+    """Log the metrics each time this many steps are done."""
     trackers: tuple[str, ...] = ()
     """Experiment trackers that get the metrics too: `tensorboard`, `wandb`, `trackio`."""
     eval_every_steps: int = 0
@@ -190,7 +197,9 @@ class RunConfig:
     patience: int = 0
     """End the run after this many validations in a row without a better keep_best; 0 never does."""
     checkpoint_every_steps: int = 500
+    """Save each time this many steps are done; a run that is stopped saves too."""
     keep_checkpoints: int = 2
+    """Checkpoints that stay in the run folder."""
     background_saves: bool = True
     """Write checkpoints in a thread, from a copy of the weights and moments in host memory."""
     device: str = "auto"
@@ -286,6 +295,15 @@ class CompareConfig:
     margin: float = 0.02
     """A mean R@1 lower by at most this share counts as not worse; fix it before the runs."""
     title: str = "Which method wins on this data"
+
+
+def data_of(config: RunConfig) -> str:
+    """What to train on; raises UsageError where the configuration names nothing."""
+    if config.data is None:
+        raise UsageError(
+            "data: say what to train on: --data FOLDER|TABLE|SHARDS, or --data shapes for the built-in world"
+        )
+    return config.data
 
 
 def check(config: RunConfig) -> None:

@@ -67,6 +67,10 @@ def send_warnings(send: Callable[[str, bool], None]) -> None:
     _send = send
 
 
+class Detail(str):
+    """A line of a check that reports nothing amiss; it is shown only to those who ask for details."""
+
+
 def be_quiet() -> None:
     """From now on this process shows no progress: another one speaks for it."""
     global _quiet
@@ -97,7 +101,7 @@ class _State:
     unit: str
     rate: float
     time: str
-    """The remaining time, or how long all of it took."""
+    """The remaining time, or how long it has taken where all or nothing is done."""
     extra: str
 
     @property
@@ -146,8 +150,9 @@ class Progress:
             return
         self._last = now
         rate = (done - self._first) / max(now - self._start, 1e-9)
-        left = duration((self.total - done) / rate) if rate > 0 else "?"
-        state = f"in {duration(now - self._start)}" if finished else f"{left} left"
+        passed = duration(now - self._start)
+        left = f"{duration((self.total - done) / rate)} left" if rate > 0 else f"{passed} so far"
+        state = f"in {passed}" if finished else left
         self._show(_State(self.title, done, self.total, self.unit, rate, state, extra))
 
     def clear(self) -> None:

@@ -3,102 +3,19 @@
 Nothing heavy is imported here, so that --help is immediate.
 """
 
-import types
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from threetowers.commands.words import parse
 from threetowers.config import CompareConfig, PretrainConfig, RunConfig
 from threetowers.errors import UsageError
 from threetowers.export.formats import FORMATS, formats_help
 from threetowers.objective.pairs import without_own_weights
 from threetowers.recipes import PRESETS
 from threetowers.settings import apply_values, config_hash, did_you_mean, read_toml
-
-T = TypeVar("T")
-NONE = "none"
-"""What stands for None, "not given", on the command line as in TOML."""
-
-REGISTRY = ConstructorRegistry()
-
-
-@REGISTRY.primitive_rule
-def _optional_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """`str | None`, and `Path | None`, from one word."""
-    inner = [kind for kind in get_args(info.type) if kind is not type(None)]
-    if get_origin(info.type) not in (Union, types.UnionType) or inner not in ([str], [Path]):
-        return None
-    kind = inner[0]
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{'PATH' if kind is Path else 'STR'}|{NONE}",
-        instance_from_str=lambda words: None if words[0] == NONE else kind(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, kind),
-        str_from_instance=lambda value: [NONE if value is None else str(value)],
-    )
-
-
-@REGISTRY.primitive_rule
-def _texts(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """`tuple[str, ...]` from any number of words; `none` gives none."""
-    if info.type != tuple[str, ...]:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=f"[STR ...]|{NONE}",
-        instance_from_str=lambda words: () if words == [NONE] else tuple(words),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: list(value) or [NONE],
-    )
-
-
-@REGISTRY.primitive_rule
-def _optional_numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """`tuple[float, ...] | None`, and of int, from any number of words."""
-    inner = [kind for kind in get_args(info.type) if kind is not type(None)]
-    if get_origin(info.type) not in (Union, types.UnionType) or len(inner) != 1:
-        return None
-    if inner[0] not in (tuple[float, ...], tuple[int, ...]):
-        return None
-    number = get_args(inner[0])[0]
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=f"[{number.__name__.upper()} ...]|{NONE}",
-        instance_from_str=lambda words: None if words == [NONE] else tuple(map(number, words)),
-        is_instance=lambda value: value is None or isinstance(value, tuple),
-        str_from_instance=lambda value: [NONE] if value is None else [str(each) for each in value],
-    )
-
-
-def parse(kind: Callable[..., T], words: list[str], verb: str, default: T | None = None) -> T:
-    """The words read into a dataclass, or into a call of a function; ends the process for --help and mistakes."""
-    settings: dict[str, Any] = {} if default is None else {"default": default}
-    parsed: T = tyro.cli(
-        kind,
-        prog=f"threetowers {verb}",
-        args=words,
-        registry=REGISTRY,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
-        **settings,
-    )
-    return parsed
-
-
-def spelled_out(words: list[str], *flags: str) -> list[str]:
-    """The words with True behind each of these flags that stands alone.
-
-    >>> spelled_out(["--yes", "--private", "False"], "--yes", "--private")
-    ['--yes=True', '--private', 'False']
-    """
-    following = [*words[1:], ""]
-    return [
-        f"{word}=True" if word in flags and after not in ("True", "False") else word
-        for word, after in zip(words, following, strict=True)
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +46,10 @@ class ValidateArguments(TrainArguments):
     near_copies: Annotated[
         bool,
         tyro.conf.arg(help="Decode every image, and look for test images nearly equal to training images."),
+    ] = False
+    details: Annotated[
+        bool,
+        tyro.conf.arg(help="Also show tokens, towers, parameters, learning rates, one step and the disk."),
     ] = False
 
 

@@ -47,10 +47,10 @@ def export(arguments: ExportArguments) -> str:
         )
     if to == "onnx-int8":
         try:
-            print(f"note: onnx: {quantization_loss(run, folder)}", file=sys.stderr)
+            print(f"checked: {quantization_loss(run, folder)}", file=sys.stderr)
         except (DataError, UsageError) as error:
-            print(f"note: onnx: the loss in retrieval could not be measured: {error}", file=sys.stderr)
-    return f"written; load it with {form.how_to_load(folder)}"
+            print(f"note: the loss in retrieval could not be measured: {error}", file=sys.stderr)
+    return f"written to {folder}, where README.md shows its use. Load it with {form.how_to_load(folder)}"
 
 
 def quantization_loss(run: Path, folder: Path) -> str:

@@ -3,13 +3,11 @@
 Nothing is trained and nothing is written: the weights of the step are thrown away and no embeddings are stored.
 """
 
-import contextlib
 import math
-import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
+from threetowers.commands.arguments import ValidateArguments
 from threetowers.config import RunConfig
 from threetowers.data.decode import decode
 from threetowers.data.loader import Batch, BatchReader
@@ -30,8 +29,9 @@ from threetowers.data.transforms import fixed_view
 from threetowers.errors import BadSample, DataError, NonFiniteError, UsageError
 from threetowers.evaluate.evaluation import check_evaluation
 from threetowers.objective.pairs import objective
-from threetowers.progress import duration
+from threetowers.progress import Detail, duration
 from threetowers.run.setup import Setup, assemble, check_settings, describe_data, open_data
+from threetowers.system import PeakMemory
 from threetowers.train.guards import differing_keys
 from threetowers.train.optim import describe_groups
 from threetowers.train.room import amount, check_room, num_bytes, room, trained_bytes
@@ -50,7 +50,7 @@ EMBEDDED = 256  # images that go through a frozen tower at once while they are s
 
 
 def validate(config: RunConfig, folder: Path, *, near: bool = False, processes: int = 1) -> Iterator[str]:
-    """The findings, line by line; the last one is `valid`.
+    """The findings, line by line; the last one is `valid`, and those that few readers need are of type `Detail`.
 
     folder: where the run would be. near: decode every image, and look for test images that are nearly equal to training
     images. processes: which are to share a batch.
@@ -81,14 +81,22 @@ def validate(config: RunConfig, folder: Path, *, near: bool = False, processes: 
         yield from describe_near_copies(near_copies(train, test), len(test))
     yield from _towers(setup)
     try:
-        yield from _step(setup)
+        needs = yield from _step(setup)
     except torch.OutOfMemoryError as error:
         raise UsageError(
             f"batch_size: {config.batch_size} does not fit into the memory of {setup.device}; take a smaller batch, "
             "or precision bf16-autocast"
         ) from error
-    yield from _disk(setup, folder)
+    needs.append((yield from _disk(setup, folder)))
+    yield f"needs: {', '.join(needs)}"
     yield "valid"
+
+
+def show_findings(arguments: ValidateArguments, folder: Path) -> None:
+    """Prints the findings about the run that the arguments describe; details only where they ask for them."""
+    for line in validate(arguments.run, folder, near=arguments.near_copies, processes=arguments.processes):
+        if arguments.details or not isinstance(line, Detail):
+            print(line, flush=True)
 
 
 def _drawn(seed: int, count: int, most: int) -> list[int]:
@@ -129,7 +137,10 @@ def _images(config: RunConfig, parts: Sequence[Source], *, every: bool = False) 
             bad.append(problem)
     rate = len(places) / (time.perf_counter() - start)
     share, limit = len(bad) / len(places), config.inputs.max_bad_share
-    sides = f", shorter side {min(sizes)} to {max(sizes)} pixels" if sizes else ""
+    sides = ""
+    if sizes:
+        least, most = min(sizes), max(sizes)
+        sides = f", shorter side {least}{f' to {most}' if most > least else ''} pixels"
     yield (
         f"images: {len(places)} of {total:,} decoded, {rate:,.0f} a second, {len(bad)} bad ({share:.1%})"
         + sides
@@ -158,14 +169,15 @@ def _captions(setup: Setup) -> Iterator[str]:
     lengths = tokenizer.lengths(tokens)
     yield (
         f"captions: {len(captions) / len(records):.1f} per image, {float(lengths.float().mean()):.1f} tokens on "
-        f"average, {int(lengths.max())} at most of {tokens.shape[1]}"
+        f"average and {int(lengths.max())} at most; the text tower reads {tokens.shape[1]}"
     )
     for index in range(min(3, len(chosen))):
-        yield f"  {chosen[index]!r} → {tokenizer.decode(tokens[index, : lengths[index]].tolist())!r}"
+        yield Detail(f"  {chosen[index]!r} → {tokenizer.decode(tokens[index, : lengths[index]].tolist())!r}")
     cut = sum(tokenizer.is_cut(chosen)) / len(chosen)
     counts = Counter(captions)
     repeated = sum(count for count in counts.values() if count > 1) / len(captions)
-    yield f"  {cut:.1%} are cut at the context length, {repeated:.1%} occur more than once"
+    shares = f"  {cut:.1%} are cut at the context length, {repeated:.1%} occur more than once"
+    yield shares if cut or repeated else Detail(shares)
     if repeated > 0.1 and not setup.config.inputs.mask_duplicates:
         yield (
             "  note: training holds an image and the equal caption of another one for a wrong pair; "
@@ -182,19 +194,21 @@ def _towers(setup: Setup) -> Iterator[str]:
     model = setup.model
     if model.img is not None:
         size = model.image.size
-        yield f"img: 3 × {size} × {size} → {model.embed_dim}, {_size(model.img) / 1e6:.2f} M parameters"
+        yield Detail(
+            f"img: 3 × {size} × {size} → {model.embed_dim}, {_size(model.img) / 1e6:.2f} M parameters"
+        )
     context = int(setup.architecture.model_cfg["text_cfg"].get("context_length", 77))
-    yield f"txt: {context} tokens → {model.embed_dim}, {_size(model.txt) / 1e6:.2f} M parameters"
+    yield Detail(f"txt: {context} tokens → {model.embed_dim}, {_size(model.txt) / 1e6:.2f} M parameters")
     for view, tower in setup.thirds.towers.items():
         taken = "tokens"
         if tower.reads == "images":
             taken = f"3 × {tower.image.size} × {tower.image.size}"
-        yield (
+        yield Detail(
             f"{view}: {taken} → {tower.width}, {_size(tower.module) / 1e6:.2f} M parameters, frozen: {tower.spec}"
         )
     for view, layer in model.heads.items():
-        yield f"head {view}: {_size(layer) / 1e6:.3f} M parameters"
-    yield f"rows of {setup.config.method}: {model.objective.weighting()}"
+        yield Detail(f"head {view}: {_size(layer) / 1e6:.3f} M parameters")
+    yield Detail(f"rows of {setup.config.method}: {model.objective.weighting()}")
     schedule, steps = model.objective.schedule, setup.config.steps
     if schedule is not None and schedule.last > steps:
         yield (
@@ -204,14 +218,17 @@ def _towers(setup: Setup) -> Iterator[str]:
     weights, trained = num_bytes(dict(model.named_parameters())), trained_bytes(setup)
     frozen = sum(num_bytes(dict(tower.module.named_parameters())) for tower in setup.thirds.towers.values())
     total = weights + 3 * trained + frozen
-    yield (
+    yield Detail(
         f"memory: parameters {amount(weights)}, gradients {amount(trained)}, moments {amount(2 * trained)}, "
         f"frozen towers {amount(frozen)}: {amount(total)} before activations"
     )
 
 
-def _step(setup: Setup) -> Iterator[str]:
-    """Training steps on one real batch; NonFiniteError when a row's loss or the gradient is not finite."""
+def _step(setup: Setup) -> Generator[str, None, list[str]]:
+    """Training steps on one real batch, from which it returns what the run needs: time, and memory where it is known.
+
+    Raises NonFiniteError when a row's loss or the gradient is not finite.
+    """
     config, live = setup.config, bool(setup.thirds.live)
     num = config.batch_size if setup.device.type == "cuda" else min(config.batch_size, CPU_BATCH)
     batch, data_seconds = _batch(setup, num)
@@ -220,13 +237,13 @@ def _step(setup: Setup) -> Iterator[str]:
     torch.manual_seed(config.seed)
     take_step = TrainingStep(config, setup.model, setup.device, lambda batch: batch.third_features)
     for group in describe_groups(take_step.optimizer, config.optim.lr):
-        yield (
+        yield Detail(
             f"trains: {group['numbers']:,} numbers of {_names(group['parameters'])}, learning rate {group['lr']:g}, "
             f"weight decay {group['weight_decay']:g}"
             + (f", from step {group['from_step']:,}" if group["from_step"] else "")
         )
     times: list[float] = []
-    memory = _Memory()
+    memory = PeakMemory()
     while len(times) < STEPS or (sum(times[1:]) < STEP_SECONDS and len(times) < MOST_STEPS):
         start = time.perf_counter()
         result = take_step(batch, config.optim.lr)
@@ -234,22 +251,27 @@ def _step(setup: Setup) -> Iterator[str]:
             torch.cuda.synchronize(setup.device)
         times.append(time.perf_counter() - start)
         if len(times) == 1:
-            yield _first_step(result, num, config.batch_size)
+            yield Detail(_first_step(result, num, config.batch_size))
+    step = statistics.median(times[1:]) / num
+    if live:
+        step += sum(each.forward for each in embedding)
+    stored_seconds = 0.0 if live else sum(map(partial(_all_images, setup), embedding))
+    needs = [_time(setup, step, data_seconds / num, stored_seconds)]
+    yield Detail(
+        f"time: {step * config.batch_size:.3f} s a step and {data_seconds / num * config.batch_size:.3f} s to read its "
+        f"batch in one process ({config.inputs.workers} workers); starting, saving, zero-shot and what else this "
+        "machine does are left out"
+    )
     if setup.device.type == "cuda":
-        yield f"memory at the step: {amount(torch.cuda.max_memory_allocated(setup.device))}"
+        needs.append(f"{amount(torch.cuda.max_memory_allocated(setup.device))} of the GPU's memory at a step")
     elif memory.known:
         at_once = min(config.micro_batch_size or config.batch_size, config.batch_size)
         whole = memory.peak(at_once / min(num, at_once))
         stored = 0 if live else max((each.memory for each in embedding), default=0)
-        yield f"memory of this process: about {amount(whole)} at a step" + (
-            f", {amount(stored)} while embedding" if stored > whole else ""
-        )
-    step = statistics.median(times[1:]) / num
-    if live:
-        step += sum(each.forward for each in embedding)
-    yield _time(
-        setup, step, data_seconds / num, 0.0 if live else sum(map(partial(_all_images, setup), embedding))
-    )
+        needs.append(f"{amount(whole)} of memory at a step")
+        if stored > whole:
+            needs.append(f"{amount(stored)} while embedding")
+    return needs
 
 
 def _names(parameters: Sequence[str]) -> str:
@@ -264,29 +286,6 @@ def _all_images(setup: Setup, each: "_Embedding") -> float:
     one = max(each.forward, each.read / workers) if workers else each.forward + each.read
     views = max(setup.thirds.views.num, 1) if each.read else 1  # of training images; the others have one
     return one * (len(setup.train) * views + len(setup.val) + len(setup.test))
-
-
-class _Memory:
-    """How far the resident memory of this process rises from here; Linux counts it, elsewhere it is not known."""
-
-    def __init__(self) -> None:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what there is at present
-        self._before = self._highest()
-        self.known = self._before > 0
-
-    @staticmethod
-    def _highest() -> int:
-        try:
-            status = Path("/proc/self/status").read_text(encoding="utf-8")
-        except OSError:
-            return 0
-        found = re.search(r"VmHWM:\s*(\d+) kB", status)
-        return int(found[1]) * 1024 if found else 0
-
-    def peak(self, times: float) -> int:
-        """The highest so far in bytes, had the rise been so many times as large."""
-        return self._before + round((self._highest() - self._before) * times)
 
 
 @dataclass(frozen=True)
@@ -345,7 +344,7 @@ def _third_features(setup: Setup, batch: Batch) -> tuple[dict[str, Tensor], list
             images = [decode(file, record.id) for file, record in zip(files, records, strict=True)]
             inputs = torch.from_numpy(np.stack([fixed_view(image, tower.image) for image in images]))
         read = time.perf_counter() - start if tower.reads == "images" else 0.0
-        memory, num = _Memory(), len(batch.index)
+        memory, num = PeakMemory(), len(batch.index)
         forward = math.inf
         for _ in range(2):  # the first one warms up
             start = time.perf_counter()
@@ -363,7 +362,7 @@ def _third_features(setup: Setup, batch: Batch) -> tuple[dict[str, Tensor], list
 
 
 def _time(setup: Setup, step: float, data: float, stored: float) -> str:
-    """The time of the whole run, by the seconds that a sample takes in a step and in the loader.
+    """The time of the whole run in words, by the seconds that a sample takes in a step and in the loader.
 
     stored: seconds to embed all images once.
     """
@@ -374,21 +373,24 @@ def _time(setup: Setup, step: float, data: float, stored: float) -> str:
     seen = len(setup.val) * validations + len(setup.test)
     forward = step / 3  # a step's backward pass takes about twice as long as the forward pass
     evaluation = seen * (max(forward, data / workers) if workers else forward + data)
-    embedding = f" and {duration(stored)} to embed all images once" if stored else ""
+    embedding = f"{duration(stored)} to embed all images once, " if stored else ""
     return (
-        f"time: {step * config.batch_size:.3f} s a step and {data * config.batch_size:.3f} s to read its batch in one "
-        f"process ({workers} workers): about {duration(each * config.steps)} for {config.steps:,} steps{embedding}, "
-        f"{duration(evaluation)} to evaluate; starting, saving, zero-shot and what else this machine does are left out"
+        f"about {duration(each * config.steps)} for {config.steps:,} steps, {embedding}{duration(evaluation)} to "
+        "evaluate"
     )
 
 
-def _disk(setup: Setup, folder: Path) -> Iterator[str]:
-    """What checkpoints, model and stored embeddings take; CheckpointError when the disk cannot hold them."""
+def _disk(setup: Setup, folder: Path) -> Generator[str, None, str]:
+    """What checkpoints, model and stored embeddings take, of which it returns the sum in words.
+
+    Raises CheckpointError when the disk cannot hold them.
+    """
     needs = room(setup)
     kept = setup.config.keep_checkpoints + 1  # an old one goes only when the new one is there
     needed = kept * needs.checkpoint + needs.model + needs.stores
     free = check_room(folder, needed)
-    yield (
+    yield Detail(
         f"disk: {kept} checkpoints × {amount(needs.checkpoint)}, model {amount(needs.model)}, stored embeddings "
-        f"{amount(needs.stores)}: {amount(needed)} of {amount(free)} free"
+        f"{amount(needs.stores)}"
     )
+    return f"{amount(needed)} of disk ({amount(free)} free)"

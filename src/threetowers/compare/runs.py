@@ -194,8 +194,11 @@ class _Schedule:
     def plan(self) -> str:
         """How many runs there are, why, and how many of them are done."""
         rates, seeds = len(self._options.lrs), len(self._options.seeds)
-        each = f"{rates} learning rates with the first seed" if rates > 1 else "one learning rate"
-        more = f", then {seeds - 1} more at the best one" if rates > 1 and seeds > 1 else f", {seeds} seeds"
+        each, more = "one learning rate", ", one seed" if seeds == 1 else f", {seeds} seeds"
+        if rates > 1:
+            each = f"{rates} learning rates"
+        if rates > 1 and seeds > 1:
+            more = f" with the first seed, then {seeds - 1} more at the best one"
         done = f"; {self.num_begun} are done" if self.num_begun else ""
         return f"{self.num_trainings} runs: {len(self._trials)} methods, each with {each}{more}{done}"
 

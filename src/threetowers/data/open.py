@@ -49,6 +49,14 @@ def open_source(
     return _open(path, ColumnNames(image_column, caption_columns))
 
 
+def check_columns(path: str, columns: ColumnNames) -> None:
+    """Raises DataError where nothing is at a path, and UsageError for columns that its table does not have.
+
+    Reads some rows of a table, and nothing of other data.
+    """
+    _format_of(path, columns).check(path, columns)
+
+
 def _open(path: str, columns: ColumnNames) -> Source:
     source = _format_of(path, columns).open(path, columns, _Opener())
     if not len(source):

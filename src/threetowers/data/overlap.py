@@ -11,7 +11,7 @@ from threetowers.data.copies import QUIET_SECONDS, equal_images
 from threetowers.data.decode import decode
 from threetowers.data.source import Source
 from threetowers.errors import BadSample
-from threetowers.progress import Progress
+from threetowers.progress import Detail, Progress
 
 SCANNED = 300_000
 """Training samples whose captions are looked at, evenly spread over larger data."""
@@ -106,11 +106,17 @@ def _thumbnails(source: Source, name: str) -> tuple[list[int], np.ndarray]:
 
 
 def describe_overlap(train: Source, test: Source) -> Iterator[str]:
-    """Lines for people: the share of test captions and the number of test images that the training data has too."""
+    """Lines for people: the share of test captions and the number of test images that the training data has too.
+
+    A line that reports none is a Detail.
+    """
     if len(test) and test.record(0).captions:
         share = shared_captions(train, test)
         at_least = "at least " if len(train) > SCANNED else ""
-        yield f"test captions: {at_least}{share:.1%} are training captions too, apart from case and punctuation"
+        line = (
+            f"test captions: {at_least}{share:.1%} are training captions too, apart from case and punctuation"
+        )
+        yield line if share else Detail(line)
     if images := shared_images(train, test):
         yield f"  note: {images:,} of {len(test):,} test samples have the image of a training sample"
 

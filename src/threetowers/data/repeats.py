@@ -6,6 +6,7 @@ import numpy as np
 
 from threetowers.data.source import Source
 from threetowers.data.tokenize import clean
+from threetowers.progress import Detail
 
 
 def caption_key(caption: str) -> str:
@@ -56,7 +57,10 @@ def repeated_captions(source: Source) -> float:
 
 
 def describe_repeats(name: str, part: Source) -> Iterator[str]:
-    """A line for people about a part to validate or test on; none when it has no captions."""
+    """A line for people about a part to validate or test on, a Detail when no caption is repeated; none without any."""
     if len(part) and part.record(0).captions:
         share = repeated_captions(part)
-        yield f"{name} captions: {share:.1%} are equal to one of another image, and each of the images is right"
+        line = (
+            f"{name} captions: {share:.1%} are equal to one of another image, and each of the images is right"
+        )
+        yield line if share else Detail(line)

@@ -214,6 +214,9 @@ class Opener(Protocol):
         ...
 
 
+def _no_check(path: str, columns: ColumnNames) -> None: ...
+
+
 def _no_parts(path: str, columns: ColumnNames, opener: Opener) -> Mapping[str, Source]:
     return {}
 
@@ -227,6 +230,7 @@ class Format:
     open: the whole source at a path; raises DataError and UsageError.
     parts: the parts that come with the data, by name (train, val, test); empty when it is one whole.
     takes_columns: whether image and caption columns can be named.
+    check: raises what `open` would raise for the columns, by a look at some rows.
     """
 
     have: str
@@ -235,6 +239,7 @@ class Format:
     open: Callable[[str, ColumnNames, Opener], Source]
     parts: Callable[[str, ColumnNames, Opener], Mapping[str, Source]] = _no_parts
     takes_columns: bool = False
+    check: Callable[[str, ColumnNames], None] = _no_check
 
 
 def check_parts(path: str, parts: Mapping[str, Source]) -> Mapping[str, Source]:

@@ -183,8 +183,8 @@ class FileTokenizer:
 
 def _other_ids(marks: Sequence[str]) -> str:
     return (
-        f"in the midst of a text open_clip takes {' and '.join(marks)} for special tokens, and loses what follows; "
-        "training took them for text"
+        f"open_clip takes {' and '.join(marks)} inside a text for special tokens, and drops what follows. Training "
+        "took them for text."
     )
 
 

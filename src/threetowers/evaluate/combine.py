@@ -88,9 +88,9 @@ def combination(data: EvaluationData) -> Result | None:
         items |= swept.ranks[swept.index].items(f"combination/{third}")
         main, alone = swept.ends
         lines.append(
-            f"with {third} combined at inference: test mean_r@1 {swept.chosen:.1%} at α = {swept.alpha:g}, chosen on "
-            f"validation; the trained pair alone {main:.1%}, {third} alone {alone:.1%}"
-            + ("; the third tower is the better one here, so compare with method lit" if alone > main else "")
+            f"with {third} combined at inference: mean R@1 {swept.chosen:.1%} on the test images, at α = "
+            f"{swept.alpha:g}, chosen on validation. The trained pair alone has {main:.1%}, {third} alone {alone:.1%}"
+            + (". The third tower is the better one here; compare with method lit" if alone > main else "")
         )
     return Result({"combination": sections}, items, tuple(lines)) if sections else None
 

@@ -6,7 +6,7 @@ text, every image with an equal caption is right. `data/repeats.py` says which c
 Legend: N images, M texts, D width, Q queries, C candidates, B queries in a block, W weightings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,12 +20,14 @@ from torch import Tensor
 from threetowers.errors import DataError, UsageError
 from threetowers.evaluate.encode import Encoded, EvaluationData
 from threetowers.evaluate.ranks import both_ranks, weighted_sum
-from threetowers.evaluate.result import Result, percentages
+from threetowers.evaluate.result import Result
 
 BLOCK = 256
 """Images scored at a time."""
 METRICS = ("i2t_r@1", "i2t_r@5", "i2t_r@10", "t2i_r@1", "t2i_r@5", "t2i_r@10", "mean_r@1")
 """The names that `recalls` returns by default."""
+DIRECTIONS = {"i2t": "image → text", "t2i": "text → image", "mean": "mean of both directions"}
+"""How the names of metrics begin, and what that means."""
 
 
 class System(NamedTuple):
@@ -77,11 +79,25 @@ def retrieval(data: EvaluationData) -> Result | None:
             sections[section] = recalls(ranks)
             items |= ranks.items(section)
             num_images = len(part.index) + len(part.bad)
+            shares = f", {repeated:.1%} of their captions repeated" if (repeated := part.repeated()) else ""
+            several = "" if num_images == 1 else "s"
             lines.append(
-                f"retrieval on {num_images} {name} images, {part.repeated():.1%} of their captions repeated: "
-                f"{percentages(sections[section])}"
+                f"retrieval on {num_images} {name} image{several}{shares}: {in_words(sections[section])}"
             )
     return Result(sections, items, tuple(lines)) if sections else None
+
+
+def in_words(found: Mapping[str, float]) -> str:
+    """What `recalls` returns, for people.
+
+    >>> in_words({"i2t_r@1": 0.25, "i2t_r@5": 0.5, "mean_r@1": 0.3})
+    'image → text R@1 25.0%, R@5 50.0%; mean of both directions R@1 30.0%'
+    """
+    sides: dict[str, list[str]] = {}
+    for name, value in found.items():
+        side, _, k = name.partition("_r@")
+        sides.setdefault(DIRECTIONS[side], []).append(f"R@{k} {value:.1%}")
+    return "; ".join(f"{side} {', '.join(each)}" for side, each in sides.items())
 
 
 def ranks_of(encoded: Encoded) -> Ranks:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from threetowers.config import RunConfig
 from threetowers.errors import CheckpointError
 from threetowers.objective.pairs import METHODS, method_label
 from threetowers.settings import read_config
@@ -28,8 +29,32 @@ def is_finished(folder: Path) -> bool:
     return (folder / "model.json").is_file()
 
 
+def run_label(folder: Path, config: RunConfig) -> str:
+    """A run's method and its third towers as reports name them; those of a comparison have its names."""
+    if not METHODS[config.method].needs_third:
+        return method_label(config.method)
+    short = ", ".join(_short(view, spec) for view, spec in config.thirds().items())
+    return method_label(config.method, _named_by_comparison(folder) or short)
+
+
+def _named_by_comparison(folder: Path) -> str:
+    """The name of the third tower in the comparison that a run is part of; empty without one."""
+    place = folder.resolve().parent.parent
+    try:
+        runs = json.loads((place / "compare.json").read_bytes())["runs"]
+        return next((str(run["third"]) for run in runs if place / run["path"] == folder.resolve()), "")
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _short(view: str, spec: str) -> str:
+    """The name that the settings give a frozen tower, or the end of what they say it is."""
+    own = view.removeprefix("third").removeprefix("_")
+    return own or spec.rstrip("/").replace(":", "/").rpartition("/")[2]
+
+
 def curves(folder: Path) -> dict[str, Any]:
-    """What the page draws of a run: its name, `finished`, `steps` of the whole training and `metrics`.
+    """What the page draws of a run: its name and label, `finished`, `steps` of the whole training and `metrics`.
 
     metrics: by metric path a list of [step, value] with at most POINTS entries, the last one always among them. Values
     that are not finite are left out.
@@ -51,7 +76,7 @@ def curves(folder: Path) -> dict[str, Any]:
                 found.setdefault(name, []).append([step, float(value)])
     return {
         "name": folder.name,
-        "label": method_label(config.method),
+        "label": run_label(folder, config),
         "finished": is_finished(folder),
         "steps": config.steps,
         "metrics": {name: thinned(points) for name, points in sorted(found.items())},

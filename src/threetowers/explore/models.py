@@ -6,7 +6,6 @@ through the heads, as in `Encoded.systems`.
 Legend: N images or texts, D width of the shared space.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from threetowers.data.transforms import fixed_view
+from threetowers.explore.curves import run_label
 from threetowers.objective.losses import unit
-from threetowers.objective.pairs import method_label
 from threetowers.run.finished import FinishedRun, load_run
 from threetowers.run.setup import pick_device
 from threetowers.run.thirds import check_trained_with, load_thirds
@@ -96,22 +95,4 @@ def open_model(folder: Path, device: str = "auto") -> Model:
     for third in run.described["thirds"]:
         if third["view"] in used:
             check_trained_with(folder, third, loaded[third["view"]])
-    tower = _named_by_comparison(folder) or ", ".join(_short(third) for third in run.described["thirds"])
-    label = method_label(config.method, tower if run.described["thirds"] else "")
-    return Model(folder, label, run, {view: loaded[view] for view in used})
-
-
-def _named_by_comparison(folder: Path) -> str:
-    """The name of the third tower in the comparison that a run is part of; empty without one."""
-    place = folder.resolve().parent.parent
-    try:
-        runs = json.loads((place / "compare.json").read_bytes())["runs"]
-        return next((str(run["third"]) for run in runs if place / run["path"] == folder.resolve()), "")
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _short(third: dict[str, str]) -> str:
-    """The name that the settings give a frozen tower, or the end of what they say it is."""
-    own = third["view"].removeprefix("third").removeprefix("_")
-    return own or third["spec"].rstrip("/").replace(":", "/").rpartition("/")[2]
+    return Model(folder, run_label(folder, config), run, {view: loaded[view] for view in used})

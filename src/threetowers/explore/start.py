@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from threetowers.commands.arguments import parse
+from threetowers.commands.words import parse
 from threetowers.errors import DataError, UsageError
 from threetowers.progress import warn
 

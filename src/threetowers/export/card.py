@@ -39,8 +39,8 @@ CARD = """---
 {summary}
 
 {usage}
-The code above is for the folder on this machine. What was pushed to the Hub is fetched by
-`hf download USER/NAME --local-dir {folder}`, and the code stays as it is.
+The code above reads the folder on this machine. After a push to the Hub, fetch the folder with
+`hf download USER/NAME --local-dir {folder}`. The code stays as it is.
 
 ## Results
 
@@ -70,8 +70,8 @@ def write_card(
 ) -> None:  # fmt: skip
     """Writes README.md into the folder of an export.
 
-    library: the Hub's library_name. title: what follows the heading. usage: how to load the model, and what the library
-    does otherwise than training, in Markdown. name: of the exported folder. alpha: weight of the third tower, where the
+    library: the Hub's library_name. title: what follows the heading. usage: how to load the model, and how it differs
+    from training, in Markdown. name: of the exported folder. alpha: weight of the third tower, where the
     export is the convex combination. tags: of the format, for the Hub.
     """
     settings, described = _settings(run), finished.described
@@ -273,8 +273,8 @@ def _licence(settings: Settings, described: dict[str, Any]) -> str:
     named = ", ".join(f"`{public_name(source)}`" for source in dict.fromkeys(sources) if source)
     models = f" and of the models that took part in the training: {named}" if named else ""
     return (
-        "No licence has been chosen: add `license: …` to the metadata at the top of this file, with one of the Hub's "
-        "identifiers, and `datasets: [USER/NAME]` if the training data are on the Hub. The licence has to respect "
+        "No licence has been chosen. Add `license: …` to the metadata at the top of this file, with one of the Hub's "
+        "identifiers. Add `datasets: [USER/NAME]` if the training data are on the Hub. The licence has to respect "
         f"those of the training data{models}."
     )
 

@@ -15,17 +15,14 @@ from threetowers.export.folder import write_json
 from threetowers.towers.frozen.hf import import_transformers
 
 CLEANING = (
-    "training repaired wrongly decoded characters and HTML entities in texts (ftfy.fix_text, then html.unescape "
-    "twice). The exported tokenizer does not"
+    "Repair wrongly decoded characters and HTML entities in texts with ftfy.fix_text and html.unescape. Training did, "
+    "and the exported tokenizer does not."
 )
 COLOURS = (
-    "the image processor ignores EXIF rotation and drops transparency. Give it RGB images that are upright, with a "
-    "white background in place of transparency"
+    "Give upright RGB images, with white in place of transparency. The image processor ignores EXIF rotation and drops "
+    "transparency."
 )
-CROP = (
-    "the image processor rounds half of the margin that it crops down, and training rounded it to the even number. "
-    "Resized images that are 3, 7, 11 … pixels longer than the crop are therefore cropped one pixel further left or up"
-)
+CROP = "Some images are cropped one pixel further left or up than in training. The image processor rounds margins down."
 
 
 def processor_settings(spec: ImageSpec, target: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ const {{ image_embeds }} = await vision(await processor(await RawImage.read("pho
 const {{ text_embeds }} = await text(tokenizer(["a photo"], {{ padding: {padding}, truncation: true }}));
 ```
 
-What is otherwise than in training:
+Differences from training:
 
 {differences}
 """
@@ -93,8 +93,8 @@ SMALLER = """
 eight bits; in transformers.js, `dtype: "q8"`. The results below are not theirs.
 """
 RESIZING = (
-    'training resized images with Pillow, as transformers\' image processor does with backend="pil". transformers.js '
-    "resizes with the browser's canvas or with sharp, and its pixels differ by some grey levels"
+    'Load the image processor with backend="pil" in Python, as training resized images. The pixels of transformers.js '
+    "differ by some grey levels."
 )
 
 
@@ -160,8 +160,8 @@ def export_onnx(run: str | Path, out: str | Path, *, quantize: bool = False, alp
             folder, finished, Path(run), library="transformers.js", title="as ONNX graphs", usage=usage, name=name,
             alpha=alpha, tags=("onnx",),
         )  # fmt: skip
-    for line in [*said, *differences]:
-        print(f"note: onnx: {line}", file=sys.stderr)
+    for line in [*(f"checked: {each}" for each in said), *(f"note: {each}" for each in differences)]:
+        print(line, file=sys.stderr)
     return Path(out)
 
 
@@ -272,8 +272,8 @@ def _write_quantized(side: _Side, path: Path) -> str:
         logging.disable(logging.NOTSET)
     cosines = (side.run(target) * side.expected).sum(dim=1)
     return (
-        f"{target.name}: the cosine with the run's vector is {float(cosines.mean()):.4f} in the mean of "
-        f"{len(cosines)} samples, and at least {float(cosines.min()):.4f}"
+        f"{target.name} computes vectors whose cosine with the run's is {float(cosines.mean()):.4f} on average and "
+        f"{float(cosines.min()):.4f} at least, on {len(cosines)} samples"
     )
 
 

@@ -20,15 +20,14 @@ from threetowers.towers.weights import write_safetensors
 INTERPOLATIONS = ("bicubic", "bilinear")
 """What open_clip's own transform resizes with."""
 IMAGES = (
-    "open_clip's transform drops transparency, ignores EXIF rotation and converts to RGB after it has resized. Give it "
-    "to_rgb(image). Otherwise it sees other pixels than training did of images with transparency, rotation, a palette, "
-    "16 bits or CMYK"
+    "Pass images through to_rgb from README.md. Without it, open_clip ignores EXIF rotation and drops transparency. "
+    "Images with a palette, 16 bits or CMYK also differ from training."
 )
 TEXT = "text"
 """The folder with the configuration of a text tower that is an encoder of transformers."""
 MOVED = (
-    f"`hf_model_name` in open_clip_config.json is the whole path of the folder `{TEXT}` beside it. After this folder "
-    "has moved, write the new path there, or the name on the Hub of the encoder that the text tower started at"
+    f"`hf_model_name` in open_clip_config.json is the whole path of the folder `{TEXT}`. Write the new path there "
+    "after a move. It can also be the Hub's name of the encoder that the text tower started at."
 )
 USAGE = """```python
 import numpy as np
@@ -61,7 +60,7 @@ image = model.encode_image(pixels[None], normalize=True)
 text = model.encode_text(tokenizer(["a photo"]), normalize=True)
 ```
 
-What open_clip does otherwise than training:
+Differences from training:
 
 {differences}
 """
@@ -96,7 +95,6 @@ def export_open_clip(run: str | Path, out: str | Path) -> Path:
         )
     for line in differences:
         print(f"note: {line}", file=sys.stderr)
-    print("note: README.md says how to load the model, and has to_rgb", file=sys.stderr)
     return Path(out)
 
 
@@ -111,7 +109,11 @@ def _text_cfg(text_cfg: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict
         return exported, None, []
     name = text_cfg["hf_model_name"]
     if name != BESIDE:
-        return exported, None, [f"open_clip reads the configuration of the text tower from {name} on the Hub"]
+        return (
+            exported,
+            None,
+            [f"open_clip reads the configuration of the text tower from {name} on the Hub."],
+        )
     exported["hf_model_name"] = str(out.absolute() / TEXT)
     return exported, text_cfg[CONFIG], [MOVED]
 
@@ -120,11 +122,11 @@ def _differences(spec: ImageSpec) -> Iterator[str]:
     """What open_clip's format cannot describe of the preprocessing."""
     if spec.resize_size not in (0, spec.size):
         yield (
-            f"this image tower takes the central {spec.size} pixels of an image scaled to {spec.resize_size}; "
-            f"open_clip's format cannot describe that, and open_clip will scale to {spec.size}"
+            f"open_clip scales images to {spec.size} pixels. Training scaled them to {spec.resize_size} and took the "
+            f"central {spec.size}. The format cannot describe that."
         )
     if spec.interpolation not in INTERPOLATIONS:
-        yield f"images were resized with {spec.interpolation}; open_clip has no such filter, and will take bicubic"
+        yield f"open_clip resizes with bicubic. Training resized with {spec.interpolation}, which open_clip lacks."
 
 
 def _preprocess_cfg(spec: ImageSpec) -> dict[str, Any]:

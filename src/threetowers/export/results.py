@@ -14,13 +14,12 @@ from torch import Tensor
 
 from threetowers.errors import DataError
 from threetowers.evaluate.evaluation import SCHEMA
-from threetowers.evaluate.retrieval import Ranks, System, combined_ranks, recalls
+from threetowers.evaluate.retrieval import DIRECTIONS, Ranks, System, combined_ranks, recalls
 from threetowers.evaluate.statistics import Hits, Interval, bootstrap_interval
 from threetowers.towers.weights import read_safetensors
 
 NEAR = 1e-6
 """Figures that differ by more are not of the same evaluation."""
-DIRECTIONS = {"i2t": "image → text", "t2i": "text → image", "mean": "mean of both directions"}
 CLASSES = {"top1": "accuracy", "top5": "accuracy at 5", "mean_per_class": "accuracy, mean of the classes"}
 
 

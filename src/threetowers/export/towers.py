@@ -92,8 +92,8 @@ def combined_encoders(finished: FinishedRun, run: Path, alpha: float, target: st
 
     width = finished.embed_dim + len(head)
     remark = (
-        f"the vectors combine the main pair with the third tower {third.spec} at α = {alpha:g}, so the image graph "
-        "holds and runs both image towers. Products of vectors are the combined scores"
+        f"The vectors combine the main pair with the third tower {third.spec} at α = {alpha:g}. Their products are the "
+        "combined scores. The image graph holds and runs both image towers."
     )
     return Encoders(image, text, encode_image, encode_text_twice, width, (remark,))
 

@@ -76,13 +76,13 @@ text = model.encode(["a photo"], normalize_embeddings=True)
 print(model.similarity(image, text))
 ```
 
-What transformers does otherwise than training:
+Differences from training:
 
 {differences}
 """
 BACKEND = (
-    'training resized images with Pillow, as the image processor does with backend="pil". The pixels of its default '
-    "backend differ by a grey level or two"
+    'Load the image processor with backend="pil", as training resized images. The pixels of its default backend differ '
+    "by a grey level or two."
 )
 
 
@@ -106,7 +106,9 @@ def export_transformers(run: str | Path, out: str | Path) -> Path:
         image, text, marks = _compare(transformers, finished, folder)
         differences = [BACKEND, *preprocessing_differences(spec), CLEANING]
         if marks:
-            differences.append(f"inside a text it takes {' and '.join(marks)} for special tokens")
+            differences.append(
+                f"transformers takes {' and '.join(marks)} inside a text for special tokens. Training did not."
+            )
         name = Path(out).absolute().name
         usage = USAGE.format(folder=name, differences=listed(differences))
         write_card(
@@ -114,11 +116,11 @@ def export_transformers(run: str | Path, out: str | Path) -> Path:
             tags=("sentence-transformers",),
         )  # fmt: skip
     print(
-        f"note: transformers computes the run's vectors, of images {exactness(image)}, of texts {exactness(text)}",
+        f"checked: transformers computes the run's vectors, of images {exactness(image)}, of texts {exactness(text)}",
         file=sys.stderr,
     )
     for line in differences:
-        print(f"note: transformers: {line}", file=sys.stderr)
+        print(f"note: {line}", file=sys.stderr)
     return Path(out)
 
 

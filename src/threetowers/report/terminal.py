@@ -42,7 +42,7 @@ def text_table(compare: Compare) -> str:
     opening = wrap([str(compare.get("title", "Comparison")), *headline(compare), *story(compare)])
     claims = terminal_claims(compare.get("claims", []))
     lines = [*opening, "", head, "─" * len(head), *rows, "", *wrap(notes)]
-    lines += ["", "Claims:", *wrap(claims, "    ")] if claims else []
+    lines += ["", "Claims of the paper:", *wrap(claims, "    ")] if claims else []
     lines += ["", *wrap([step])] if (step := next_step(compare)) else []
     return "".join(_printable(line).rstrip() + "\n" for line in lines)
 
@@ -52,7 +52,7 @@ def how_to_export(compare: Compare, folder: Path) -> str:
     best = ranking(compare)[0]
     runs = [run for run in compare["runs"] if (run["method"], run["third"]) == best]
     run = folder / min(runs, key=lambda run: run["seed"])["path"]
-    return f"runs: {run.parent}; to export one: threetowers export {run} --to open_clip --out exported"
+    return f"runs: {run.parent}\nto export one: threetowers export {run} --to open_clip --out exported"
 
 
 def _terminal_cell(cell: Cell | None) -> str:

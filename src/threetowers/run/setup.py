@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from threetowers.config import RunConfig, check
+from threetowers.config import RunConfig, check, data_of
 from threetowers.data.decode import check_decoder
 from threetowers.data.kept import KeptImages
 from threetowers.data.loader import BatchReader
@@ -148,11 +148,8 @@ def rendered(folder: Path, **sizes: Any) -> Path:
 
 def open_data(config: RunConfig) -> tuple[Source, Source, Source]:
     """The training, validation and test sources of a configuration; raises DataError or UsageError."""
-    if config.data is None:
-        raise UsageError(
-            "data: say what to train on: --data FOLDER|TABLE|SHARDS, or --data shapes for the built-in world"
-        )
-    path = str(world()) if config.data == "shapes" else config.data
+    data = data_of(config)
+    path = str(world()) if data == "shapes" else data
     inputs = config.inputs
     parts, train = _open_splits(
         path,
@@ -225,8 +222,8 @@ def describe_data(config: RunConfig) -> str:
     ]
     if 0 < len(test) < FEW:
         lines.append(
-            f"note: {len(test)} test images tell only large differences apart; where the data has no test part of "
-            "its own, a larger --inputs.test-fraction takes more"
+            f"note: {len(test)} test images tell only large differences apart. A larger --inputs.test-fraction takes "
+            "more, unless the data has a test part of its own"
         )
     return "\n".join(lines)
 

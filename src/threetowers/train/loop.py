@@ -164,10 +164,21 @@ def _steps(session: Session) -> bool:
         if session.profile:
             session.profile.step_done()
         if stop or session.patience_over:
+            if not end:
+                _show_early_end(bar, session)
             break
         clock.lap()
     bar.clear()
     return False
+
+
+def _show_early_end(bar: Progress, session: Session) -> None:
+    """The state at the last step of a run that is stopped or whose patience is over."""
+    config, step, why = session.setup.config, session.state.step, ""
+    if session.patience_over:
+        bar.total = step  # nothing is left to do
+        why = f"ended early: no better {config.keep_best} in {config.patience} validations"
+    bar.update(step, why, force=True)
 
 
 def validate(setup: Setup, processes: Processes = ALONE) -> dict[str, float]:

@@ -126,6 +126,8 @@ def split_column(
 
 
 def _hint(column: str, names: Sequence[str]) -> str:
+    if "," in column:
+        return f". Several columns are separated by spaces: {' '.join(column.split(','))}"
     hint, listed = did_you_mean(column, names), f"Its columns: {', '.join(names)}"
     return f"{hint} {listed}" if "did you mean" in hint else f". {listed}"
 

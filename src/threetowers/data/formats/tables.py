@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from threetowers.data.formats.columns import NUM_SNIFFED, find_columns, split_column
+from threetowers.data.formats.columns import NUM_SNIFFED, Found, find_columns, split_column
 from threetowers.data.formats.files import FileSource
 from threetowers.data.formats.folders import has_captions, image_names
 from threetowers.data.formats.merge import Merged
-from threetowers.data.formats.parquet_images import open_parquet_images, parquet_image_parts
+from threetowers.data.formats.parquet_images import image_columns, open_parquet_images, parquet_image_parts
 from threetowers.data.formats.places import find_file, image_folder, image_path, is_address, local_path
 from threetowers.data.formats.rows import TABLE_ENDINGS, Row, read_rows, spread_rows, tables_in
 from threetowers.data.parts import check_known, missing_pieces, name_part, subsets
@@ -51,6 +51,20 @@ def open_table_parts(path: str | Path, columns: ColumnNames) -> dict[str, Source
     return subsets(source, merged.sample_parts(), merged.problem_parts)
 
 
+def check_table(path: str, columns: ColumnNames) -> None:
+    """Raises what `open_table` raises for the columns of a table of image paths, in a folder of its first one."""
+    file = table_files(Path(path))[0]
+    if not image_columns(file):
+        _columns(file, columns)
+
+
+def _columns(file: Path, columns: ColumnNames) -> tuple[list[Row], Found]:
+    """The first rows of a table, and its columns."""
+    with _readable(file):
+        head = _head(file)
+        return head, find_columns(file, spread_rows(file, head), columns)
+
+
 def _are_parts(files: Sequence[Path]) -> bool:
     """Whether the names of several tables say the part of each."""
     return len(files) > 1 and all(map(file_part, files))
@@ -72,8 +86,8 @@ def _read(files: Sequence[Path], columns: ColumnNames, path: Path) -> Merged:
     found, places = [], []
     for file in files:
         with _readable(file):
-            head = _head(file)
-            found.append(find_columns(file, spread_rows(file, head), columns))
+            head, columns_found = _columns(file, columns)
+            found.append(columns_found)
             places.append(_folder(file, head, found[-1].image))
     folder = places[0] if len(set(places)) == 1 else files[0].parent
     by_name = _are_parts(files)
@@ -189,4 +203,5 @@ TABLES = Format(
     open=lambda path, columns, opener: open_table(path, columns),
     parts=lambda path, columns, opener: check_parts(path, open_table_parts(path, columns)),
     takes_columns=True,
+    check=check_table,
 )

@@ -23,8 +23,8 @@ export function startCurves() {
   function draw(runs) {
     byId("legend").replaceChildren(...runs.map((run) => {
       const steps = Math.max(0, ...Object.values(run.metrics).map((points) => points.at(-1)?.[0] ?? 0));
-      return h("li", {}, swatch(run.colour), run.name,
-        h("small", {}, run.finished ? ` finished, ${number(steps)} steps` : ` step ${number(steps)} of ${number(run.steps)}`));
+      return h("li", {}, swatch(run.colour), run.label,
+        h("small", {}, ` ${run.name}, `, run.finished ? `finished, ${number(steps)} steps` : `step ${number(steps)} of ${number(run.steps)}`));
     }));
     const names = [...new Set(runs.flatMap((run) => Object.keys(run.metrics)))].sort();
     const first = FIRST.filter((name) => names.includes(name));
@@ -43,7 +43,7 @@ export function startCurves() {
     const x = (step) => LEFT + (WIDTH - LEFT - RIGHT) * (step / last);
     const y = (value) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low));
     const ticks = ticksOf(low, high);
-    const ends = runs.map((run, i) => (lines[i].length ? `${run.name} ${short(lines[i].at(-1)[1])}` : null)).filter(Boolean);
+    const ends = runs.map((run, i) => (lines[i].length ? `${run.label} (${run.name}) ${short(lines[i].at(-1)[1])}` : null)).filter(Boolean);
     return h("figure", {},
       h("figcaption", {}, name),
       h("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${name}: ${ends.join(", ")}` },
