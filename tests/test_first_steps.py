@@ -187,6 +187,10 @@ def test_a_comparison_says_how_many_runs_there_are(tiny_config: Config, tmp_path
         plan(CompareConfig(lrs=(1e-3,), seeds=(0, 1)))
         == "4 runs: 2 methods, each with one learning rate, 2 seeds"
     )
+    assert (
+        plan(CompareConfig(lrs=(1e-3, 2e-3), seeds=(0,)))
+        == "4 runs: 2 methods, each with 2 learning rates, one seed"
+    )
 
 
 def answer(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
