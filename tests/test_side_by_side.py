@@ -266,7 +266,7 @@ def test_a_killed_comparison_ends_soon_and_continues(
     steps = [int(events(folder).split()[-1]) for folder in folders]
 
     request.getfixturevalue("quick")
-    assert compare(config, options, tmp_path, jobs=0, max_minutes=2 / 60) is None
+    assert compare(config, options, tmp_path, jobs=0, max_minutes=6 / 60) is None
     for folder, step in zip(folders, steps, strict=True):
         assert f"continuing from step {step}\n" in events(folder)
         assert events(folder).count("stopped on request") == 2

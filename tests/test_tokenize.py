@@ -44,6 +44,19 @@ def test_a_saved_tokenizer_gives_the_same_ids_again(tmp_path: Path) -> None:
     )
 
 
+def test_a_save_that_is_cut_short_leaves_no_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(path: Path, target: Path) -> None:
+        raise InterruptedError(f"before {target.name} has its name")
+
+    tokenizer = train_tokenizer(["a b"], vocab_size=300, context_length=8)
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(InterruptedError):
+        tokenizer.save(tmp_path)
+    assert not list(tmp_path.iterdir()), "a run that goes on would read it"
+
+
 def test_training_learns_the_words_and_is_repeatable() -> None:
     assert TOKENIZER.lengths(TOKENIZER(["a red circle"])).item() == 5, "start, three words, end"
     again = train_tokenizer(CAPTIONS, vocab_size=400, context_length=24)

@@ -29,6 +29,7 @@ from threetowers.commands.arguments import (
     TrainArguments,
     ValidateArguments,
     VectorsArguments,
+    part_of_work,
     run_arguments,
     run_folder,
 )
@@ -337,6 +338,7 @@ def _doctor(words: list[str]) -> int:
 def _embed(words: list[str]) -> int:
     """store a frozen tower's features of a source: threetowers embed --tower SPEC --data PATH --out DIR [--part I/N]"""
     arguments = parse(EmbedArguments, words, "embed")
+    part_of_work(arguments.part)
     check_data(arguments.data, arguments.image_column, arguments.caption_columns)
 
     from threetowers.commands.embed import embed

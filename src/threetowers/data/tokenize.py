@@ -15,6 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from threetowers.errors import UsageError
+from threetowers.files import write_whole
 
 PAD, START, END = "<pad>", "<start>", "<end>"
 OPEN_CLIP_MARKS = ("<start_of_text>", "<end_of_text>")
@@ -167,7 +168,6 @@ class FileTokenizer:
         }
 
     def save(self, folder: Path) -> None:
-        self._tokenizer.save(str(folder / "tokenizer.json"))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.context_length,
@@ -175,7 +175,10 @@ class FileTokenizer:
             "eos_token": self._tokenizer.id_to_token(self.end_id),
             "split_special_tokens": True,  # in the midst of a text they are text
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+        write_whole(
+            folder / "tokenizer.json", self._tokenizer.to_str(pretty=True)
+        )  # last: a run looks for it
 
     def differences(self) -> Sequence[str]:
         return (_other_ids(self._marks),) if self._marks else ()
