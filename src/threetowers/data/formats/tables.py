@@ -55,14 +55,14 @@ def check_table(path: str, columns: ColumnNames) -> None:
     """Raises what `open_table` raises for the columns of a table of image paths, in a folder of its first one."""
     file = table_files(Path(path))[0]
     if not image_columns(file):
-        _columns(file, columns)
+        with _readable(file):
+            _columns(file, columns)
 
 
 def _columns(file: Path, columns: ColumnNames) -> tuple[list[Row], Found]:
     """The first rows of a table, and its columns."""
-    with _readable(file):
-        head = _head(file)
-        return head, find_columns(file, spread_rows(file, head), columns)
+    head = _head(file)
+    return head, find_columns(file, spread_rows(file, head), columns)
 
 
 def _are_parts(files: Sequence[Path]) -> bool:
@@ -86,9 +86,9 @@ def _read(files: Sequence[Path], columns: ColumnNames, path: Path) -> Merged:
     found, places = [], []
     for file in files:
         with _readable(file):
-            head, columns_found = _columns(file, columns)
-            found.append(columns_found)
-            places.append(_folder(file, head, found[-1].image))
+            head, own = _columns(file, columns)
+            found.append(own)
+            places.append(_folder(file, head, own.image))
     folder = places[0] if len(set(places)) == 1 else files[0].parent
     by_name = _are_parts(files)
     named = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
